@@ -1,0 +1,35 @@
+"""Every model file at a size for tests, and what the tests over all of them share."""
+
+import importlib
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "baseline": dict(n_layer=2, n_head=4, n_kv_head=2, head_dim=8, n_embd=32, n_inner=48),
+    "gpt2": dict(n_layer=2, n_head=4, n_embd=32),
+}
+MODELS = sorted(path.stem.removeprefix("model_") for path in ROOT.glob("model_*.py"))
+VOCAB, BLOCK, EOT = 97, 64, 96
+
+
+def module(name):
+    return importlib.import_module(f"model_{name}")
+
+
+def build(name, seed=0, bold=True, **options):
+    """A tiny model in eval mode. bold: weights so large that logits differ clearly between inputs."""
+    torch.manual_seed(seed)
+    config = module(name).GPTConfig(**dict(vocab_size=VOCAB, block_size=BLOCK, **TINY[name]) | options)
+    model = module(name).GPT(config).eval()
+    if bold:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def tokens(*shape, seed=1):
+    """Random ids below EOT, so that documents begin only where a test puts EOT."""
+    return torch.randint(EOT, shape, generator=torch.Generator().manual_seed(seed))
