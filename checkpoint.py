@@ -1,0 +1,279 @@
+"""Checkpoints that are atomic to write, verified when read, and exact to resume from; nothing is ever unpickled.
+
+    out_dir/step-00000100/  config.json          {"model": variant, "model_config": {GPTConfig's fields}, "knobs": {}}
+                            model.safetensors    weights by plain name, tied ones once
+                            trainer.safetensors  tensors of the optimizer's state as <parameter>.<key>
+                            trainer.json         step, what else the caller gives, numbers of the optimizer's state
+                            manifest.json        size and sha256 of each file: written last
+    out_dir/{latest,best}   relative links to such folders
+
+One is written as step-N.tmp, flushed to the disk, then renamed; one to be deleted is first renamed to step-N.old. So
+what is called step-N was whole once, and the manifest tells whether it still is (it finds damage, not a forger).
+Learning rate, betas, weight decay and the like are not stored: they come from the config of the run that resumes.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+FORMAT = 1
+FILES = ("config.json", "model.safetensors", "trainer.safetensors", "trainer.json")
+STEP = "step-" + 8 * "[0-9]"  # padded, so that names sort like numbers
+SIZE = re.compile(r"n_\w+|\w+_dim|(?!block_)\w+_size")  # fields that make another model; block_size may be extended
+
+
+class CheckpointError(RuntimeError):
+    """What was wrong with which checkpoint, for the user to read."""
+
+
+def plain(name):
+    return name.replace("_orig_mod.", "").removeprefix("module.")  # torch.compile, DistributedDataParallel
+
+
+def weights(model):
+    """{plain name: tensor} of parameters and persistent buffers; a tied tensor by its first name alone."""
+    unique = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        unique.setdefault(id(tensor), (plain(name), tensor))
+    return dict(unique.values())
+
+
+def folders(out_dir, suffix=""):
+    return sorted(Path(out_dir).glob(STEP + suffix), reverse=True)  # newest first
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fsync(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def write(folder, step, tensors, texts):
+    """Makes `folder`, on the disk when this returns: {file name: {name: tensor}} and {file name: JSON-able}."""
+    folder.mkdir()
+    for name, value in texts.items():
+        (folder / name).write_text(json.dumps(value, indent=1) + "\n")
+    for name, value in tensors.items():
+        save_file({key: tensor.detach().contiguous() for key, tensor in value.items()}, folder / name)
+        shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody else read its files
+    files = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in FILES}
+    manifest = {"format": FORMAT, "step": step, "torch": torch.__version__, "files": files}
+    for name in FILES:
+        fsync(folder / name)
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    fsync(folder / "manifest.json")
+    fsync(folder)
+
+
+def retire(folder):
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)  # of a crash between the renames of an earlier save of the same step
+    folder.rename(old)
+
+
+def save(out_dir, step: int, model, optimizer, config: dict, trainer: dict, keep_last: int = 5, best=False) -> Path:
+    """Saves a step, points `latest` (and `best`) at it, then deletes all but the best and the last keep_last (0: none).
+
+    config and trainer (tokens seen, best loss...) go to JSON. On a full disk CheckpointError, and nothing is lost.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    folder = out_dir / f"step-{step:08d}"
+    # 1. what to write
+    names = {id(p): plain(name) for name, p in model.named_parameters()}
+    state = {f"{names[id(p)]}.{key}": v for p, values in optimizer.state.items() for key, v in values.items()}
+    moments = {name: value for name, value in state.items() if torch.is_tensor(value)}
+    numbers = {name: value for name, value in state.items() if name not in moments}
+    tensors = {"model.safetensors": weights(model), "trainer.safetensors": moments}
+    trainer = {"step": step, **trainer, "optimizer": {"class": type(optimizer).__name__, "state": numbers}}
+    texts = {"config.json": config, "trainer.json": trainer}
+    need = sum(t.nbytes for part in tensors.values() for t in part.values()) + len(json.dumps(texts)) + 2**16
+    # 2. write it beside, then put it in place
+    for leftover in folders(out_dir, ".tmp"):
+        shutil.rmtree(leftover)
+    tmp = out_dir / f"{folder.name}.tmp"
+    try:
+        if need > shutil.disk_usage(out_dir).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(tmp, step, tensors, texts)
+        if folder.exists():
+            retire(folder)
+        tmp.rename(folder)
+        fsync(out_dir)
+        for name in ("latest", "best") if best else ("latest",):
+            (out_dir / f"{name}.tmp").unlink(missing_ok=True)
+            (out_dir / f"{name}.tmp").symlink_to(folder.name)
+            os.replace(out_dir / f"{name}.tmp", out_dir / name)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        reason = os.strerror(errno.ENOSPC) if "os error 28" in str(e) else getattr(e, "strerror", None) or e
+        room = f"need ~{need / 1e6:.1f} MB, free {shutil.disk_usage(out_dir).free / 1e6:.1f} MB"
+        before = [f"previous checkpoint {path.name} is intact" for path in folders(out_dir)] + ["there is none before"]
+        raise CheckpointError(f"checkpoint at step {step} failed: {reason} ({room}); {before[0]}") from e
+    # 3. only with its successor in place: the oldest, and what a crash left of deleting earlier ones
+    kept = [path for path in folders(out_dir) if path.name <= folder.name]
+    for path in kept[keep_last or len(kept) :]:
+        if path.name != (out_dir / "best").resolve().name:
+            retire(path)
+    for path in folders(out_dir, ".old"):
+        shutil.rmtree(path)
+    return folder
+
+
+def verify(path: str | Path) -> str:
+    """Why the checkpoint in folder `path` is not what its manifest says; "" where it is whole."""
+    path = Path(path)
+    for name in ("manifest.json", *FILES):
+        if (path / name).is_symlink():
+            return f"{name} is a symbolic link: refused"
+        if not (path / name).is_file():
+            return f"incomplete: {name} missing"
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        files = {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
+        if manifest["format"] != FORMAT:
+            return f"manifest.json: format {manifest['format']}, and this program reads format {FORMAT}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json: not a manifest (corrupted)"
+    if odd := sorted(files.keys() ^ set(FILES)):  # so no name leads out of the folder
+        return f"manifest.json: {odd[0]!r} refused: it must list {', '.join(FILES)}"
+    for name, (size, digest) in files.items():
+        if (path / name).stat().st_size != size:
+            return f"{name}: {(path / name).stat().st_size} bytes, manifest says {size} (truncated)"
+        if sha256(path / name) != digest:
+            return f"{name}: sha256 mismatch (corrupted)"
+    return ""
+
+
+def newest(out_dir: str | Path, log: Callable = print) -> Path | None:
+    """A run's newest whole checkpoint, None where it has none at all; CheckpointError if all are damaged."""
+    for path in folders(out_dir, ".tmp"):
+        log(f"skipping {path.name}: incomplete: saving was interrupted")
+    # .old ones too: a crash while a step was replaced by another save of it leaves only that
+    found = sorted(folders(out_dir) + folders(out_dir, ".old"), key=lambda path: path.stem, reverse=True)
+    for path in found:
+        reason = verify(path)
+        if not reason:
+            return path
+        log(f"skipping {path.name}: {reason}")
+    if found:
+        count = f"{len(found)} found, {len(found)} rejected"
+        raise CheckpointError(f"no valid checkpoint in {out_dir} ({count}); pass --overwrite to discard them")
+
+
+def resolve(path: str | Path, log: Callable = print) -> Path:
+    """The folder, verified, of a checkpoint's folder or link; of a run's folder its newest whole checkpoint."""
+    path = Path(path)
+    if path.resolve().match(STEP) or (path / "model.safetensors").exists():
+        if reason := verify(path):
+            raise CheckpointError(f"{path}: {reason}")
+        return path.resolve()
+    found = newest(path, log)
+    if not found:
+        raise CheckpointError(f"no checkpoint in {path}")
+    return found
+
+
+def load_config(path: str | Path) -> dict:
+    """The `config` that was given to save, from the checkpoint's folder."""
+    return json.loads((Path(path) / "config.json").read_text())
+
+
+def read_tensors(path):
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(f"{path}: {e} (truncated or damaged)") from None
+
+
+def fitting_weights(path, model):
+    """The stored weights; CheckpointError, first from the configs' sizes, then from tensors, where they do not fit."""
+    saved, config = load_config(path), next((m.config for m in model.modules() if hasattr(m, "config")), None)
+    if dataclasses.is_dataclass(config):
+        module = type(config).__module__
+        new = {"model": module[6:] if module.startswith("model_") else saved["model"], **dataclasses.asdict(config)}
+        old = {**new, "model": saved["model"], **saved["model_config"]}
+        keys = [key for key in new if (key == "model" or SIZE.fullmatch(key)) and old[key] != new[key]]
+        if keys:
+            text = "; ".join(f"checkpoint {key}={old[key]}, config {key}={new[key]}" for key in keys)
+            raise CheckpointError(f"{path} is of another model: {text}")
+    stored = read_tensors(path / "model.safetensors")
+    old, new = ({k: f"{str(t.dtype)[6:]} {[*t.shape]}" for k, t in part.items()} for part in (stored, weights(model)))
+    odd = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    if odd:
+        text = [f"{k} is {old.get(k, 'missing')} in the checkpoint, {new.get(k, 'missing')} in the model" for k in odd]
+        raise CheckpointError(f"{path} does not fit the model in {len(odd)} tensors: {'; '.join(text[:8])}")
+    return stored
+
+
+def restore(path: str | Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """Copies a checkpoint's folder into the model and the optimizer's state; returns the `trainer` given to save.
+
+    What does not fit is a CheckpointError, and nothing is copied. The optimizer's hyper-parameters stay as they are.
+    """
+    path = Path(path)
+    stored = fitting_weights(path, model)
+    trainer = json.loads((path / "trainer.json").read_text())
+    saved = trainer.pop("optimizer")
+    if optimizer is not None:
+        if saved["class"] != type(optimizer).__name__:
+            raise CheckpointError(f"{path} has the state of {saved['class']}, config says {type(optimizer).__name__}")
+        state = {**read_tensors(path / "trainer.safetensors"), **saved["state"]}
+        parameters = {plain(name): p for name, p in model.named_parameters()}
+        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        optimizer.state.clear()
+        for name, value in state.items():
+            name, _, key = name.rpartition(".")
+            p = parameters[name]
+            if torch.is_tensor(value):
+                on_cpu = key == "step" and not (groups[p].get("fused") or groups[p].get("capturable"))
+                like = p if value.shape == p.shape else value  # the strides of the parameter: the same kernels run
+                device = "cpu" if on_cpu else p.device
+                value = torch.empty_like(like, dtype=value.dtype, device=device, requires_grad=False).copy_(value)
+            optimizer.state[p][key] = value
+    with torch.no_grad():
+        for name, tensor in weights(model).items():
+            tensor.copy_(stored[name])
+    return trainer
+
+
+def load_model(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict]:
+    """(model in eval mode, config) of a checkpoint's folder or link, or of a run's newest whole checkpoint."""
+    path = resolve(path)
+    config = load_config(path)
+    name, saved = f"model_{config['model']}", config["model_config"]
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        raise CheckpointError(f"{path} needs {name}.py: {e}") from None
+    if odd := sorted({field.name for field in dataclasses.fields(module.GPTConfig)} ^ saved.keys()):
+        raise CheckpointError(f"{path} is of another version of {name}.py: only one of them knows {', '.join(odd)}")
+    model = module.GPT(module.GPTConfig(**saved)).to(device)
+    restore(path, model)
+    return model.eval(), config
+
+
+def changed_keys(old: dict, new: dict) -> list[str]:
+    """A line "key: old -> new" for each key that differs between two configs in the form that save takes."""
+    old, new = ({"model": c["model"], **c["knobs"], **c["model_config"]} for c in (old, json.loads(json.dumps(new))))
+    pairs = {key: (old.get(key, "(none)"), new.get(key, "(none)")) for key in {**old, **new}}
+    return [f"{key}: {a} -> {b}" for key, (a, b) in pairs.items() if a != b]

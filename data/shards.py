@@ -1,0 +1,312 @@
+"""Token shards: the file format, the reader, and the loader that makes batches of them.
+
+A shard is a header of 256 int32 (magic, version, number of tokens, zeros) and then the tokens: the format of llm.c and
+modded-nanogpt, whose published shards load as they are. The shards of a split, sorted by name, are one long stream of
+tokens in which every document begins with eot_id.
+
+A run sees windows 0, 1, 2, ... Window g is a function of (seed, g) alone: g // windows_per_epoch is its epoch, and
+g % windows_per_epoch its place in that epoch's order, which is computed and not stored. There is no state to save, any
+step is reached at once, and the number of ranks and micro_batch change nothing.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np  # torch is imported where tensors are made: prepare.py and its workers start without it
+
+HEADER_BYTES = 256 * 4
+FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: (version, type of a token)
+PUBLISHED = {2: (50257, 50256), 4: (128256, 128000)}  # bytes per token: vocab_size and eot_id of GPT-2 and Llama 3
+
+
+def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int) -> None:
+    """Writes one shard; under its name there is never a part of it."""
+    path = Path(path)
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise ValueError(f"{path}: tokens are {tokens.min()} to {tokens.max()}, but vocab_size is {vocab_size}")
+    magic = 20240520 if vocab_size <= 1 << 16 else 20240801
+    version, dtype = FORMATS[magic]
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(header.tobytes())
+        file.write(np.ascontiguousarray(tokens, dtype).data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def open_shard(path: Path) -> tuple[mmap.mmap, np.ndarray]:
+    """Maps one shard: (its bytes, its tokens). Raises ValueError where the file is not a whole shard."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < HEADER_BYTES:
+            raise ValueError(f"{path}: {size} bytes, less than the header's {HEADER_BYTES} (empty or truncated)")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    magic, version, count = (int(n) for n in np.frombuffer(mapped, "<i4", 3))
+    if magic not in FORMATS:
+        raise ValueError(f"{path}: bad magic {magic} (expected 20240520 or 20240801; not a token shard?)")
+    expected, dtype = FORMATS[magic]
+    if version != expected:
+        raise ValueError(f"{path}: version {version}, but shards with magic {magic} have version {expected}")
+    held, odd = divmod(size - HEADER_BYTES, dtype.itemsize)
+    if odd:
+        raise ValueError(f"{path}: {size - HEADER_BYTES} bytes of tokens do not divide into tokens of {dtype.itemsize}")
+    if held != count:
+        what = "truncated" if held < count else "two files in one?"
+        raise ValueError(f"{path}: header says {count} tokens, file holds {held} ({what}): write it again")
+    if not count:
+        raise ValueError(f"{path}: no tokens in it: delete it or write it again")
+    return mapped, np.frombuffer(mapped, dtype, offset=HEADER_BYTES)
+
+
+class Shards:
+    """The tokens of one split of a folder, memory-mapped. Files may be replaced (by rename) while they are in use."""
+
+    def __init__(self, folder: str | Path, split: str):
+        self.folder, self.split = Path(folder), split
+        if not self.folder.is_dir():
+            raise FileNotFoundError(
+                f"{self.folder} not found: make it with  python data/prepare.py {self.folder.name} --out {self.folder}"
+            )
+        self.paths = sorted(self.folder.glob(f"*{split}*.bin"))
+        if not self.paths:
+            raise FileNotFoundError(f"{self.folder} holds no *{split}*.bin: make it with  python data/prepare.py")
+        self._maps, self._tokens = zip(*map(open_shard, self.paths))
+        self._ends = np.cumsum([len(tokens) for tokens in self._tokens]).tolist()
+        self.meta = self._read_meta()
+        self.vocab_size, self.eot_id = self.meta["vocab_size"], self.meta["eot_id"]
+
+    def _read_meta(self):
+        path = self.folder / "meta.json"
+        if not path.exists():  # published shards: known by the size of their tokens
+            vocab_size, eot_id = PUBLISHED[self._tokens[0].itemsize]
+            return {"tokenizer": None, "vocab_size": vocab_size, "eot_id": eot_id}
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            meta["tokenizer"], meta["vocab_size"], meta["eot_id"]
+            return meta
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not what data/prepare.py writes ({error!r}): prepare the data again") from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which data this is: from meta.json, or for published shards a hash of names, sizes and first bytes."""
+        if "fingerprint" in self.meta:
+            return self.meta["fingerprint"]
+        digest = hashlib.sha256()
+        for path, mapped in zip(self.paths, self._maps):
+            digest.update(f"{path.name} {len(mapped)} ".encode() + mapped[: 2 * HEADER_BYTES])
+        return digest.hexdigest()
+
+    def __len__(self):
+        return self._ends[-1]
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """Tokens start to start + n of the stream, across shards: (n,) int64."""
+        assert 0 <= start and start + n <= len(self), f"tokens {start} to {start + n} of {len(self)}"
+        out, done = np.empty(n, np.int64), 0
+        while done < n:
+            i = bisect_right(self._ends, start + done)
+            tokens, mapped = self._tokens[i], self._maps[i]
+            first = start + done - (self._ends[i] - len(tokens))
+            part = tokens[first : first + n - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+            # Give the pages back (they stay in the system's cache), or the process would grow to the size of the data.
+            begin = HEADER_BYTES + first * tokens.itemsize
+            page = begin - begin % mmap.PAGESIZE
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED, page, begin - page + part.nbytes)
+        if n and out.max() >= self.vocab_size:
+            bad = int((out >= self.vocab_size).argmax())
+            path = self.paths[bisect_right(self._ends, start + bad)]
+            raise ValueError(f"{path}: token {out[bad]} >= vocab_size {self.vocab_size}: made with another tokenizer?")
+        return out
+
+    @cached_property
+    def document_starts(self) -> np.ndarray:
+        """Where the documents begin, (D,) int64. Reads everything once, 8 bytes of memory a document."""
+        block = 1 << 22
+        found = [
+            start + np.flatnonzero(self.read(start, min(block, len(self) - start)) == self.eot_id)
+            for start in range(0, len(self), block)
+        ]
+        return np.concatenate(found)
+
+
+def shuffled(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Places `index` of a random order of range(n): a permutation that is computed, not stored.
+
+    A Feistel network, one round a key, permutes the numbers of an even number of bits whatever its round function is;
+    a number that lands outside of range(n) goes through again until it is inside (cycle walking: Black and Rogaway,
+    "Ciphers with arbitrary finite domains", 2002). The round function is splitmix64's finalizer.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    out, outside = index.astype(np.uint64), np.arange(len(index))
+    while len(outside):
+        left, right = out[outside] >> half, out[outside] & low
+        for key in keys:
+            z = right + key  # wraps at 64 bits, like the products below
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((z ^ (z >> np.uint64(31))) & low)
+        out[outside] = left << half | right
+        outside = outside[out[outside] >= n]
+    return out.astype(np.int64)
+
+
+class Loader:
+    """Batches of windows of block_size + 1 tokens: the inputs and, shifted by one, the targets.
+
+    An epoch is every window of a grid once, in an order drawn from (seed, epoch); each epoch shifts the grid by a
+    random phase. Step s has the windows s * batch_windows and following, of which a rank takes a contiguous slice.
+
+    document_start_probability: this share of the windows begins where a document begins (every document once before any
+    comes again) and runs on into the next document where the document is shorter.
+    mask_document_crossing: a target that belongs to the next document becomes -1, which the loss ignores. Documents
+    begin with eot_id, so these are the targets that are eot_id.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        block_size: int,
+        batch_windows: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch: int | None = None,
+        device: str = "cpu",
+        document_start_probability: float = 0.0,
+        mask_document_crossing: bool = False,
+    ):
+        if len(shards) < block_size + 1:
+            raise ValueError(
+                f"{shards.folder}: {len(shards)} {shards.split} tokens are less than one window of block_size + 1 = "
+                f"{block_size + 1}: use a smaller block_size or more text"
+            )
+        if batch_windows < world_size:
+            raise ValueError(
+                f"a batch of {batch_windows} windows is too small for {world_size} ranks: raise batch_tokens"
+            )
+        if not 0 <= document_start_probability <= 1:
+            raise ValueError(f"document_start_probability={document_start_probability} is not between 0 and 1")
+        self.shards, self.block_size, self.batch_windows, self.seed = shards, block_size, batch_windows, seed
+        self.first, self.last = batch_windows * rank // world_size, batch_windows * (rank + 1) // world_size
+        self.micro_batch = micro_batch or self.last - self.first
+        self.device, self.mask_document_crossing = device, mask_document_crossing
+        # One window is left out, where there is more than one, so that the grid can begin at any of block_size places.
+        self.windows_per_epoch = max(1, len(shards) // block_size - 1)
+        self.phases = min(block_size, len(shards) - self.windows_per_epoch * block_size)
+        self.share = round(document_start_probability * (1 << 20))  # in integers, so that counting never drifts
+        if self.share:
+            self.document_starts = shards.document_starts[shards.document_starts < len(shards) - block_size]
+            if not len(self.document_starts):
+                raise ValueError(
+                    f"{shards.folder}: no document (eot_id={shards.eot_id}) starts block_size before the end"
+                )
+        # A GPU's next step is read while it computes. A CPU would pay more for the thread than for the reading.
+        self._thread = ThreadPoolExecutor(1) if device != "cpu" else None
+        self._drawn = None, None  # (64 steps, where their windows start)
+        self._ahead = None, None  # (step, its future batches)
+
+    def _draw(self, k, n, kind):
+        """The k-th draws from range(n), all of it once before any comes again: (draws, a number for each epoch)."""
+        drawn, noise = np.empty_like(k), np.empty_like(k)
+        epochs = k // n
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            keys = np.random.SeedSequence((self.seed, kind, epoch)).generate_state(7, np.uint64)
+            drawn[here] = shuffled(k[here] % n, n, keys[1:])
+            noise[here] = keys[0] >> np.uint64(1)
+        return drawn, noise
+
+    def starts(self, step: int) -> np.ndarray:
+        """Where this rank's windows of a step begin in the stream of tokens: (windows,) int64."""
+        block, place = divmod(step, 64)  # drawing for 64 steps takes hardly longer than for one
+        known, starts = self._drawn
+        if known != block:
+            starts = self._draw_starts(block * 64 + np.arange(64))
+            self._drawn = block, starts
+        return starts[place]
+
+    def _draw_starts(self, steps):
+        g = steps[:, None] * self.batch_windows + np.arange(self.first, self.last)  # (steps, windows)
+        documents = g * self.share >> 20  # windows before this one that began with a document
+        window, noise = self._draw(g - documents, self.windows_per_epoch, 0)
+        starts = window * self.block_size + noise % self.phases
+        if self.share:
+            place, _ = self._draw(documents, len(self.document_starts), 1)
+            begins_document = (g + 1) * self.share >> 20 > documents
+            starts = np.where(begins_document, self.document_starts[place], starts)
+        return starts
+
+    def _load(self, step):
+        starts = self.starts(step)
+        ignored = self.shards.eot_id if self.mask_document_crossing else None
+        return [
+            make_batch(self.shards, starts[i : i + self.micro_batch], self.block_size, self.device, ignored)
+            for i in range(0, len(starts), self.micro_batch)
+        ]
+
+    def batches(self, step: int) -> Iterator[tuple]:
+        """This rank's micro-batches (x, y) of a step, on the device."""
+        if self._thread:
+            here = self._ahead[1] if self._ahead[0] == step else self._thread.submit(self._load, step)
+            self._ahead = step + 1, self._thread.submit(self._load, step + 1)
+            loaded = here.result()
+        else:
+            loaded = self._load(step)
+        for x, y in loaded:
+            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+
+def make_batch(shards, starts, block_size, device, ignored=None, targets=None):
+    """Windows that begin at `starts` as (x, y), in pinned memory for a GPU; y past `targets` of the stream is -1."""
+    import torch
+
+    tokens = np.full((len(starts), block_size + 1), shards.eot_id, np.int64)
+    for row, start in zip(tokens, starts.tolist()):
+        n = min(block_size + 1, len(shards) - start)
+        row[:n] = shards.read(start, n)
+    x, y = np.ascontiguousarray(tokens[:, :-1]), tokens[:, 1:].copy()
+    if ignored is not None:
+        y[y == ignored] = -1
+    if targets is not None:
+        y[starts[:, None] + 1 + np.arange(block_size) > targets] = -1
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    return (x.pin_memory(), y.pin_memory()) if torch.device(device).type == "cuda" else (x, y)
+
+
+def eval_batches(
+    shards: Shards,
+    block_size: int,
+    n_tokens: int,
+    micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = "cpu",
+) -> Iterator[tuple]:
+    """The first n_tokens targets of the split (0: all of them), each exactly once, the same at every call.
+
+    The last window is filled up with targets of -1, so weigh a batch's loss by its targets that are not -1.
+    Ranks get contiguous parts, whose numbers of batches may differ by one or be 0.
+    """
+    targets = min(n_tokens or len(shards), len(shards) - 1)
+    if targets < 1:
+        raise ValueError(f"{shards.folder}: {len(shards)} {shards.split} tokens are too few to predict one")
+    starts = np.arange(0, targets, block_size)
+    starts = starts[len(starts) * rank // world_size : len(starts) * (rank + 1) // world_size]
+    for i in range(0, len(starts), micro_batch):
+        x, y = make_batch(shards, starts[i : i + micro_batch], block_size, device, targets=targets)
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)

@@ -1,0 +1,411 @@
+"""Tokenizers: text to ids and back. They are loaded by name or from a file, or trained here as byte-level BPE.
+
+    tok = load_tokenizer("gpt2")  # or "byte", "char", PATH/tokenizer.json, PATH/x.tiktoken, PATH/x.model, "bpe:FILE"
+    ids = tok.encode("Hello<|endoftext|>")  # plain text stays plain text, whatever it spells
+    ids = tok.encode("Hello<|endoftext|>", special=True)  # a special token becomes its one id
+    python data/tokenizers.py train FILES... --vocab_size 8192 --out bpe.json  # then load_tokenizer("bpe:bpe.json")
+
+BPE (Sennrich et al. 2016, arXiv:1508.07909) on bytes, as in GPT-2: a regex cuts text into words, a word begins as its
+bytes, and the adjacent pair that makes the token of lowest rank is merged, again and again. A token's id is its rank,
+and tiktoken's core does the work. decode(encode(text)) == text, except for tokenizers that normalise by design:
+Qwen's (Unicode NFC) and most sentencepiece models.
+"""
+
+import argparse
+import base64
+import codecs
+import gzip
+import hashlib
+import heapq
+import json
+import multiprocessing
+import os
+import sys
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+if __name__ == "__main__":  # this folder on the path would shadow the installed package `tokenizers`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import regex
+from tqdm import tqdm
+
+EOT = "<|endoftext|>"
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+
+# How text is cut into words, which no merge crosses. "newer" is GPT-4's and Llama 3's: a word takes the character
+# before it, numbers go by three digits (in "qwen" by one), line breaks stay together.
+NEWER = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+NEWER += r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
+GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+PATTERNS = {"gpt2": GPT2, "newer": NEWER, "qwen": NEWER.replace("{1,3}", "")}
+
+
+class Tokenizer:
+    """Attributes: name, vocab_size (largest id + 1), eot_id, special_tokens (dict from spelling to id)."""
+
+    # kind and its data: "byte"; "char": chars; "sentencepiece": model (base64);
+    # "bpe": ranks (lines "base64 id", as in a .tiktoken file), pattern, nfc (normalise first)
+    def __init__(self, kind: str, name: str, special_tokens: dict[str, int], add_tokens: Iterable[str] = (), **data):
+        self.kind, self.name, self.special_tokens, self._data = kind, name, dict(special_tokens), data
+        self._adds_space = False
+        if kind == "byte":
+            pieces = {i: bytes([i]) for i in range(256)}
+        elif kind == "char":
+            pieces = {i: c.encode() for i, c in enumerate(data["chars"])}
+            self._char_ids = {c: i for i, c in enumerate(data["chars"])}
+        elif kind == "bpe":
+            import tiktoken
+
+            ranks = _parse_ranks(data["ranks"], name)
+            pieces = {i: token for token, i in ranks.items()}
+            self._core = tiktoken.Encoding(name, pat_str=data["pattern"], mergeable_ranks=ranks, special_tokens={})
+        else:
+            self._core = _sentencepiece(base64.b64decode(data["model"]))
+            pieces = _sentencepiece_pieces(self._core)
+            self._adds_space = self._core.encode("a", out_type=str)[0].startswith("\u2581")
+
+        for token in add_tokens:
+            if token not in self.special_tokens:
+                self.special_tokens[token] = max(*pieces, *self.special_tokens.values()) + 1
+        self._bytes = dict(pieces)
+        for token, i in self.special_tokens.items():
+            if i in self._bytes or not token:
+                why = f"its id {i} is that of {self._bytes[i]!r}" if token else "it is empty"
+                raise ValueError(f"{name}: special token {token!r} can't be had: {why}")
+            self._bytes[i] = token.encode()
+        self._special_ids = set(self.special_tokens.values())
+        self._special_regex = regex.compile(f"({_alternatives(self.special_tokens)})")
+        self.vocab_size = max(self._bytes) + 1
+        self.eot_id = self.special_tokens[EOT]
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text. With special=True the spelling of a special token becomes its id, the longest one first."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            why = f"the lone surrogate {text[e.start]!r} at character {e.start} is no valid Unicode"
+            raise ValueError(f"{why}: read files as UTF-8 with errors='strict'") from None
+        if not special:
+            return self._encode(text)
+        ids = []
+        for i, part in enumerate(self._special_regex.split(text)):  # plain, special, plain, ..., special, plain
+            ids += [self.special_tokens[part]] if i % 2 else self._encode(part)
+        return ids
+
+    def _encode(self, text):
+        if self.kind == "byte":
+            return list(text.encode())
+        if self.kind == "char":
+            if unknown := set(text) - self._char_ids.keys():
+                why = f"{min(unknown)!r} is not among the {len(self._char_ids)} characters of this tokenizer"
+                raise ValueError(f"{why}: build it from a text that has it, or take another tokenizer")
+            return [self._char_ids[c] for c in text]
+        if self.kind == "bpe":
+            text = unicodedata.normalize("NFC", text) if self._data["nfc"] else text
+            return [i for part in _cut_long_spaces(text) for i in self._core.encode_ordinary(part)]
+        return self._core.encode(text)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self._spell(ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def _spell(self, ids):
+        start = True
+        for i in map(int, ids):
+            if i not in self._bytes:
+                raise ValueError(f"id {i} stands for nothing in {self.name}, whose vocab_size is {self.vocab_size}")
+            piece = self._bytes[i]
+            # sentencepiece puts a space before each plain text; it was not there
+            yield piece.removeprefix(b" ") if self._adds_space and start else piece
+            start = i in self._special_ids
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 (vocab_size,): bytes of text that each id stands for, 0 for special tokens and unused ids."""
+        plain = self._bytes.keys() - self._special_ids
+        return np.array([len(self._bytes[i]) if i in plain else 0 for i in range(self.vocab_size)], dtype=np.int32)
+
+    def to_dict(self) -> dict:
+        """Plain JSON with everything that tokenizer_from_dict needs, ranks included."""
+        return {"kind": self.kind, "name": self.name, "special_tokens": dict(self.special_tokens), **self._data}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides ids; not of the name, so a file that moved is still the same tokenizer."""
+        return hashlib.sha256(json.dumps(self.to_dict() | {"name": ""}, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_from_dict(d: dict) -> Tokenizer:
+    return Tokenizer(**d)
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Yield text as ids arrive, a character only when all its bytes are there; invalid bytes become U+FFFD."""
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for piece in tokenizer._spell(ids):
+        if text := utf8.decode(piece):
+            yield text
+    if text := utf8.decode(b"", final=True):
+        yield text
+
+
+def load_tokenizer(spec: str, add_tokens: Iterable[str] = (), chars: str | None = None) -> Tokenizer:
+    """spec: "byte", "char" (chars is any text with the whole alphabet), a tiktoken name, PATH/tokenizer.json of Hugging
+    Face, PATH/x.tiktoken of Qwen (others: x.tiktoken:newer or :gpt2), PATH/x.model of sentencepiece, "bpe:FILE".
+    <|endoftext|> and add_tokens become special tokens with the next free ids where they are not there yet."""
+    path, add_tokens = Path(spec.removeprefix("bpe:")), (EOT, *add_tokens)
+    if spec == "byte":
+        return Tokenizer("byte", spec, {}, add_tokens)
+    if spec == "char":
+        if not chars:
+            raise ValueError("char needs its alphabet: load_tokenizer('char', chars=text)")
+        return Tokenizer("char", spec, {}, add_tokens, chars="".join(sorted(set(chars))))
+    if spec.startswith("bpe:") or path.suffix == ".json":
+        try:
+            d = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise ValueError(f"{path} is no JSON ({e}): was it cut short?") from None
+        return Tokenizer(**d if "kind" in d else _read_tokenizer_json(d, path), add_tokens=add_tokens)
+    if path.suffix == ".model":
+        sp = _sentencepiece(path.read_bytes())
+        control = {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i)}
+        model = base64.b64encode(path.read_bytes()).decode()
+        return Tokenizer("sentencepiece", path.name, control, add_tokens, model=model)
+    if ".tiktoken" in path.suffix:
+        file, _, pattern = spec.partition(".tiktoken:")
+        path = Path(file + ".tiktoken") if pattern else path
+        ranks = _parse_ranks(path.read_text(encoding="utf-8"), path)
+        pattern = pattern or ("qwen" if len(ranks) == 151_643 else None)
+        if pattern not in PATTERNS:
+            why = f"{path} has {len(ranks)} ranks (Qwen's 151643) and does not say how text is cut into words"
+            raise ValueError(f"{why}: append one of {', '.join(PATTERNS)}, as in {path.name}:newer")
+        data = {"ranks": _format_ranks(ranks), "pattern": PATTERNS[pattern], "nfc": pattern == "qwen"}
+        return Tokenizer("bpe", path.name, {}, add_tokens, **data)
+
+    import tiktoken
+
+    if spec not in tiktoken.list_encoding_names():
+        names = ", ".join(["byte", "char", *tiktoken.list_encoding_names()])
+        raise ValueError(f"no tokenizer {spec!r}: take {names}, bpe:FILE, or a .json, .tiktoken or .model file")
+    try:
+        encoding = tiktoken.get_encoding(spec)
+    except (OSError, ValueError) as e:  # no network, or something else than the file came
+        raise OSError(
+            f"tiktoken could not download the ranks of {spec}: {e}\nWithout a network, set TIKTOKEN_CACHE_DIR to a "
+            "folder that it filled on another machine, or take byte, char, a tokenizer.json, or bpe:FILE trained here"
+        ) from e
+    data = {"ranks": _format_ranks(encoding._mergeable_ranks), "pattern": encoding._pat_str, "nfc": False}
+    return Tokenizer("bpe", spec, encoding._special_tokens, add_tokens, **data)
+
+
+def _alternatives(tokens):
+    return "|".join(regex.escape(token) for token in sorted(tokens, key=len, reverse=True))
+
+
+def _format_ranks(ranks):
+    return "\n".join(f"{base64.b64encode(token).decode()} {i}" for i, token in sorted((i, t) for t, i in ranks.items()))
+
+
+def _parse_ranks(text, name):
+    try:
+        ranks = {base64.b64decode(token): int(i) for token, i in map(str.split, text.splitlines())}
+    except ValueError as e:
+        raise ValueError(f"{name} does not hold lines 'base64 id' ({e}): was it cut short?") from None
+    if len(set(ranks.values())) < len(ranks):
+        raise ValueError(f"{name}: {len(ranks)} tokens share {len(set(ranks.values()))} ids: give each its own")
+    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
+        raise ValueError(f"{name} has no token for {len(missing)} of the 256 bytes, like {missing[0]}")
+    return ranks
+
+
+def _cut_long_spaces(text, limit=100_000):
+    # tiktoken's regex engine keeps a state for each space of a run, and panics somewhere below a million. Without the
+    # lookbehind the search would be quadratic in runs just below the limit.
+    start = 0
+    for run in regex.finditer(rf"(?<!\s)\s{{{limit},}}", text) if len(text) > limit else ():
+        for cut in range(run.start() + limit, run.end(), limit):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
+
+
+def _read_tokenizer_json(d, path):
+    model, normalizer, steps = d.get("model", {}), d.get("normalizer"), d.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    split, kinds = steps[0], [step.get("type") for step in steps]
+    pattern = None
+    if kinds == ["ByteLevel"] and split.get("use_regex", True):
+        pattern = GPT2
+    elif kinds == ["Split", "ByteLevel"] and split["behavior"] == "Isolated" and not split["invert"]:
+        pattern = None if steps[1].get("use_regex", True) else split["pattern"].get("Regex")
+    special = {token["content"]: token["id"] for token in d.get("added_tokens", ())}
+    merged = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges", ())]
+    vocab, made = model.get("vocab", {}), set(merged)
+    # GPT-2 spells printable bytes as themselves, and the others as the characters from U+0100 on
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte = {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
+    byte |= {chr(b): b for b in printable}
+    plain = [(t, i) for t, i in dict(vocab).items() if t in made or special.get(t) != i]
+    unmade = [t for t, i in plain if t not in made and len(t) > 1 or not byte.keys() >= set(t)]
+    spaced = [t["content"] for t in d.get("added_tokens", ()) if t["lstrip"] or t["rstrip"] or t["single_word"]]
+    options = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
+    problems = {
+        f"its model is {model.get('type')}": model.get("type", "BPE") != "BPE" or not merged,
+        f"its model has {', '.join(o for o in options if model.get(o))}": any(model.get(o) for o in options),
+        f"its normalizer is {(normalizer or {}).get('type')}": normalizer not in (None, {"type": "NFC"}),
+        f"its pre_tokenizer is {d.get('pre_tokenizer')}": not pattern or steps[-1].get("add_prefix_space"),
+        f"its tokens {unmade[:3]} are made by no merge of bytes": unmade,
+        f"its tokens {spaced[:3]} take the spaces around them or want a word of their own": spaced,
+        "its ids do not follow the order of its merges": sorted(merged, key=lambda t: vocab.get(t, -1)) != merged,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ValueError(f"{path}: {problem}; only byte-level BPE like GPT-2's, Llama 3's or Qwen's can be read")
+    if pattern not in PATTERNS.values():  # here text that no alternative matches is a word; tiktoken would drop it
+        pattern += rf"|(?:(?!{pattern})[\s\S])+"
+    ranks = _format_ranks({bytes(byte[c] for c in t): i for t, i in plain})
+    data = {"ranks": ranks, "pattern": pattern, "nfc": normalizer is not None}
+    return {"kind": "bpe", "name": Path(path).name, "special_tokens": special, **data}
+
+
+def _sentencepiece(model):
+    try:
+        import sentencepiece
+    except ImportError:
+        raise ImportError("a sentencepiece .model needs its package: pip install sentencepiece") from None
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as e:
+        raise ValueError(f"not a sentencepiece model ({e}); a file of ranks must be named x.tiktoken") from None
+
+
+def _sentencepiece_pieces(sp):
+    # its sign for a space is U+2581; "<0x41>" is a byte
+    pieces = {i: sp.id_to_piece(i) for i in range(len(sp)) if not sp.is_control(i) and not sp.is_unused(i)}
+    pieces = {i: "\ufffd" if sp.is_unknown(i) else piece.replace("\u2581", " ") for i, piece in pieces.items()}
+    return {i: bytes([int(p[1:-1], 16)]) if sp.is_byte(i) else p.encode() for i, p in pieces.items()}
+
+
+def train_bpe(files, vocab_size: int, pattern="newer", special_tokens=(), workers=1, name="bpe") -> Tokenizer:
+    """Ids: 0..255 the bytes, then the merges in order, then <|endoftext|> and special_tokens; vocab_size in all."""
+    n_special = len({EOT, *special_tokens})
+    n_merges = vocab_size - 256 - n_special
+    if n_merges < 1:
+        raise ValueError(f"vocab_size={vocab_size} must be more than 256 bytes + {n_special} special tokens")
+    merges = merge_words(count_words(files, pattern, special_tokens, workers), n_merges)
+    if len(merges) < n_merges:
+        largest = vocab_size - n_merges + len(merges)
+        raise ValueError(f"{len(merges)} merges are all this text has: take --vocab_size {largest}, or more text")
+    tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
+    data = {"ranks": _format_ranks({t: i for i, t in enumerate(tokens)}), "pattern": PATTERNS[pattern], "nfc": False}
+    return Tokenizer("bpe", name, {}, (EOT, *special_tokens), **data)
+
+
+def count_words(files, pattern: str, special_tokens=(), workers: int = 1) -> Counter[str]:
+    """How often each word occurs in the files. Special tokens (<|endoftext|> always) end words and are not counted."""
+    if bad := [token for token in special_tokens if not token or regex.search(r"\s", token)]:
+        raise ValueError(f"special tokens to train around must not be empty or have spaces inside: {bad}")
+    shares = [(files, pattern, (EOT, *special_tokens), share, workers) for share in range(workers)]
+    if workers == 1:
+        return _count_share(*shares[0])
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        return sum(pool.starmap(_count_share, shares), Counter())
+
+
+def _count_share(files, pattern, special_tokens, share, n_shares):
+    # Each worker reads all files and counts every n-th chunk: reading is cheap beside the regex, and no text travels.
+    words, special, counts = regex.compile(PATTERNS[pattern]), regex.compile(_alternatives(special_tokens)), Counter()
+    bar = tqdm(files, "count words", unit="file", disable=None if share == 0 else True)
+    for chunk in islice((chunk for path in bar for chunk in _chunks(Path(path))), share, None, n_shares):
+        for text in special.split(chunk):
+            counts.update(words.findall(text))
+    return counts
+
+
+def _chunks(path, size=1 << 20):
+    # Between a letter or digit and a space every pattern ends a word, and looks neither back nor ahead over that place.
+    safe = regex.compile(r"(?<=[\p{L}\p{N}])\s")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+            if ".jsonl" in path.suffixes:
+                yield from (json.loads(line)["text"] for line in file)
+                return
+            text = ""
+            while block := file.read(size):
+                start, text = len(text), text + block
+                if cut := safe.search(text, start):
+                    yield text[: cut.start()]
+                    text = text[cut.start() :]
+            yield text
+    except (ValueError, KeyError) as e:
+        raise ValueError(f"{path} is no UTF-8 text, or no JSON lines with a field text: {e}") from None
+
+
+def merge_words(words: dict[str, int], n_merges: int) -> list[tuple[bytes, bytes]]:
+    """Merge the most frequent pair n_merges times (or till nothing is left); of equals, the one with the lowest ids."""
+    # 1. A word is a string with chr(id) for each token: a pair is a string of two, and str.replace merges it.
+    texts, weights = [word.encode().decode("latin-1") for word in words], list(words.values())
+    counts, where = defaultdict(int), defaultdict(set)  # pair -> its count, and the words that hold it, or once did
+    for i, text in enumerate(texts):
+        for pair in map(str.__add__, text, text[1:]):
+            counts[pair] += weights[i]
+            where[pair].add(i)
+
+    # 2. Counts of known pairs only fall, so what the heap says of a pair is a bound: if stale, it goes back corrected.
+    heap = [(-n, pair) for pair, n in counts.items()]
+    heapq.heapify(heap)
+    tokens, merges = [bytes([b]) for b in range(256)], []
+    for new in tqdm(map(chr, range(256, 256 + n_merges)), "merge", n_merges, disable=None):
+        while heap and counts[heap[0][1]] != -heap[0][0]:
+            _, pair = heapq.heappop(heap)
+            if counts[pair]:
+                heapq.heappush(heap, (-counts[pair], pair))
+        if not heap:
+            break
+        _, pair = heapq.heappop(heap)
+        merges.append((tokens[ord(pair[0])], tokens[ord(pair[1])]))
+        tokens.append(b"".join(merges[-1]))
+
+        # 3. Merge the pair in the words that hold it, and recount those.
+        made = set()
+        for i in where.pop(pair):
+            old, texts[i] = texts[i], texts[i].replace(pair, new)
+            for p in map(str.__add__, old, old[1:]):
+                counts[p] -= weights[i]
+            for p in map(str.__add__, texts[i], texts[i][1:]):
+                counts[p] += weights[i]
+                if new in p:
+                    made.add(p)
+                    where[p].add(i)
+        for p in made:
+            heapq.heappush(heap, (-counts[p], p))
+    return merges
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.")
+    train = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train one on text files")
+    train.add_argument("files", nargs="+", help=".txt, .py or .jsonl (its text fields), each also with .gz")
+    train.add_argument("--vocab_size", type=int, default=8192, help="bytes and special tokens included")
+    train.add_argument("--pattern", choices=["gpt2", "newer"], default="newer", help="how text is cut into words")
+    train.add_argument("--special_tokens", nargs="*", default=[], metavar="TOKEN", help=f"beside {EOT}")
+    train.add_argument("--out", type=Path, default="bpe.json", help="where it goes; load it as bpe:FILE")
+    train.add_argument("--workers", type=int, default=min(8, os.cpu_count()))
+    a = parser.parse_args()
+    try:
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        tok = train_bpe(a.files, a.vocab_size, a.pattern, a.special_tokens, a.workers, a.out.stem)
+        a.out.write_text(json.dumps(tok.to_dict()), encoding="utf-8")
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    print(f"{tok.vocab_size} tokens in {a.out}: use it as bpe:{a.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Muon and AdamW in one optimizer: Muon for the matrices inside blocks, AdamW for everything else.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest
+(semi-)orthogonal matrix, so that an update is equally large in every direction. For a gradient G and a weight W:
+    M <- momentum * M + (1 - momentum) * G                    momentum buffer
+    U  = momentum * M + (1 - momentum) * G                    Nesterov's look-ahead
+    O  = orthogonalize(U)                                     singular values -> about 1, by matrix products alone
+    W <- (1 - lr * weight_decay) * W - lr * scale * O         scale = 0.2 * sqrt(max(rows, columns))
+With that scale an entry of the update is as large as AdamW's typically is (Liu et al. 2025, arXiv 2502.16982), so one
+learning rate and one weight decay serve both methods.
+"""
+
+from collections.abc import Callable
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+# Odd quintics a*x + b*x^3 + c*x^5 that push singular values towards 1, one a step; the last one repeats.
+# "quintic": steep at zero, never settles: 5 steps map [0.003, 1] into [0.68, 1.21], and less to less; zero stays zero.
+# "polar_express" (Amsel et al. 2025, arXiv 2505.16932): step t's is the best quintic for the interval that the step
+# before leaves, beginning with [0.001, 1]: 5 steps map that into [0.84, 1.13]. The divisions by 1.01 keep rounding
+# from throwing a value out of the interval, beyond which the polynomials explode; the last one needs none.
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+POLYNOMIALS = {
+    "quintic": ((3.4445, -4.7750, 2.0315),),
+    "polar_express": (*((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR_EXPRESS), (1.875, -1.25, 0.375)),
+}
+
+# How far one update moves a weight of the given fan-out and fan-in at lr = 1.
+SCALES = {
+    "match_rms_adamw": lambda fan_out, fan_in: 0.2 * sqrt(max(fan_out, fan_in)),
+    "original": lambda fan_out, fan_in: sqrt(max(1, fan_out / fan_in)),
+}
+
+# What sends a parameter to AdamW although it is a matrix, and what exempts it from decay: parts of its name.
+ADAMW_NAMES, ADAMW_MODULES = ("embed", "lm_head", "router", "conv"), (nn.Embedding, nn.modules.conv._ConvNd)
+NO_DECAY_NAMES = ("norm", "bias", "A_log")
+
+
+def orthogonalize(x: Tensor, polynomial: str = "polar_express", steps: int = 5) -> Tensor:
+    """(B, rows, columns) -> same shape, each matrix U S V^T replaced by about U V^T, computed in x's dtype."""
+    table = POLYNOMIALS[polynomial]
+    coefficients = (table + table[-1:] * steps)[:steps]
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x  # the products below are rows by rows: make rows the short side
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value exceeds 1
+    # p(x) = (aI + bG + cG^2) x with the Gram matrix G = x x^T. Several steps may be taken on G alone, which is cheaper
+    # where rows are short: p(x) p(x)^T = P G P, P = aI + bG + cG^2. G squares the singular values, and every step
+    # multiplies its rounding errors by up to a^2, so this needs true fp32, and x itself again after five steps.
+    precise = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    at_once = 5 if precise and x.size(-1) > 1.5 * x.size(-2) else 1
+    for i in range(0, steps, at_once):
+        gram, product = torch.bmm(x, x.mT), None
+        *on_gram, (a, b, c) = coefficients[i : i + at_once]
+        for a_, b_, c_ in on_gram:
+            p = torch.baddbmm(gram, gram, gram, beta=b_, alpha=c_)
+            p.diagonal(dim1=-2, dim2=-1).add_(a_)
+            gram, product = torch.bmm(torch.bmm(p, gram), p), p if product is None else torch.bmm(p, product)
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        y = x if product is None else product
+        y = torch.baddbmm(y, p, y, beta=a)
+        x = y if product is None else torch.bmm(y, x)
+    return x.mT if tall else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """One method per parameter group; the options below may differ between groups.
+
+    AdamW equals torch.optim.AdamW; Muon with polynomial="quintic" and dtype=torch.bfloat16 equals torch.optim.Muon.
+    State of a parameter: exp_avg, exp_avg_sq, step (adamw) or momentum_buffer (muon).
+    """
+
+    def __init__(
+        self,
+        params,
+        method: str = "adamw",  # any shape; or "muon": 2-D weights (out, in), 3-D stacks (E, in, out)
+        lr: float = 1e-3,  # of both methods; a schedule sets group["lr"] before each step
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),  # adamw
+        eps: float = 1e-8,  # adamw
+        momentum: float = 0.95,  # muon
+        nesterov: bool = True,  # muon
+        steps: int = 5,  # muon: of orthogonalize; fewer are cheaper and coarser
+        polynomial: str = "polar_express",  # muon: or "quintic"
+        scale: str = "match_rms_adamw",  # muon: or "original", which wants a learning rate of its own, about 0.02
+        dtype: torch.dtype | None = None,  # muon: of orthogonalize; None: bfloat16 on CUDA, else float32 or finer
+        cautious_decay: bool = False,  # decay only where update * weight >= 0 (Chen et al. 2025, arXiv 2510.12402)
+        decay_with_lr: bool = True,  # a step shrinks weights by lr * weight_decay; False: by initial_lr * weight_decay
+    ):
+        defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        for knob, value, known in (("polynomial", polynomial, POLYNOMIALS), ("scale", scale, SCALES)):
+            if value not in known:
+                raise ValueError(f"{knob}={value!r} is unknown: choose one of {', '.join(known)}")
+        if steps < 1:
+            raise ValueError(f"steps={steps} leaves the momentum as it is: Muon needs at least 1, 5 is usual")
+        # load_state_dict looks at "fused" to know that AdamW's step counts live beside their parameters.
+        super().__init__(params, {**defaults, "fused": True})
+        for group in self.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+            wrong = [tuple(p.shape) for p in group["params"] if group["method"] == "muon" and p.ndim not in (2, 3)]
+            if wrong:
+                raise ValueError(f"Muon takes 2-D and 3-D parameters, not {wrong}: give them a method='adamw' group")
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Tensor | None:
+        """Updates every parameter that has a gradient; returns the closure's loss, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            buckets = {}  # fused and batched kernels want one device and one dtype
+            for p in group["params"]:
+                if p.grad is not None:
+                    buckets.setdefault((p.device, p.dtype), []).append(p)
+            for params in buckets.values():
+                (self._muon if group["method"] == "muon" else self._adamw)(group, params, [p.grad for p in params])
+        return loss
+
+    def _adamw(self, group, params, grads):
+        for p in params:
+            if not self.state[p]:
+                step = torch.zeros((), dtype=torch.float32, device=p.device)
+                self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=step)
+        states = [self.state[p] for p in params]
+        averages, squares, steps = ([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq", "step"))
+        (beta1, beta2), weight_decay = group["betas"], group["weight_decay"]
+        if weight_decay and (group["cautious_decay"] or not group["decay_with_lr"]):
+            self._decay(group, params, torch._foreach_lerp(averages, grads, 1 - beta1))  # has the update's signs
+            weight_decay = 0.0
+        torch._foreach_add_(steps, 1)
+        rates = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": group["eps"]}
+        torch._fused_adamw_(params, grads, averages, squares, [], steps, **rates, amsgrad=False, maximize=False)
+
+    def _muon(self, group, params, grads):
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+
+        # 1. matrices of one shape, lying or standing, of 2-D and 3-D parameters, become one stack (B, rows, columns)
+        stacks = {}
+        for p, u in zip(params, updates):
+            scale = SCALES[group["scale"]](*(p.shape if p.ndim == 2 else (p.size(2), p.size(1))))  # of fan-out, fan-in
+            u = u.reshape(-1, *u.shape[-2:])
+            u = u.mT if u.size(1) > u.size(2) else u
+            stacks.setdefault((u.shape[1:], scale), []).append((p, u))
+        # 2. orthogonalize each stack and cut it up again
+        p, ordered, directions = params[0], [], []
+        dtype = torch.bfloat16 if p.device.type == "cuda" else torch.promote_types(p.dtype, torch.float32)
+        for (_, scale), pairs in stacks.items():
+            stack = torch.cat([u for _, u in pairs]).to(group["dtype"] or dtype)
+            stack = orthogonalize(stack, group["polynomial"], group["steps"]).to(p.dtype).mul_(scale)
+            for (p, _), o in zip(pairs, stack.split([len(u) for _, u in pairs])):
+                ordered.append(p)
+                directions.append((o.mT if p.size(-2) > p.size(-1) else o).view_as(p))
+        # 3. decay, then move
+        self._decay(group, ordered, directions)
+        torch._foreach_add_(ordered, directions, alpha=-group["lr"])
+
+    @staticmethod
+    def _decay(group, params, updates):
+        shrink = group["weight_decay"] * (group["lr"] if group["decay_with_lr"] else group["initial_lr"])
+        if group["cautious_decay"]:
+            torch._foreach_sub_(params, [shrink * p * (p * u >= 0) for p, u in zip(params, updates)])
+        else:
+            torch._foreach_mul_(params, 1 - shrink)
+
+
+def param_groups(model: nn.Module, optimizer: str = "muon", weight_decay: float = 0.1) -> list[dict]:
+    """Every trainable parameter of the model in exactly one group; a tied one counts once.
+
+    "matrices": 2-D and 3-D weights inside blocks (a number in the name: blocks.0.attn.wq.weight), by Muon, or AdamW.
+    "decayed": whatever else has two dimensions or more (embeddings, head, routers, convolutions, 4-D weights, and all
+        outside blocks), by AdamW. Embeddings decay as in nanoGPT: with a tied head they are the output matrix too.
+    "undecayed": vectors and scalars, and norms, biases and A_log of any shape, by AdamW without decay.
+    """
+    if optimizer not in ("muon", "adamw"):
+        raise ValueError(f"optimizer={optimizer!r} is unknown: choose muon or adamw")
+    owners = {p: m for m in model.modules() for p in m.parameters(recurse=False)}
+    groups = {"matrices": [], "decayed": [], "undecayed": []}
+    for name, p in model.named_parameters():
+        in_block = any(part.isdigit() for part in name.split("."))
+        for_adamw = any(n in name for n in ADAMW_NAMES) or isinstance(owners[p], ADAMW_MODULES)
+        group = "matrices" if in_block and not for_adamw and p.ndim < 4 else "decayed"
+        group = "undecayed" if p.ndim < 2 or any(n in name for n in NO_DECAY_NAMES) else group
+        groups[group] += [(name, p)] if p.requires_grad else []
+    rules = {"matrices": (optimizer, weight_decay), "decayed": ("adamw", weight_decay), "undecayed": ("adamw", 0.0)}
+    return [dict(name=k, params=groups[k], method=m, weight_decay=w) for k, (m, w) in rules.items() if groups[k]]
+
+
+def make_optimizer(
+    model: nn.Module, optimizer: str = "muon", learning_rate: float = 1e-3, weight_decay: float = 0.1, **options
+) -> MuonAdamW:
+    """The optimizer of a whole model: param_groups, and MuonAdamW's options, spelled as training scripts do.
+
+    beta1 and beta2 stand for betas, and Muon's options may begin with muon_ (muon_momentum, muon_steps...).
+    """
+    options = {k.removeprefix("muon_"): v for k, v in options.items()}
+    betas = (options.pop("beta1", 0.9), options.pop("beta2", 0.95))
+    return MuonAdamW(param_groups(model, optimizer, weight_decay), lr=learning_rate, betas=betas, **options)
+
+
+def group_table(optimizer: MuonAdamW) -> list[tuple[str, str, int, int, float]]:
+    """Rows (group, method, tensors, parameters, weight decay), for a log or a manifest."""
+    groups = optimizer.param_groups
+    counts = [(len(g["params"]), sum(p.numel() for p in g["params"])) for g in groups]
+    return [(g["name"], g["method"], *count, g["weight_decay"]) for g, count in zip(groups, counts)]

@@ -1,0 +1,309 @@
+"""Configuration: precedence, types, errors, help and the round trip of config files over plain globals."""
+
+import math
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configurator import config_source, configure
+
+SCRIPT = '''"""Trains a toy.
+
+More words.
+"""
+import math
+from configurator import configure
+_private = 1
+model = "toyone"  # the variant
+out_dir = "out"  # where it goes
+batch_size = 12  # windows, try 32
+learning_rate = 3e-4  # try 1e-3
+compile: bool | str = "auto"  # True, False or auto
+wandb = False  # log there
+grad_clip: float | None = 1.0  # None: off
+tag = None  # anything
+betas = [0.9, 0.95]  # of AdamW
+sizes = (1, 2)
+extra = {}  # more
+block_size = 64  # the script's own
+config = configure(globals())
+below = 5
+tag = tag  # resolved
+def result():
+    return 0
+'''
+MODEL = """from dataclasses import dataclass, field
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # the model's own
+    n_layer: int = 2  # blocks
+    n_embd: int = 16
+    window: int | None = None  # tokens seen
+    pattern: list = field(default_factory=lambda: ["a"])  # of layers
+    {more}
+    def __post_init__(self):
+        self.window = self.window or self.block_size  # what is derived is no default
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(*arguments) -> (config, globals of the script after it, what it printed), in tmp_path."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "model_toyone.py").write_text(MODEL.format(more=""))
+    (tmp_path / "model_toytwo.py").write_text(MODEL.format(more="n_expert: int = 8  # experts"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("model_toyone", "model_toytwo"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+        found = runpy.run_path("script.py")
+        return found["config"], found, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def error(run, capsys):
+    """error(*arguments) -> the one line on stderr with which the script ends."""
+
+    def error(*arguments):
+        with pytest.raises(SystemExit) as e:
+            run(*arguments)
+        assert e.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    return error
+
+
+def file(name, text):
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_text(text)
+    return name
+
+
+def test_without_arguments_everything_has_its_default_and_nothing_is_printed(run):
+    config, found, out = run()
+    assert config == dict(
+        model="toyone", out_dir="out", batch_size=12, learning_rate=3e-4, compile="auto", wandb=False,
+        grad_clip=1.0, tag=None, betas=[0.9, 0.95], sizes=(1, 2), extra={}, block_size=64, n_layer=2, n_embd=16,
+        window=None, pattern=["a"],
+    )  # fmt: skip
+    assert out == ""
+    assert "n_layer" not in found  # a model's field is no global of the script
+
+
+def test_command_line_beats_later_file_beats_earlier_file_beats_script_beats_model(run):
+    one = file("one.py", "n_layer = 5\nbatch_size = 5\nlearning_rate = 5.0")
+    two = file("two.py", "batch_size = 6\nlearning_rate = 6.0")
+    assert run()[0]["block_size"] == 64  # the script's, not the model's 1024
+    config, found, _ = run("--learning_rate=7", one, two)
+    assert (config["n_layer"], config["batch_size"], config["learning_rate"]) == (5, 6, 7.0)
+    assert (found["batch_size"], found["learning_rate"], found["block_size"]) == (6, 7.0, 64)  # set in the script too
+
+
+def test_the_model_may_come_from_a_file_and_the_command_line_overrides_it(run):
+    config, _, _ = run(file("a.py", "n_embd = 32\nmodel = 'toytwo'\nbatch_size = n_expert + 1"))
+    assert (config["model"], config["n_expert"], config["n_embd"], config["batch_size"]) == ("toytwo", 8, 32, 9)
+    config, _, _ = run(file("c.py", "model = 'toyone'"), "--model=toytwo", "--n_expert=2")
+    assert (config["model"], config["n_expert"]) == ("toytwo", 2)
+
+
+def test_a_value_equal_to_the_default_is_still_kept_when_a_later_line_chooses_a_model(run):
+    config, _, _ = run(file("a.py", "n_layer = 2\nmodel = 'toytwo'\nbatch_size = n_layer"))
+    assert config["n_layer"] == 2 and config["batch_size"] == 2
+
+
+def test_a_config_file_is_python_that_sees_the_knobs(run):
+    text = """import math
+from os.path import join
+import json as data
+def double(x):
+    return times(x, 2)
+def times(x, y):
+    return x * y
+class Helper:
+    width = 8
+_base = [n_layer * i for i in range(3)]
+if batch_size == 12:
+    widths_of = lambda: [_base[i] for i in range(3)]
+    batch_size = double(batch_size) + widths_of()[2]
+n_embd: int = int(math.sqrt(256)) * Helper.width
+out_dir = join('runs', __file__)
+"""
+    config, _, _ = run(file("a.py", text))
+    assert (config["batch_size"], config["n_embd"], config["out_dir"]) == (28, 128, "runs/a.py")
+    config, _, _ = run("a.py", file("b.py", "batch_size = batch_size + n_embd"))
+    assert config["batch_size"] == 28 + 128
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("batch_size=-3", -3),
+        ("learning_rate=3e-4", 3e-4),
+        ("learning_rate=1", 1.0),
+        ("grad_clip=None", None),
+        ("grad_clip=2", 2.0),
+        ("window=128", 128),
+        ("window=None", None),
+        ("out_dir=a=b c", "a=b c"),
+        ("out_dir=123", "123"),
+        ("out_dir=", ""),
+        ("out_dir='q'", "'q'"),
+        ("wandb=True", True),
+        ("wandb=true", True),
+        ("wandb=1", True),
+        ("wandb=0", False),
+        ("wandb=false", False),
+        ("wandb", True),
+        ("compile", True),
+        ("compile=False", False),
+        ("compile=auto", "auto"),
+        ("betas=[0.5, 1]", [0.5, 1]),
+        ("sizes=(3,)", (3,)),
+        ("extra={'a': [1]}", {"a": [1]}),
+        ("pattern=['b', 'c']", ["b", "c"]),
+        ("tag=text", "text"),
+        ("tag=3", 3),
+    ],
+)
+def test_a_value_on_the_command_line_takes_the_type_of_its_knob(run, argument, value):
+    config, _, _ = run("--" + argument)
+    got = config[argument.partition("=")[0]]
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("batch_size=abc", "batch_size=abc: expected int"),
+        ("batch_size=1.5", "batch_size=1.5: expected int"),
+        ("batch_size", "batch_size=True: expected int"),
+        ("batch_size=None", "batch_size=None: expected int"),
+        ("learning_rate=fast", "learning_rate=fast: expected float"),
+        ("learning_rate=True", "learning_rate=True: expected float"),
+        ("wandb=yes", "wandb=yes: expected bool"),
+        ("wandb=2", "wandb=2: expected bool"),
+        ("grad_clip=x", "grad_clip=x: expected None or float"),
+        ("window=1.5", "window=1.5: expected None or int"),
+        ("betas=(1, 2)", "betas=(1, 2): expected list"),
+        ("betas=[1", "betas=[1: expected list"),
+        ("extra=[1]", "extra=[1]: expected dict"),
+    ],
+)
+def test_a_mistyped_value_on_the_command_line_is_refused(error, argument, message):
+    assert error("--" + argument) == "error: " + message
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("batch_size = '8'", "batch_size='8' in config/x.py: expected int"),
+        ("batch_size = True", "batch_size=True in config/x.py: expected int"),
+        ("batch_size = 8.0", "batch_size=8.0 in config/x.py: expected int"),
+        ("out_dir = 3", "out_dir=3 in config/x.py: expected str"),
+        ("wandb = 1", "wandb=1 in config/x.py: expected bool"),
+        ("betas = None", "betas=None in config/x.py: expected list"),
+        ("learnign_rate = 1", "unknown config key 'learnign_rate' in config/x.py; did you mean 'learning_rate'?"),
+        ("n_layers = 1", "unknown config key 'n_layers' in config/x.py; did you mean 'n_layer'?"),
+        ("n_expert = 1", "unknown config key 'n_expert' in config/x.py; --help lists them"),
+        ("below = 1", "unknown config key 'below' in config/x.py; --help lists them"),
+        ("_a = 1\nfor i in range(3): pass", "unknown config key 'i' in config/x.py; --help lists them"),
+        ("batch_size = 1\nn_layer = = 2", "config/x.py line 2: invalid syntax"),
+        ("\nbatch_size = n_layr * 2", "config/x.py line 2: NameError: name 'n_layr' is not defined"),
+        ("import no_such_module", "config/x.py line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("model = 'toythree'", "unknown model 'toythree'; the model_*.py files here give: "),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_one_line_that_names_it(error, line, message):
+    assert error(file("config/x.py", line)).startswith("error: " + message)
+
+
+def test_unknown_keys_and_arguments_on_the_command_line_are_refused(error):
+    assert error("--batchsize=3") == (
+        "error: unknown config key 'batchsize' on the command line; did you mean 'batch_size'?"
+    )
+    assert "unknown config key '_private'" in error("--_private=3")
+    assert error("batch_size=3").startswith("error: cannot read 'batch_size=3': give")
+    assert error("--batch_size", "3").startswith("error: cannot read '3': give")
+    assert (
+        error("config/none.py")
+        == "error: config/none.py: FileNotFoundError: [Errno 2] No such file or directory: 'config/none.py'"
+    )  # noqa: E501 fmt: skip
+
+
+def test_an_unknown_model_lists_the_model_files(error):
+    line = error("--model=../toyone")
+    assert "unknown model '../toyone'" in line and "toyone, toytwo" in line
+
+
+def test_only_what_differs_is_printed_and_only_by_rank_0(run, monkeypatch):
+    arguments = ["--batch_size=12", "--learning_rate=1e-3", "--n_layer=4"]
+    expected = "learning_rate = 0.001  (default 0.0003)\nn_layer = 4  (default 2)\n"
+    assert sorted(run(*arguments)[2].splitlines()) == sorted(expected.splitlines())
+    monkeypatch.setenv("RANK", "0")
+    assert run(*arguments)[2] != ""
+    monkeypatch.setenv("RANK", "1")
+    assert run(*arguments)[2] == ""
+
+
+def test_help_lists_every_knob_of_the_script_and_of_the_chosen_model(tmp_path, run):
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "script.py", "--help", "--model=toytwo"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0] == "Trains a toy."
+    assert "A config file is Python and is run: run only files you trust." in lines
+    knobs = {line.split("=")[0]: " ".join(line.split()) for line in lines if line.startswith("--")}
+    assert list(knobs) == ["--" + key for key in run("--model=toytwo")[0]]
+    assert knobs["--batch_size"] == "--batch_size=12 windows, try 32"
+    assert knobs["--n_expert"] == "--n_expert=8 experts"
+    assert knobs["--tag"] == "--tag=None anything"
+    assert knobs["--block_size"] == "--block_size=64 the script's own"
+    assert knobs["--pattern"] == "--pattern=['a'] of layers"
+    assert "More words" not in done.stdout and "below" not in done.stdout
+
+
+def test_a_wrong_key_ends_the_process_with_code_2_and_no_traceback(tmp_path, run):
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "script.py", "--nlayer=3"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: unknown config key 'nlayer' on the command line; did you mean 'n_layer'?\n"
+
+
+def test_a_script_without_a_model_has_its_own_knobs_only(tmp_path, monkeypatch):
+    path = tmp_path / "plain.py"
+    knobs = "a = 1\na = 2  # twice\nb, c = 'x', 3.0\n"
+    path.write_text(f"from configurator import configure\n{knobs}d = configure(globals(), ['--c=4'])\n")
+    assert runpy.run_path(str(path))["d"] == {"a": 2, "b": "x", "c": 4.0}
+
+
+def test_the_resolved_config_as_a_config_file_gives_exactly_the_same_config(run):
+    quoted = "out_dir = 'it\\'s \"q\" \\\\ \\n é'"
+    text = (
+        f"model = 'toytwo'\nn_expert = 3\nlearning_rate = 0.1 + 0.2\n{quoted}\ngrad_clip = float('inf')\ntag = None\n"
+    )
+    config, _, _ = run(file("a.py", text), "--window=7", "--extra={'k': (1, None, 'x')}", "--sizes=(5,)", "--wandb")
+    source = config_source(config)
+    again, _, _ = run(file("b.py", source))
+    assert again == config and config_source(again) == source
+    assert config["grad_clip"] == math.inf and config["learning_rate"] == 0.1 + 0.2 and "\n é" in config["out_dir"]
+    assert math.isnan(run(file("c.py", config_source({**config, "learning_rate": math.nan})))[0]["learning_rate"])
+
+
+def test_configure_takes_its_arguments_as_a_list(tmp_path):
+    path = tmp_path / "s.py"
+    path.write_text("seed = 1\n")
+    script = {"__file__": str(path), "seed": 1}
+    assert configure(script, ["--seed=4"]) == {"seed": 4} and script["seed"] == 4

@@ -1,0 +1,611 @@
+"""Token shards, the loader's order, and data/prepare.py from text to shards."""
+
+import gzip
+import io
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data.prepare as prepare_module
+from data.prepare import main as prepare
+from data.prepare import pieces
+from data.shards import Loader, Shards, eval_batches, shuffled, write_shard
+from data.tokenizers import tokenizer_from_dict
+
+EOT = 50256
+PREPARE = Path(prepare_module.__file__)
+
+
+def make_shards(folder, tokens, cuts=(), split="train"):
+    folder.mkdir(exist_ok=True)
+    for i, part in enumerate(np.split(np.asarray(tokens), cuts)):
+        write_shard(folder / f"{split}_{i:06d}.bin", part, 50257)
+    return Shards(folder, split)
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """1,000 tokens in three shards, each its own position, so that a window tells where it came from."""
+    return make_shards(tmp_path / "numbered", np.arange(1000), [300, 301])
+
+
+def rows(batches):
+    return np.concatenate([x.numpy() for x, _ in batches])
+
+
+def write_documents(path, n, start=0):
+    path.write_text("".join(json.dumps({"text": f"document {i} " * 5}) + "\n" for i in range(start, start + n)))
+    return str(path)
+
+
+def texts_of(out, split):
+    shards = Shards(out, split)
+    tokenizer = tokenizer_from_dict(shards.meta["tokenizer"])
+    ids = shards.read(0, len(shards))
+    assert ids[0] == shards.eot_id
+    return [tokenizer.decode(part[1:]) for part in np.split(ids, np.flatnonzero(ids == shards.eot_id)[1:])]
+
+
+# the format
+
+
+def test_published_gpt2_and_llama3_shards_load_as_they_are(tmp_path):
+    for name, magic, version, code, tokens in (
+        ("fineweb_val_000000.bin", 20240520, 1, "H", [50256, 7, 50255]),
+        ("edu_train_000001.bin", 20240801, 7, "I", [128000, 7, 128255]),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        header = struct.pack("<256i", magic, version, 3, *[0] * 253)
+        (folder / name).write_bytes(header + struct.pack(f"<3{code}", *tokens))
+        shards = Shards(folder, "val" if "val" in name else "train")
+        assert shards.read(0, 3).tolist() == tokens and shards.eot_id == tokens[0]
+        assert shards.vocab_size == tokens[2] + (2 if code == "H" else 1)
+        write_shard(tmp_path / "ours.bin", np.array(tokens), shards.vocab_size)
+        assert (tmp_path / "ours.bin").read_bytes() == (folder / name).read_bytes()
+
+
+def test_tokens_need_four_bytes_only_above_a_vocabulary_of_65536(tmp_path):
+    for vocab_size, size in ((65_536, 2), (65_537, 4)):
+        write_shard(tmp_path / "train.bin", np.array([0, vocab_size - 1]), vocab_size)
+        assert (tmp_path / "train.bin").stat().st_size == 1024 + 2 * size
+    with pytest.raises(ValueError, match="tokens are 0 to 300, but vocab_size is 257"):
+        write_shard(tmp_path / "train.bin", np.array([0, 300]), 257)
+
+
+def test_reads_run_across_shards_in_the_order_of_their_names(numbered):
+    assert len(numbered) == 1000 and len(numbered.paths) == 3
+    for start, n in ((0, 1000), (299, 3), (300, 1), (999, 1), (301, 5)):
+        assert numbered.read(start, n).tolist() == list(range(start, start + n))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda b: struct.pack("<i", 7) + b[4:], "bad magic 7 .expected 20240520"),
+        (lambda b: b[:4] + struct.pack("<i", 9) + b[8:], "version 9, but shards with magic 20240520 have version 1"),
+        (lambda b: b[:-200], "header says 1000 tokens, file holds 900 .truncated"),
+        (lambda b: b + b"xx", "header says 1000 tokens, file holds 1001"),
+        (lambda b: b[:-1], "1999 bytes of tokens do not divide"),
+        (lambda b: b"", "0 bytes, less than the header's 1024"),
+        (lambda b: struct.pack("<256i", 20240520, 1, 0, *[0] * 253), "no tokens in it"),
+    ],
+)
+def test_a_damaged_shard_is_refused_by_name_and_number(tmp_path, change, message):
+    path = make_shards(tmp_path, np.arange(1000)).paths[0]
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"train_000000.bin: {message}"):
+        Shards(tmp_path, "train")
+
+
+def test_missing_data_says_which_command_makes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="stdlib not found: make it with  python data/prepare.py stdlib"):
+        Shards(tmp_path / "stdlib", "train")
+    with pytest.raises(FileNotFoundError, match="holds no .val..bin"):
+        make_shards(tmp_path, [1, 2])
+        Shards(tmp_path, "val")
+
+
+def test_a_token_outside_of_the_vocabulary_is_an_error_that_names_file_and_token(tmp_path):
+    tokens = np.zeros(100, int)
+    tokens[70] = 60_000
+    write_shard(tmp_path / "train_000000.bin", tokens[:50], 65_536)
+    write_shard(tmp_path / "train_000001.bin", tokens[50:], 65_536)
+    with pytest.raises(ValueError, match="train_000001.bin: token 60000 >= vocab_size 50257"):
+        Shards(tmp_path, "train").read(40, 40)
+
+
+def test_text_shorter_than_one_window_is_an_error_with_the_numbers(tmp_path):
+    shards = make_shards(tmp_path, np.arange(32))
+    with pytest.raises(ValueError, match="32 train tokens are less than one window of block_size . 1 = 33"):
+        Loader(shards, 32, 4)
+    assert rows(Loader(shards, 31, 2).batches(0)).tolist() == [list(range(31))] * 2
+
+
+def test_shards_that_are_replaced_while_in_use_keep_their_tokens(tmp_path, numbered):
+    os.rename(numbered.folder, tmp_path / "old")
+    make_shards(numbered.folder, np.arange(10))
+    for path in (tmp_path / "old").iterdir():
+        path.unlink()
+    assert numbered.read(0, 1000).tolist() == list(range(1000))
+
+
+# the loader
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000])
+def test_the_order_is_a_permutation_that_each_key_changes(n):
+    orders = [
+        shuffled(np.arange(n), n, np.random.SeedSequence(i).generate_state(6, np.uint64)).tolist() for i in range(20)
+    ]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert n < 5 or len({tuple(order) for order in orders}) > 15
+    assert n < 64 or np.mean(np.abs(np.diff(orders[0]))) > n / 5  # neighbours do not stay together
+
+
+def test_targets_are_the_inputs_shifted_by_one(numbered):
+    for x, y in Loader(numbered, 16, 5, micro_batch=2).batches(3):
+        assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape and x.shape[1] == 16
+        assert x.is_contiguous() and y.is_contiguous() and torch.equal(y, x + 1)
+        assert torch.equal(x, x[:, :1] + torch.arange(16))
+
+
+def test_an_epoch_has_every_window_once_and_the_next_has_others(numbered):
+    loader = Loader(numbered, 16, 1, seed=3)
+    n = loader.windows_per_epoch
+    assert n == 61  # 1000 // 16 - 1
+    epochs = [[int(loader.starts(epoch * n + i)[0]) for i in range(n)] for epoch in range(4)]
+    for starts in epochs:
+        assert np.diff(sorted(starts)).tolist() == [16] * (n - 1) and 0 <= min(starts) and max(starts) + 17 <= 1000
+    assert len({min(starts) for starts in epochs}) > 1  # the grid moves
+    assert len({tuple(np.argsort(starts)) for starts in epochs}) == 4  # so does the order
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_ranks_and_micro_batches_only_cut_the_same_batch(tmp_path, world_size, p):
+    tokens = np.arange(1000)
+    tokens[::37] = EOT
+    shards = make_shards(tmp_path, tokens)
+    options = {"seed": 5, "document_start_probability": p}
+    for step in (0, 7, 1000):  # 1000 * 13 windows are many epochs
+        whole = rows(Loader(shards, 16, 13, **options).batches(step))
+        assert len(whole) == 13
+        for micro_batch in (None, 1, 2, 5):
+            ranks = [Loader(shards, 16, 13, rank=r, world_size=world_size, micro_batch=micro_batch, **options)
+                     for r in range(world_size)]  # fmt: skip
+            assert np.array_equal(np.concatenate([rows(loader.batches(step)) for loader in ranks]), whole)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_batch_is_a_function_of_seed_and_step_alone(numbered, prefetch):
+    loader = Loader(numbered, 16, 4, seed=1)
+    loader._thread = ThreadPoolExecutor(1) if prefetch else None
+    forwards = [rows(loader.batches(step)) for step in range(30)]
+    for step in (29, 3, 17, 17, 18, 10**9):
+        assert np.array_equal(rows(Loader(numbered, 16, 4, seed=1).batches(step)), rows(loader.batches(step)))
+        if step < 30:
+            assert np.array_equal(rows(loader.batches(step)), forwards[step])
+    assert not np.array_equal(rows(Loader(numbered, 16, 4, seed=2).batches(3)), forwards[3])
+
+
+def test_windows_start_uniformly_over_the_text(tmp_path):
+    shards = make_shards(tmp_path, np.arange(100))
+    starts = [int(Loader(shards, 8, 1, seed=seed).starts(step)[0]) for seed in range(2000) for step in (0, 1)]
+    counts = np.bincount(starts)
+    assert len(counts) == 88  # 11 windows of 8: phases 0 to 7, and the last one ends at 88 + 8 < 100
+    chi_square = ((counts - 4000 / 88) ** 2 / (4000 / 88)).sum()
+    assert 50 < chi_square < 140  # 87 degrees of freedom: 99.9 % lie between 51 and 134
+
+
+def test_with_probability_one_windows_start_at_documents_each_once_before_any_again(tmp_path):
+    tokens = np.arange(500)
+    beginnings = [0, 3, 120, 250, 251, 400]
+    tokens[[*beginnings, 490]] = EOT
+    shards = make_shards(tmp_path, tokens, [100])  # the document at 490 is too near the end
+    loader = Loader(shards, 16, 6, document_start_probability=1.0)
+    for step in range(5):
+        assert sorted(loader.starts(step)) == beginnings
+    assert len({tuple(loader.starts(step)) for step in range(5)}) > 1
+    with pytest.raises(ValueError, match="no document .eot_id=50256. starts"):
+        Loader(make_shards(tmp_path / "none", np.arange(99)), 16, 6, document_start_probability=0.5)
+
+
+def test_with_probability_p_that_share_starts_at_documents_and_the_grid_stays_complete(tmp_path):
+    tokens = np.arange(2000)
+    tokens[5::100] = EOT  # no grid phase has these places only
+    shards = make_shards(tmp_path, tokens)
+    loader = Loader(shards, 16, 4, document_start_probability=0.25)
+    starts = np.concatenate([loader.starts(step) for step in range(4 * loader.windows_per_epoch // 3 // 4)])
+    at_document = tokens[starts] == EOT
+    plain = Loader(shards, 16, 1)
+    grid = {int(plain.starts(g)[0]) for g in range(plain.windows_per_epoch)}
+    assert abs(at_document.mean() - 0.25) < 0.03
+    assert len(set(starts[~at_document])) == (~at_document).sum() and set(starts[~at_document]) <= grid
+
+
+def test_masked_are_exactly_the_targets_that_begin_the_next_document(tmp_path):
+    tokens = np.arange(400)
+    tokens[::9] = EOT
+    shards = make_shards(tmp_path, tokens)
+    masked = list(Loader(shards, 16, 8, mask_document_crossing=True).batches(0))
+    plain = list(Loader(shards, 16, 8).batches(0))
+    for (x, y), (x_plain, y_plain) in zip(masked, plain):
+        assert torch.equal(x, x_plain) and (y == -1).sum() > 8
+        assert torch.equal(y == -1, y_plain == EOT) and torch.equal(y[y != -1], y_plain[y != -1])
+
+
+def test_a_batch_too_small_for_the_ranks_is_an_error(numbered):
+    with pytest.raises(ValueError, match="2 windows is too small for 3 ranks"):
+        Loader(numbered, 16, 2, world_size=3)
+
+
+@pytest.mark.parametrize("n_tokens, expected", [(0, 999), (100, 100), (96, 96), (5000, 999)])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_has_each_of_the_first_targets_once_over_all_ranks(numbered, n_tokens, expected, world_size):
+    for micro_batch in (1, 4):
+        seen = []
+        for rank in range(world_size):
+            for x, y in eval_batches(numbered, 16, n_tokens, micro_batch, rank, world_size):
+                assert x.shape == y.shape and x.shape[1] == 16 and len(x) <= micro_batch
+                assert torch.equal(y[y != -1], x[y != -1] + 1)
+                seen += y[y != -1].tolist()
+        assert seen == list(range(1, expected + 1))
+
+
+def test_memory_does_not_grow_with_what_was_read(tmp_path):
+    code = f"""
+import numpy as np
+from data.shards import Shards, write_shard
+write_shard({str(tmp_path / "train.bin")!r}, np.ones(40_000_000, np.uint16), 50257)
+shards = Shards({str(tmp_path)!r}, "train")
+def mapped_kb():
+    return int(open("/proc/self/status").read().split("RssFile:")[1].split()[0])
+shards.read(0, 1000)
+before = mapped_kb()
+for start in range(0, 40_000_000, 100_000):
+    shards.read(start, 100_000)
+print(mapped_kb() - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    grown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PREPARE.parents[1]
+    )
+    assert int(grown.stdout) < 8_000  # of 80,000 kB
+
+
+# prepare.py
+
+
+def test_every_document_begins_with_eot_and_arrives_unchanged(tmp_path):
+    (tmp_path / "text").mkdir()
+    contents = ["plain <|endoftext|> text\r\n", "ünï→🙂", "def f():\n    pass\n", *(f"filler {i}" for i in range(20))]
+    (tmp_path / "text" / "a.txt").write_bytes(contents[0].encode())
+    (tmp_path / "text" / "b.txt.gz").write_bytes(gzip.compress(contents[1].encode()))
+    (tmp_path / "text" / "c.py").write_text(contents[2])
+    (tmp_path / "text" / "d.jsonl").write_text(
+        "\n".join(json.dumps({"text": t, "id": 1}) for t in contents[3:]) + "\n\n"
+    )
+    (tmp_path / "text" / "ignored.png").write_bytes(b"\xff")
+    (tmp_path / "text" / "empty.txt").write_text("")
+    out = tmp_path / "out"
+    prepare(
+        [str(tmp_path / "text"), "--out", str(out), "--tokenizer", "byte", "--val_fraction", "0.3", "--workers", "1"]
+    )
+    train, val = texts_of(out, "train"), texts_of(out, "val")
+    assert sorted(train + val) == sorted(contents) and train and val
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta["documents"] == {"train": len(train), "val": len(val)}
+    assert meta["bytes"] == {"train": len("".join(train).encode()), "val": len("".join(val).encode())}
+    assert meta["tokens"] == {"train": len(Shards(out, "train")), "val": len(Shards(out, "val"))}
+    assert (meta["vocab_size"], meta["eot_id"]) == (257, 256)
+
+
+def test_a_document_stays_in_its_split_when_others_come_or_the_order_changes(tmp_path):
+    options = ["--tokenizer", "byte", "--val_fraction", "0.3", "--workers", "1", "--out"]
+    first, second = write_documents(tmp_path / "1.jsonl", 60), write_documents(tmp_path / "2.jsonl", 60, 60)
+    prepare([first, *options, str(tmp_path / "few")])
+    prepare([second, first, *options, str(tmp_path / "many")])
+    for split, other in (("train", "val"), ("val", "train")):
+        few, many = set(texts_of(tmp_path / "few", split)), set(texts_of(tmp_path / "many", split))
+        assert few < many and not many & set(texts_of(tmp_path / "many", other))
+    n_val = len(texts_of(tmp_path / "many", "val"))
+    assert 20 < n_val < 52  # 36 expected, standard deviation 5
+
+
+def test_few_documents_give_both_splits_one_and_a_single_one_is_cut(tmp_path):
+    for n in (2, 3):
+        source = write_documents(tmp_path / f"{n}.jsonl", n)
+        for fraction in ("0.0001", "0.9999"):
+            out = tmp_path / f"{n}{fraction}"
+            prepare([source, "--out", str(out), "--tokenizer", "byte", "--val_fraction", fraction])
+            assert len(texts_of(out, "val")) == (1 if fraction == "0.0001" else n - 1)
+    (tmp_path / "one.txt").write_text("0123456789" * 10)
+    prepare([str(tmp_path / "one.txt"), "--out", str(tmp_path / "one"), "--tokenizer", "byte"])
+    assert texts_of(tmp_path / "one", "train") == ["0123456789" * 9 + "01234"]
+    assert texts_of(tmp_path / "one", "val") == ["56789"]
+
+
+def test_shakespeare_is_split_as_in_nanogpt_by_characters(tmp_path):
+    text = "".join(chr(97 + i % 26) for i in range(1234)) + "Z"
+    (tmp_path / "input.txt").write_text(text)
+    prepare(["shakespeare", "--input", str(tmp_path / "input.txt"), "--out", str(tmp_path / "out")])
+    cut = int(len(text) * 0.9)
+    assert texts_of(tmp_path / "out", "train") == [text[:cut]] and texts_of(tmp_path / "out", "val") == [text[cut:]]
+    assert Shards(tmp_path / "out", "val").vocab_size == 26 + 1 + 1
+
+
+def test_a_second_run_reuses_and_any_change_rebuilds(tmp_path, capsys):
+    source, out = write_documents(tmp_path / "a.jsonl", 30), tmp_path / "out"
+    run = [source, "--out", str(out), "--tokenizer", "byte", "--workers", "1"]
+
+    def rebuilt(arguments):
+        before = (out / "train_000000.bin").stat() if out.exists() else None
+        fingerprint = json.loads((out / "meta.json").read_text())["fingerprint"] if before else None
+        prepare(arguments)
+        after = (out / "train_000000.bin").stat()
+        same = before and (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+        assert ("nothing has changed" in capsys.readouterr().out) == bool(same)
+        return not same, Shards(out, "train").fingerprint != fingerprint
+
+    assert rebuilt(run) == (True, True)
+    assert rebuilt(run) == (False, False)
+    os.utime(source, ns=(1, 1))
+    assert rebuilt(run) == (True, False)  # the same text is the same data, whenever it was written
+    write_documents(tmp_path / "a.jsonl", 31)
+    assert rebuilt(run) == (True, True)
+    assert rebuilt([*run, "--max_doc_tokens", "9"]) == (True, True)
+    assert rebuilt([*run, "--max_doc_tokens", "9"]) == (False, False)
+    assert rebuilt([*run[:-4], "--tokenizer", "char", "--workers", "1"]) == (True, True)
+    with open(out / "train_000000.bin", "ab") as file:
+        file.write(b"xx")
+    assert rebuilt([*run[:-4], "--tokenizer", "char", "--workers", "1"])[0]  # damaged
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
+def test_many_workers_small_chunks_and_small_shards_change_nothing(tmp_path, monkeypatch):
+    source = write_documents(tmp_path / "a.jsonl", 200)
+    run = [source, "--tokenizer", "byte", "--out"]
+    prepare([*run, str(tmp_path / "one"), "--workers", "1"])
+    monkeypatch.setattr(prepare_module, "CHUNK", 500)
+    prepare([*run, str(tmp_path / "two"), "--workers", "2", "--shard_tokens", "1000"])
+    one, two = Shards(tmp_path / "one", "train"), Shards(tmp_path / "two", "train")
+    assert len(two.paths) > 5 and {len(tokens) for tokens in two._tokens[:-1]} == {1000}
+    assert np.array_equal(one.read(0, len(one)), two.read(0, len(two))) and one.fingerprint == two.fingerprint
+
+
+def test_a_long_document_is_cut_only_where_tokens_do_not_notice(monkeypatch):
+    from data.tokenizers import PATTERNS, regex
+
+    monkeypatch.setattr(prepare_module, "CHUNK", 200)
+    rng = np.random.default_rng(0)
+    text = "".join(rng.choice(["word", " ", "  ", "\n", "\n\n", "'s", "é", "12", "!", " Wort", "\t", "?!"], 3000))
+    parts = list(pieces(text))
+    assert "".join(parts) == text and len(parts) > 20
+    for pattern in PATTERNS.values():
+        assert [word for part in parts for word in regex.findall(pattern, part)] == regex.findall(pattern, text)
+    assert [len(part) for part in pieces("x" * 750)] == [200, 200, 350]
+
+
+def test_documents_are_cut_to_max_doc_tokens_and_the_whole_to_max_tokens(tmp_path):
+    source = write_documents(tmp_path / "a.jsonl", 50)
+    prepare(
+        [
+            source,
+            "--out",
+            str(tmp_path / "out"),
+            "--tokenizer",
+            "byte",
+            "--max_doc_tokens",
+            "12",
+            "--val_fraction",
+            "0.5",
+        ]
+    )
+    texts = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")
+    assert sorted(texts) == sorted(f"document {i} "[:11] for i in range(50))  # eot and eleven bytes
+    prepare(
+        [source, "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--max_tokens", "2000", "--val_fraction", "0.2"]
+    )
+    assert len(Shards(tmp_path / "out", "train")) == 2000
+
+
+def test_a_number_after_bpe_trains_that_tokenizer_on_the_training_text(tmp_path):
+    source, out = write_documents(tmp_path / "a.jsonl", 300), tmp_path / "out"
+    prepare([source, "--out", str(out), "--tokenizer", "bpe:300", "--add_tokens", "chat", "--val_fraction", "0.1"])
+    shards = Shards(out, "train")
+    assert shards.vocab_size == 300 and "<|im_start|>" in shards.meta["tokenizer"]["special_tokens"]
+    assert len(shards) < shards.meta["bytes"]["train"] / 2
+    assert sum(len(text.encode()) for text in texts_of(out, "train")) == shards.meta["bytes"]["train"]
+
+
+def test_standard_input_is_one_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("hällo wörld".encode())))
+    prepare(["-", "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--val_fraction", "0.5"])
+    assert texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val") == ["hällo", " wörld"]
+    with pytest.raises(SystemExit, match="--out data/mytext"):
+        prepare(["-"])
+
+
+def test_plain_text_copies_of_tinystories_are_cut_at_their_separator(tmp_path):
+    stories = [f"Story {i}.\n\nThe end." for i in range(20)]
+    (tmp_path / "t.txt").write_text(
+        "\n<|endoftext|>\n".join(stories[:10]) + "<|endoftext|>" + "<|endoftext|>".join(stories[10:])
+    )
+    prepare(["tinystories", "--input", str(tmp_path / "t.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "byte"])
+    assert sorted(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == sorted(stories)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, named in prepare_module.NAMED.items() if named.documents and n != "shakespeare"]
+)
+def test_hub_sets_are_streamed_with_datasets_which_is_asked_for_where_missing(tmp_path, monkeypatch, name):
+    out, calls, given = tmp_path / "out", [], []
+
+    def load_dataset(path, **arguments):
+        calls.append((path, arguments))
+        for i in range(3000):
+            given.append(i)
+            yield {"text": f"document {i} " * 1000, "id": i}
+
+    run = [name, "--out", str(out), "--tokenizer", "byte", "--max_tokens", "100_000", "--val_fraction", "0.2"]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SystemExit, match="pip install datasets"):
+        prepare(run)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    prepare([*run, "--workers", "1"])
+    assert all(arguments["streaming"] and arguments["split"] == "train" for _, arguments in calls)
+    assert len(given) < 1500  # 1,000 to see whether there are few, and as many as are needed: never the whole stream
+    assert len(Shards(out, "train")) == 100_000 and len(Shards(out, "val")) > 1000
+
+
+def test_the_standard_library_is_found_without_tests():
+    files = prepare_module.stdlib()
+    assert 300 < len(files) < 600 and sum(path.stat().st_size for path in files) > 5e6
+    names = {path.as_posix() for path in files}
+    assert any(name.endswith("/argparse.py") for name in names)
+    assert not any("/test/" in name or "/site-packages/" in name or "/encodings/" in name for name in names)
+    both = prepare_module.pysource()
+    assert len(both) > 3 * len(files) and set(files) < set(both)
+    assert {path.suffix for path in both} == {".py"}
+
+
+def test_pysource_without_torch_is_a_clear_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(prepare_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="torch is not installed"):
+        prepare(["pysource", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"fine\xe4 not", r"a.txt: not UTF-8 text: byte 0xe4 at offset 4"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl: not UTF-8 text: byte 0xff at offset 24"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a.jsonl:2: needs a field \"text\" .* found \['txt'\]"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text"', r"a.jsonl:3: not a line of JSON"),
+        ("a.jsonl", b"[1]\n", r"a.jsonl:1: needs a field \"text\" .* found list"),
+        ("a.txt", b"", "found no documents"),
+        ("a.txt", b"x", "no document is in train: change --val_fraction=0.05"),
+        ("a.txt.gz", gzip.compress(b"hello" * 1000)[:-9], "a.txt.gz: a damaged gzip file"),
+        ("a.parquet", b"PAR1", r"a.parquet: can read .txt, .jsonl, .py"),
+    ],
+)
+def test_bad_input_is_an_error_that_says_where_and_leaves_nothing(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        prepare([str(tmp_path / name), "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--workers", "1"])
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_half_a_surrogate_pair_in_json_is_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "bad \\ud800 half"}\n{"text": "fine"}\n')
+    prepare([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--tokenizer", "byte"])
+    texts = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")
+    assert sorted(texts) == ["bad ? half", "fine"]
+
+
+def test_a_mistyped_name_gets_a_suggestion(tmp_path):
+    for name, hint in (("shakespear", "did you mean shakespeare?"), ("qqq", "the named sets are stdlib, pysource")):
+        with pytest.raises(SystemExit, match=hint.replace("?", "[?]")):
+            prepare([name, "--out", str(tmp_path / "out")])
+
+
+def test_a_folder_or_file_of_the_user_is_never_replaced(tmp_path):
+    source, out = write_documents(tmp_path / "a.jsonl", 30), tmp_path / "out"
+    run = [source, "--out", str(out), "--tokenizer", "byte"]
+    out.write_text("mine")
+    with pytest.raises(SystemExit, match="Not a directory"):
+        prepare(run)
+    out.unlink()
+    out.mkdir()
+    for mine in ("thesis.txt", "train_000000.bin", "meta.json"):
+        (out / mine).write_text("{}")
+        with pytest.raises(SystemExit, match=f"out holds {mine}, not only what prepare.py wrote"):
+            prepare(run)
+        (out / mine).unlink()
+    prepare(run)  # an empty folder is fine
+    (out / "notes.txt").write_text("mine")
+    write_documents(tmp_path / "a.jsonl", 31)
+    with pytest.raises(SystemExit, match="out holds notes.txt"):
+        prepare(run)
+    with pytest.raises(SystemExit, match="prepare.py: .*Not a directory"):
+        prepare([source, "--out", str(tmp_path / "a.jsonl" / "below"), "--tokenizer", "byte"])
+
+
+def test_a_failing_rebuild_leaves_the_earlier_data_as_it_was(tmp_path, monkeypatch):
+    source, out = write_documents(tmp_path / "a.jsonl", 30), tmp_path / "out"
+    run = [source, "--out", str(out), "--tokenizer", "byte", "--workers", "1"]
+    prepare(run)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    write_documents(tmp_path / "a.jsonl", 40)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SystemExit, match="No space left"):
+            prepare(run)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
+def test_a_run_killed_between_its_two_renames_loses_nothing(tmp_path, monkeypatch):
+    source, out = write_documents(tmp_path / "a.jsonl", 30), tmp_path / "out"
+    run = [source, "--out", str(out), "--tokenizer", "byte", "--workers", "1"]
+    prepare(run)
+    os.rename(out, tmp_path / ".out.old")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write", lambda *_: sys.exit("stop before anything is written"))
+        with pytest.raises(SystemExit):
+            prepare(run)
+    assert len(texts_of(out, "train")) > 20 and sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
+def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_is_whole(tmp_path):
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    with open(source, "w") as file:
+        for i in range(40_000):
+            file.write(json.dumps({"text": f"document {i} " * 100}) + "\n")
+    run = [str(source), "--out", str(out), "--tokenizer", "byte", "--shard_tokens", "1_000_000", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, str(PREPARE), *run], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    partial = tmp_path / ".out.partial"
+    deadline = time.time() + 50
+    while not list(partial.glob("train_*.bin")) and time.time() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(SystemExit, match="another prepare.py is writing"):
+        prepare(run)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = children.read_text().split() if children.exists() else []
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(partial.glob("train_*.bin")) and not out.exists() and not (partial / "meta.json").exists()
+    with pytest.raises(FileNotFoundError, match="out not found: make it with"):
+        Shards(out, "train")
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
+        assert time.time() < deadline, "the workers outlive the run"
+        time.sleep(0.05)
+    write_documents(source, 30)
+    prepare(run)
+    assert len(texts_of(out, "train")) + len(texts_of(out, "val")) == 30
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
+def test_prepare_starts_without_torch():
+    code = "import sys, data.prepare; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PREPARE.parents[1])
+    assert result.stdout.strip() == "False", result.stderr

@@ -1,0 +1,551 @@
+"""data/tokenizers.py against naive references written here, tiktoken, Hugging Face's tokenizers and sentencepiece."""
+
+import base64
+import gzip
+import io
+import json
+import pickle
+import random
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import regex
+import tiktoken
+
+from data import tokenizers as ours
+from data.tokenizers import (
+    CHAT_TOKENS,
+    EOT,
+    PATTERNS,
+    Tokenizer,
+    count_words,
+    load_tokenizer,
+    merge_words,
+    stream_text,
+    tokenizer_from_dict,
+    train_bpe,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "data/tokenizers.py").read_text(encoding="utf-8")
+MIXED = (
+    "It's  12345 naïve\r\n\r\n\tÉTÉ, don't!?\n   x = [1,  2]\n 漢字かな 👩‍👩‍👧‍👦🇩🇪 e\u0301\u3000\x85\x1c\x00"
+    + EOT
+    + "<think>\n \n"
+)
+
+
+def random_text(seed, n=3000):
+    rng = random.Random(seed)
+    ranges = [(32, 127), (9, 14), (0xA0, 0x600), (0x3000, 0x3100), (0x4E00, 0x5000), (0x1F300, 0x1FA00), (0, 0xD800)]
+    ranges += [(32, 33)] * 3 + [(97, 123)] * 5
+    return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(n))
+
+
+def repr_start(text):
+    return ascii(text[:5])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "text.txt").write_text(TEXT + MIXED, encoding="utf-8", newline="")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bpe(folder):
+    return train_bpe([folder / "text.txt"], 600, special_tokens=CHAT_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(folder):
+    import sentencepiece
+
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()), model_writer=out, vocab_size=700, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    (folder / "spm.model").write_bytes(out.getvalue())
+    return folder / "spm.model"
+
+
+@pytest.fixture(scope="module", params=["byte", "char", "bpe", "json", "sentencepiece"])
+def tok(request, folder):
+    if request.param == "bpe":
+        return request.getfixturevalue("bpe")
+    if request.param == "json":
+        return load_tokenizer(str(save_hugging_face(folder, "gpt2")), CHAT_TOKENS)
+    if request.param == "sentencepiece":
+        return load_tokenizer(str(request.getfixturevalue("sentencepiece_model")), CHAT_TOKENS)
+    return load_tokenizer(request.param, CHAT_TOKENS, chars=TEXT + MIXED + random_text(0))
+
+
+def save_hugging_face(folder, pattern, added=(EOT, "<a>", "<a><b>"), edit=None, name="tokenizer.json"):
+    """Train a byte-level BPE with the installed package. pattern: "gpt2" (ByteLevel's own) or a regex (Split)."""
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HuggingFace
+
+    hf = HuggingFace(models.BPE())
+    if pattern == "gpt2":
+        hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        hf.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), last])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<first>"], initial_alphabet=alphabet, show_progress=False
+    )
+    hf.train_from_iterator([TEXT + MIXED], trainer)
+    hf.add_special_tokens(list(added))
+    d = json.loads(hf.to_str())
+    if edit:
+        edit(d)
+    (folder / name).write_text(json.dumps(d), encoding="utf-8")
+    return folder / name
+
+
+# ------------------------------------------------------------------------------------------------ encode and decode
+
+
+@pytest.mark.parametrize("text", [MIXED, "", " ", "  two", "a\n", random_text(0)], ids=repr_start)
+def test_decoding_what_was_encoded_gives_the_text_back(tok, text):
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    assert tok.decode_bytes(ids) == text.encode()
+    assert tok.decode(tok.encode(text, special=True)) == text
+    assert all(type(i) is int and 0 <= i < tok.vocab_size for i in ids)
+
+
+def test_bpe_and_byte_decode_any_unicode(bpe):
+    for seed in range(20):
+        text = random_text(seed)
+        assert bpe.decode(bpe.encode(text)) == text
+        assert load_tokenizer("byte").encode(text) == list(text.encode())
+
+
+def test_a_lone_surrogate_is_an_error(tok):
+    with pytest.raises(ValueError, match="lone surrogate '\\\\ud83d' at character 2"):
+        tok.encode("ab\ud83dcd")
+
+
+def test_special_tokens_are_one_id_on_request_and_plain_text_otherwise(tok):
+    assert set(tok.special_tokens) >= {EOT, *CHAT_TOKENS} and tok.eot_id == tok.special_tokens[EOT]
+    for token, i in tok.special_tokens.items():
+        if set(token) <= set(TEXT):
+            assert i not in tok.encode(f"a{token}b") and tok.decode(tok.encode(f"a{token}b")) == f"a{token}b"
+        assert tok.encode(token, special=True) == [i]
+        assert tok.encode(f"a{token}{token} b", special=True) == [*tok.encode("a"), i, i, *tok.encode(" b")]
+        assert tok.decode([i]) == token
+    assert len(set(tok.special_tokens.values())) == len(tok.special_tokens)
+
+
+def test_of_overlapping_special_tokens_the_longest_wins():
+    for tokens in (["<a>", "<a><b>", "<b>"], ["<b>", "<a><b>", "<a>"]):
+        tok = load_tokenizer("byte", tokens)
+        ids = [tok.special_tokens[t] for t in ("<a><b>", "<a>", "<b>")]
+        assert tok.encode("<a><b><a>x<b>", special=True) == [ids[0], ids[1], ord("x"), ids[2]]
+
+
+def test_special_tokens_that_cannot_be_told_apart_are_refused(bpe):
+    with pytest.raises(ValueError, match=r"special token '<x>' can't be had: its id 65 is that of b'A'"):
+        Tokenizer("byte", "byte", {EOT: 256, "<x>": 65})
+    with pytest.raises(ValueError, match="its id 256 is that of b'<|endoftext|>'"):
+        Tokenizer("byte", "byte", {EOT: 256, "<x>": 256})
+    with pytest.raises(ValueError, match="it is empty"):
+        load_tokenizer("byte", [""])
+    d = bpe.to_dict()
+    d["ranks"] = d["ranks"].replace(" 300\n", " 301\n")
+    with pytest.raises(ValueError, match="595 tokens share 594 ids"):
+        tokenizer_from_dict(d)
+    d["ranks"] = bpe.to_dict()["ranks"].split("\n", 1)[1]
+    with pytest.raises(ValueError, match="no token for 1 of the 256 bytes, like 0"):
+        tokenizer_from_dict(d)
+
+
+def test_added_tokens_take_the_next_free_ids():
+    tok = load_tokenizer("byte", ["<think>", EOT, "<x>"])
+    assert tok.special_tokens == {EOT: 256, "<think>": 257, "<x>": 258} and tok.vocab_size == 259
+
+
+def test_token_bytes_add_up_to_the_bytes_of_the_text(tok):
+    n_bytes = tok.token_bytes()
+    assert n_bytes.dtype == "int32" and n_bytes.shape == (tok.vocab_size,)
+    assert all(n_bytes[i] == 0 for i in tok.special_tokens.values())
+    extra = tok.kind == "sentencepiece"  # its space before the text
+    assert n_bytes[tok.encode(MIXED)].sum() == len(MIXED.encode()) + extra
+
+
+def test_ids_that_stand_for_nothing_are_an_error(tok):
+    with pytest.raises(ValueError, match=f"id {tok.vocab_size} stands for nothing"):
+        tok.decode([tok.vocab_size])
+
+
+def test_char_takes_its_alphabet_and_nothing_else():
+    tok = load_tokenizer("char", chars="hello")
+    assert tok.encode("hole") == [1, 3, 2, 0] and tok.eot_id == 4 and tok.vocab_size == 5
+    with pytest.raises(ValueError, match="'a' is not among the 4 characters"):
+        tok.encode("halo")
+    with pytest.raises(ValueError, match="needs its alphabet"):
+        load_tokenizer("char")
+
+
+@pytest.mark.parametrize(
+    "run", [" " * 1_200_000 + "x", "a" * 1_000_000, "\t\u3000" * 600_000, "!" * 1_000_000], ids=repr_start
+)
+@pytest.mark.parametrize("pattern", ["gpt2", "newer"])
+def test_a_megabyte_of_one_letter_or_of_spaces_is_encoded_exactly(bpe, run, pattern):
+    tok = tokenizer_from_dict(bpe.to_dict() | {"pattern": PATTERNS[pattern]})
+    text = "def f():\n" + run + "\nend"
+    assert tok.decode(tok.encode(text)) == text
+
+
+def test_long_spaces_are_cut_only_where_they_are_too_long():
+    text = "a" + " " * 9 + "b" + " " * 10 + "c" + "\n" * 25 + "d"
+    parts = list(ours._cut_long_spaces(text, limit=10))
+    assert parts == ["a" + " " * 9 + "b" + " " * 10 + "c" + "\n" * 10, "\n" * 10, "\n" * 5 + "d"]
+
+
+# ------------------------------------------------------------------------------------------------ saving and streaming
+
+
+def test_a_tokenizer_is_rebuilt_from_its_json_alone(tok):
+    again = tokenizer_from_dict(json.loads(json.dumps(tok.to_dict())))
+    text = MIXED + TEXT
+    assert again.encode(text) == tok.encode(text) and again.encode(text, special=True) == tok.encode(text, special=True)
+    assert again.decode(tok.encode(text)) == text
+    assert pickle.loads(pickle.dumps(tok)).encode(text) == tok.encode(text)  # so worker processes can have one
+    assert (again.name, again.vocab_size, again.eot_id) == (tok.name, tok.vocab_size, tok.eot_id)
+    assert again.special_tokens == tok.special_tokens and again.fingerprint == tok.fingerprint
+    assert (again.token_bytes() == tok.token_bytes()).all()
+
+
+def test_the_fingerprint_changes_with_all_that_decides_ids_and_with_nothing_else(bpe):
+    d = bpe.to_dict()
+    assert tokenizer_from_dict(d | {"name": "moved"}).fingerprint == bpe.fingerprint
+    lines = d["ranks"].splitlines()
+    a, b = lines[400].split()[0], lines[401].split()[0]
+    changed = [
+        d | {"ranks": "\n".join([*lines[:400], f"{b} 400", f"{a} 401", *lines[402:]])},
+        d | {"ranks": "\n".join(lines[:-1])},
+        d | {"special_tokens": d["special_tokens"] | {"<new>": 700}},
+        d | {"special_tokens": d["special_tokens"] | {EOT: 700}},
+        d | {"pattern": PATTERNS["gpt2"]},
+        d | {"nfc": True},
+    ]
+    prints = {tokenizer_from_dict(c).fingerprint for c in changed} | {bpe.fingerprint}
+    assert len(prints) == len(changed) + 1
+    assert load_tokenizer("char", chars="ab").fingerprint != load_tokenizer("char", chars="ac").fingerprint
+
+
+def test_a_stream_never_shows_half_a_character(tok):
+    text = "Aï漢👩‍👩‍👧‍👦🇩🇪x É"
+    for ids in (tok.encode(text), tok.encode(MIXED), tok.encode(text + EOT + text, special=True)):
+        shown = []
+        for n in range(len(ids) + 1):
+            pieces = list(stream_text(tok, ids[:n]))
+            assert "".join(pieces) == tok.decode(ids[:n]) and "" not in pieces
+        for piece in stream_text(tok, iter(ids)):
+            shown.append(piece)
+            assert "\ufffd" not in piece
+        assert "".join(shown) == tok.decode(ids)
+
+
+def test_a_stream_shows_a_character_as_soon_as_it_is_whole():
+    tok, taken = load_tokenizer("byte"), []
+    stream = stream_text(tok, (taken.append(i) or i for i in "a漢b".encode()))
+    assert [(next(stream), len(taken)) for _ in range(3)] == [("a", 1), ("漢", 4), ("b", 5)]
+
+
+def test_a_stream_of_any_bytes_equals_decoding_them_at_once():
+    tok, rng = load_tokenizer("byte"), random.Random(0)
+    for _ in range(300):
+        ids = [rng.choice([0x41, 0x80, 0xA2, 0xBF, 0xC3, 0xE6, 0xED, 0xF0, 0xFF, rng.randrange(256)]) for _ in range(8)]
+        assert "".join(stream_text(tok, ids)) == bytes(ids).decode("utf-8", errors="replace")
+    assert list(stream_text(tok, "漢".encode()[:2])) == ["\ufffd"]
+
+
+# ------------------------------------------------------------------------------------------------ files and names
+
+
+def write_ranks(path, ranks):
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for t, i in ranks.items()))
+    return ranks
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "newer"])
+def test_a_rank_file_gives_the_ids_of_tiktoken(tmp_path, pattern):
+    tokens = [bytes([b]) for b in range(255, -1, -1)]  # ids of bytes in an order of their own, as GPT-2 has
+    tokens += [b"th", b"he", b"the", b" the", b"in", b" t", b"  ", b"    ", b"\n\n", b"er", b"12", b"123", b"\xe6\xbc"]
+    ranks = write_ranks(tmp_path / "x.tiktoken", {t: i for i, t in enumerate(tokens)})
+    # the pattern as tiktoken writes it, not as we do
+    import tiktoken_ext.openai_public as public
+
+    theirs = {"gpt2": public.r50k_pat_str, "newer": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"""}
+    theirs["newer"] += r"""| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+    reference = tiktoken.Encoding("x", pat_str=theirs[pattern], mergeable_ranks=ranks, special_tokens={})
+    tok = load_tokenizer(f"{tmp_path}/x.tiktoken:{pattern}")
+    for text in (TEXT, MIXED, "the in 12345 there  \n\n  er", *map(random_text, range(10))):
+        assert tok.encode(text) == reference.encode_ordinary(text)
+    assert tok.eot_id == len(tokens)
+    write_ranks(tmp_path / "shuffled.tiktoken", dict(sorted(ranks.items())))
+    assert load_tokenizer(f"{tmp_path}/shuffled.tiktoken:{pattern}").fingerprint == tok.fingerprint
+
+
+def test_a_rank_file_of_qwens_size_is_read_as_qwens_and_others_must_name_a_pattern(tmp_path):
+    ranks = {bytes([b]): b for b in range(256)}
+    ranks |= {b"\xff" + n.to_bytes(3, "big"): 256 + n for n in range(151_643 - 256 - 1)} | {b"12": 151_642}
+    write_ranks(tmp_path / "qwen.tiktoken", ranks)
+    tok = load_tokenizer(str(tmp_path / "qwen.tiktoken"), CHAT_TOKENS)
+    assert [tok.special_tokens[t] for t in (EOT, "<|im_start|>", "<|im_end|>")] == [151_643, 151_644, 151_645]
+    assert tok.encode("12") == [ord("1"), ord("2")]  # digits are words of their own
+    assert tok.decode(tok.encode("e\u0301")) == "\u00e9"  # and text is normalised
+    write_ranks(tmp_path / "small.tiktoken", {bytes([b]): b for b in range(256)})
+    for spec in ("small.tiktoken", "small.tiktoken:gtp2"):
+        with pytest.raises(ValueError, match="has 256 ranks .* append one of gpt2, newer, qwen, as in small.tiktoken:"):
+            load_tokenizer(f"{tmp_path}/{spec}")
+    (tmp_path / "bad.tiktoken").write_text("AA== 0\nAQ==")
+    with pytest.raises(ValueError, match="bad.tiktoken does not hold lines 'base64 id'"):
+        load_tokenizer(f"{tmp_path}/bad.tiktoken:gpt2")
+
+
+def test_a_tiktoken_name_keeps_its_ids_and_its_special_tokens(monkeypatch, bpe):
+    ranks = ours._parse_ranks(bpe.to_dict()["ranks"], "x")
+    special = {EOT: 1000, "<|fim|>": 1003}
+    encoding = tiktoken.Encoding("gpt2", pat_str=PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": encoding}.get)
+    tok = load_tokenizer("gpt2", CHAT_TOKENS)
+    assert tok.encode(TEXT) == encoding.encode_ordinary(TEXT)
+    assert tok.encode(MIXED + "<|fim|>x", special=True)[-2:] == [1003, *tok.encode("x")]
+    assert tok.special_tokens == special | {t: 1004 + i for i, t in enumerate(CHAT_TOKENS)}
+    assert tok.vocab_size == 1008 and tok.eot_id == 1000
+
+
+def test_without_a_network_a_tiktoken_name_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="could not download the ranks of p50k_edit(.|\n)*set TIKTOKEN_CACHE_DIR"):
+        load_tokenizer("p50k_edit")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="no tokenizer 'gtp2': take byte, char, gpt2, .*o200k_base.*bpe:FILE"):
+        load_tokenizer("gtp2")
+
+
+QWEN = PATTERNS["qwen"]
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", PATTERNS["newer"], QWEN, r"\w+", r"\p{N}{1,2}|[a-z]+ "])
+def test_a_tokenizer_json_gives_the_ids_of_its_own_package(tmp_path, pattern):
+    def edit(d):
+        if pattern == QWEN:  # as in Qwen's file: normalised, and special=false for some added tokens
+            d["normalizer"] = {"type": "NFC"}
+            d["added_tokens"][-1]["special"] = False
+
+    import tokenizers
+
+    path = save_hugging_face(tmp_path, pattern, edit=edit)
+    tok, hf = load_tokenizer(str(path)), tokenizers.Tokenizer.from_file(str(path))
+    for text in (TEXT, MIXED, "<a><b><a>x <b><first>", *map(random_text, range(10))):
+        ids = tok.encode(text, special=True)
+        assert ids == hf.encode(text, add_special_tokens=False).ids
+        assert tok.decode(ids) == (unicodedata.normalize("NFC", text) if pattern == QWEN else text)
+    assert tok.special_tokens == {"<first>": 0, EOT: 600, "<a>": 601, "<a><b>": 602} and tok.vocab_size == 603
+    assert 601 not in tok.encode("<a>") and tok.decode(tok.encode("<a>")) == "<a>"
+
+
+def set_in(*keys, value):
+    def edit(d):
+        for key in keys[:-1]:
+            d = d[key]
+        d[keys[-1]] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "problem, edit",
+    [
+        ("its model is Unigram", set_in("model", value={"type": "Unigram", "vocab": [["a", 0.0]]})),
+        ("its model is WordPiece", set_in("model", value={"type": "WordPiece", "vocab": {"a": 0}})),
+        ("its model has byte_fallback", set_in("model", "byte_fallback", value=True)),
+        ("its model has end_of_word_suffix", set_in("model", "end_of_word_suffix", value="</w>")),
+        ("its normalizer is Lowercase", set_in("normalizer", value={"type": "Lowercase"})),
+        ("its pre_tokenizer is .*Metaspace", set_in("pre_tokenizer", value={"type": "Metaspace"})),
+        ("its pre_tokenizer is None", set_in("pre_tokenizer", value=None)),
+        ("its pre_tokenizer is .*'add_prefix_space': True", set_in("pre_tokenizer", "add_prefix_space", value=True)),
+        ("its pre_tokenizer is .*'use_regex': False", set_in("pre_tokenizer", "use_regex", value=False)),
+        (r"its tokens \['zzz'\] are made by no merge", set_in("model", "vocab", "zzz", value=700)),
+        (r"its tokens \['<first>'\] take the spaces", set_in("added_tokens", 0, "lstrip", value=True)),
+        ("its ids do not follow the order", lambda d: d["model"]["merges"].reverse()),
+    ],
+)
+def test_a_tokenizer_json_of_another_kind_is_refused_by_what_it_is(tmp_path, problem, edit):
+    path = save_hugging_face(tmp_path, "gpt2", edit=edit)
+    with pytest.raises(ValueError, match=problem + "(.|\n)*only byte-level BPE"):
+        load_tokenizer(str(path))
+
+
+def test_a_sentencepiece_model_gives_its_own_ids(sentencepiece_model):
+    from sentencepiece import SentencePieceProcessor
+
+    tok, sp = load_tokenizer(str(sentencepiece_model), ["<think>"]), SentencePieceProcessor(str(sentencepiece_model))
+    for text in (TEXT, MIXED, "</s> is text", *map(random_text, range(5))):
+        assert tok.encode(text) == sp.encode(text)
+        assert tok.decode(sp.encode(text)) == text
+    assert tok.special_tokens == {"<s>": 1, "</s>": 2, EOT: 700, "<think>": 701}
+    assert tok.encode("a</s>b", special=True) == [*sp.encode("a"), 2, *sp.encode("b")]
+
+
+def test_a_model_file_that_sentencepiece_cannot_read_is_an_error_that_says_so(tmp_path):
+    write_ranks(tmp_path / "tokenizer.model", {bytes([b]): b for b in range(256)})
+    with pytest.raises(ValueError, match="not a sentencepiece model .* must be named x.tiktoken"):
+        load_tokenizer(str(tmp_path / "tokenizer.model"))
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def naive_words(text, pattern, special):
+    for token in sorted(special, key=len, reverse=True):
+        text = text.replace(token, "\ue000")  # a private character, which no text here holds, stands for any of them
+    return [list(word.encode()) for part in text.split("\ue000") for word in regex.findall(PATTERNS[pattern], part)]
+
+
+def merge(word, pair, new):
+    out = []
+    for i in word:
+        if out and (out[-1], i) == pair:
+            out[-1] = new
+        else:
+            out.append(i)
+    return out
+
+
+def naive_merges(words, n):
+    """Recount every pair of the whole text before each merge."""
+    words, tokens, merges = list(words), [bytes([b]) for b in range(256)], []
+    for new in range(256, 256 + n):
+        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
+        if not counts:
+            break
+        pair = min(counts, key=lambda pair: (-counts[pair], pair))
+        words = [merge(word, pair, new) for word in words]
+        merges.append((tokens[pair[0]], tokens[pair[1]]))
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+    return merges
+
+
+CORPORA = {
+    "text": TEXT[:4000],
+    "repeats": "aaaaaaaaaaa aaaa aaabaaa abababab\n" * 3 + "aaaaaaa",
+    "ties": "zy xw vu ts rq po nm lk ji hg fe dc ba ab cd",
+    "special": f"low<s>er{EOT}lower{EOT}{EOT}est<s><s>x lower\n{EOT} new lowest<s>>est" * 3,
+    "mixed": MIXED * 2 + random_text(7, 400),
+}
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "newer"])
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_the_trainer_finds_exactly_the_merges_of_a_naive_one(tmp_path, corpus, pattern):
+    special = (EOT, "<s>", "<s>>")
+    (tmp_path / "x.txt").write_text(CORPORA[corpus], encoding="utf-8", newline="")
+    expected = naive_merges(naive_words(CORPORA[corpus], pattern, special), 250)
+    words = count_words([tmp_path / "x.txt"], pattern, special)
+    assert merge_words(words, 250) == expected and len(expected) > 10
+    assert merge_words(dict(sorted(words.items())), 250) == expected  # whatever the order of the words
+    tok = train_bpe([tmp_path / "x.txt"], 256 + len(expected) + 3, pattern, special)
+    tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in expected]
+    assert [tok.decode_bytes([i]) for i in range(len(tokens))] == tokens
+    assert tok.special_tokens == {t: len(tokens) + i for i, t in enumerate(special)}
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "newer"])
+def test_a_trained_tokenizer_encodes_as_its_merges_say(folder, pattern):
+    words = count_words([folder / "text.txt"], pattern)
+    merges, tok = merge_words(words, 343), train_bpe([folder / "text.txt"], 600, pattern)
+    ids = {bytes([b]): b for b in range(256)} | {a + b: 256 + i for i, (a, b) in enumerate(merges)}
+    for text in (MIXED, TEXT[:5000], random_text(3), "aaaaaaa abababa    \n\n   x"):
+        expected = []
+        for word in naive_words(text, pattern, []):
+            for a, b in merges:
+                word = merge(word, (ids[a], ids[b]), ids[a + b])
+            expected += word
+        assert tok.encode(text) == expected
+
+
+def test_where_a_file_is_cut_into_chunks_changes_no_count(tmp_path):
+    text = (TEXT[:6000] + MIXED + "It's 12.\r\n \n12 3\n  x don't\n\n\n 'll  " + random_text(5)) * 3
+    (tmp_path / "x.txt").write_text(text, encoding="utf-8", newline="")
+    for pattern, rule in PATTERNS.items():
+        expected = Counter(regex.findall(rule, text))
+        for size in (1, 7, 100, 10_000):
+            chunks = list(ours._chunks(tmp_path / "x.txt", size))
+            assert "".join(chunks) == text and len(chunks) > 1
+            assert Counter(word for chunk in chunks for word in regex.findall(rule, chunk)) == expected, pattern
+
+
+def test_text_jsonl_and_gzip_files_give_the_same_words(tmp_path):
+    documents = [TEXT[:300], "zwei\nnaïve Dokumente ", " drei" + EOT + "vier"]
+    expected = Counter()
+    for i, text in enumerate(documents):
+        (tmp_path / f"{i}.py").write_text(text, encoding="utf-8")
+        expected += Counter(bytes(word).decode() for word in naive_words(text, "newer", [EOT]))
+    lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in documents)
+    (tmp_path / "x.jsonl").write_text(lines)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for files in ([tmp_path / f"{i}.py" for i in range(3)], [tmp_path / "x.jsonl"], [tmp_path / "x.jsonl.gz"]):
+        assert count_words(files, "newer") == expected
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
+    assert count_words([tmp_path / "x.txt.gz"], "gpt2") == Counter(
+        bytes(word).decode() for word in naive_words(TEXT, "gpt2", [EOT])
+    )
+
+
+def run_train(*args):
+    command = [sys.executable, str(ROOT / "data/tokenizers.py"), "train", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_command_writes_the_same_file_again_whatever_the_workers(tmp_path, folder):
+    written = []
+    for i, workers in enumerate((1, 2)):
+        out = tmp_path / str(i) / "bpe.json"
+        files = [folder / "text.txt", ROOT / "tests/test_tokenizers.py", folder / "text.txt"]
+        done = run_train(*files, "--vocab_size", 500, "--special_tokens", "<s>", "--workers", workers, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert f"500 tokens in {out}: use it as bpe:{out}" in done.stdout
+        written.append(out.read_bytes())
+    assert written[0] == written[1]
+    tok = load_tokenizer(f"bpe:{out}", CHAT_TOKENS)
+    assert tok.to_dict() == train_bpe(files, 500, special_tokens=["<s>"]).to_dict() | {
+        "special_tokens": {EOT: 498, "<s>": 499} | {t: 500 + i for i, t in enumerate(CHAT_TOKENS)}
+    }
+    out.write_bytes(written[0][:-100])
+    with pytest.raises(ValueError, match="bpe.json is no JSON .*cut short"):
+        load_tokenizer(f"bpe:{out}")
+
+
+@pytest.mark.parametrize(
+    "content, options, message",
+    [
+        (b"abc abc", ["--vocab_size", "400"], "3 merges are all this text has: take --vocab_size 260, or more text"),
+        (b"abc", ["--vocab_size", "256"], "vocab_size=256 must be more than 256 bytes + 1 special tokens"),
+        (b"a\xff", [], "x.txt is no UTF-8 text.*byte 0xff in position 1"),
+        (b"abc", ["--special_tokens", "a b"], "must not be empty or have spaces inside: ['a b']"),
+        (None, [], "No such file.*x.txt"),
+    ],
+)
+def test_bad_input_to_training_is_an_error_that_says_what_to_do(tmp_path, content, options, message):
+    if content is not None:
+        (tmp_path / "x.txt").write_bytes(content)
+    done = run_train(tmp_path / "x.txt", "--workers", 1, "--out", tmp_path / "out.json", *options)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "out.json").exists()
+    pattern = message if ".*" in message else regex.escape(message)
+    assert regex.search(pattern, done.stderr), done.stderr

@@ -1,0 +1,418 @@
+"""Trains any model_<model>.py on token shards, on one device or, under torchrun, on many.
+
+    python train.py config/quickstart.py --learning_rate=1e-3
+    torchrun --standalone --nproc_per_node=8 train.py config/train_baseline.py
+
+Read from top to bottom: knobs, devices, data, model, optimizer, run folder, loop. The batch is given in tokens;
+the number of devices and micro_batch change how it is computed, and not the result. `--help` lists all the knobs.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import resource
+import signal
+import statistics
+import sys
+import time
+from collections import deque
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+
+import checkpoint
+import flops
+import muon
+import record
+from configurator import configure
+from data.shards import Loader, Shards, eval_batches
+from data.tokenizers import tokenizer_from_dict
+
+# ---- knobs: every field of the model's GPTConfig is one too ---------------------------------------------------------
+model = "baseline"  # which model_<model>.py
+data = "data/stdlib"  # a folder that data/prepare.py made
+out_dir = "out/run"  # the run: config, metrics, checkpoints, picture
+seed = 1  # of weights, data order and dropout
+device = "auto"  # cuda, cuda:1, mps or cpu; auto: the first of these that is there
+dtype = "auto"  # bfloat16, float16 (with a loss scaler) or float32; auto: the best that the device is fast at
+tf32 = True  # float32 matmuls in TF32 on GPUs that have it
+compile: bool | str = "auto"  # True, False; auto: on CUDA
+parallel = "auto"  # none or ddp; auto: ddp under torchrun
+resume = False  # go on from the newest whole checkpoint in out_dir
+overwrite = False  # delete the run that is in out_dir
+# how much
+max_steps = 1000
+batch_tokens = 32768  # 32 * 1024 tokens a step, over all devices
+micro_batch = 8  # windows at once on a device: lower it if memory runs out
+block_size = 1024  # tokens in a window
+vocab_size = 0  # 0: the data's, rounded up to a multiple of 64
+document_mask = False  # nothing crosses from one document to the next (sets the model's eot_id)
+document_start_probability = 0.0  # this share of the windows begins where a document does
+mask_document_crossing = False  # no loss where the target is the next document's first token
+gradient_checkpointing = False  # recompute each block in the backward pass: a third more work, far less memory
+# optimizer
+optimizer = "muon"  # muon (matrices; AdamW for the rest) or adamw
+learning_rate = 2e-3  # the same for both: try 5e-4 to 5e-3
+min_lr = 0.0  # where the schedule ends
+warmup_steps = 50
+schedule = "cosine"  # wsd (constant, then down over the last decay_fraction) or constant
+decay_fraction = 0.2  # of max_steps (wsd)
+decay_shape = "linear"  # cosine or sqrt (1 - sqrt of the time) (wsd)
+lr_batch_tokens = 0  # n: learning_rate was tuned at batches of n tokens, and is scaled by sqrt(batch_tokens / n)
+weight_decay = 0.1  # on matrices only
+decay_with_lr = True  # weight decay follows the schedule, as in torch's AdamW; False: constant
+cautious_decay = False  # only where update and weight agree in sign
+beta1 = 0.9
+beta2 = 0.95  # of AdamW: 0.99 for small batches
+muon_momentum = 0.95
+muon_steps = 5  # of orthogonalisation
+muon_polynomial = "polar_express"  # or quintic, the classic
+muon_dtype = "auto"  # of the orthogonalisation: float32 or bfloat16; auto: bfloat16 on CUDA
+grad_clip = 1.0  # 0: off
+max_skipped = 10  # stop after so many steps in a row with a gradient that is not finite
+# loop
+eval_every = 250  # steps; also at the end
+eval_tokens = 262144  # the same ones every time; 0: the whole validation split
+save_every = 1000  # steps; also at the end and where the validation loss is the best so far
+keep_last = 3  # checkpoints, besides the best; 0: all
+log_every = 10  # steps between printed lines; metrics.jsonl gets every step
+wandb = ""  # online or offline: log there too
+tensorboard = False  # write out_dir/tensorboard too
+config = configure(globals())
+
+
+def die(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+main = rank == 0
+say = tqdm.write if main else lambda *_: None
+for key, allowed in {"parallel": "auto none ddp", "dtype": "auto bfloat16 float16 float32", "wandb": " online offline",
+                     "schedule": "cosine wsd constant", "decay_shape": "linear cosine sqrt",
+                     "optimizer": "muon adamw", "muon_dtype": "auto bfloat16 float32"}.items():  # fmt: skip
+    if config[key] not in allowed.split(" "):
+        die(f"{key}={config[key]}: try one of {', '.join(allowed.split())}")
+if device == "auto":
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+if device.startswith("cuda") and not torch.cuda.is_available():
+    die(f"device={device}, but torch {torch.__version__} sees no CUDA device: try device=cpu or device=auto")
+if world_size > 1 and parallel == "none":
+    die(f"parallel=none, but torchrun started {world_size} processes: try parallel=ddp")
+parallel = "ddp" if world_size > 1 else "none"
+if parallel == "ddp":
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+device_type = torch.device(device).type
+if device_type == "cuda":
+    torch.cuda.set_device(device)
+if dtype == "auto":
+    dtype = "float32"
+    if device_type == "cuda":
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+if compile == "auto":
+    compile = device_type == "cuda"
+torch.set_float32_matmul_precision("high" if tf32 and device_type == "cuda" else "highest")
+autocast = torch.autocast(device_type, getattr(torch, dtype)) if dtype != "float32" else nullcontext()
+name = flops.device_name(device)
+say(f"{world_size} x {name}, {dtype}, {'compiled' if compile else 'eager'}")
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+try:
+    train_data, val_data = Shards(data, "train"), Shards(data, "val")
+    windows = batch_tokens // block_size
+    if windows * block_size != batch_tokens or windows % world_size:
+        unit = block_size * world_size
+        near = sorted({max(batch_tokens // unit, 1) * unit, -(-batch_tokens // unit) * unit})
+        die(f"batch_tokens={batch_tokens} is not a multiple of block_size={block_size} times {world_size} processes: "
+            f"try {' or '.join(map(str, near))}")  # fmt: skip
+    loader = Loader(train_data, block_size, windows, seed, rank, world_size, micro_batch, device,
+                    document_start_probability, mask_document_crossing)  # fmt: skip
+except (OSError, ValueError) as error:
+    die(error)
+tokenizer = tokenizer_from_dict(train_data.meta["tokenizer"]) if train_data.meta["tokenizer"] else None
+vocab_size = vocab_size or -(-train_data.vocab_size // 64) * 64
+if vocab_size < train_data.vocab_size:
+    die(f"vocab_size={vocab_size} is smaller than that of {data}, {train_data.vocab_size}: try 0")
+bytes_of = torch.zeros(vocab_size, dtype=torch.long)  # of text that a token stands for: 0 for special ones
+if tokenizer:
+    bytes_of[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes().astype(np.int64))
+accumulation = len(range(loader.first, loader.last, micro_batch))
+say(f"{data}: {len(train_data):,} tokens to train on, {len(val_data):,} to validate; a step is {windows} windows of "
+    f"{block_size} = {accumulation} x {min(micro_batch, loader.last - loader.first)} on each process; "
+    f"{max_steps} steps are {max_steps * windows / loader.windows_per_epoch:.2f} epochs")  # fmt: skip
+
+# ---- model ----------------------------------------------------------------------------------------------------------
+torch.manual_seed(seed)
+variant = importlib.import_module(f"model_{model}")
+config |= {"vocab_size": vocab_size}
+fields = {field.name: config[field.name] for field in dataclasses.fields(variant.GPTConfig)}
+if document_mask:
+    fields["eot_id"] = train_data.eot_id
+try:
+    raw_model = variant.GPT(variant.GPTConfig(**fields)).to(device)
+except ValueError as error:
+    die(error)
+if gradient_checkpointing:
+    for block in raw_model.blocks:
+        block.forward = partial(recompute, block.forward, use_reentrant=False)
+net = torch.compile(raw_model) if compile else raw_model
+if parallel == "ddp":
+    net = DistributedDataParallel(net, device_ids=[torch.device(device).index] if device_type == "cuda" else None)
+
+# ---- optimizer ------------------------------------------------------------------------------------------------------
+peak_lr = learning_rate * (math.sqrt(batch_tokens / lr_batch_tokens) if lr_batch_tokens else 1.0)
+muon_type = None if muon_dtype == "auto" else getattr(torch, muon_dtype)
+opt = muon.make_optimizer(
+    raw_model, optimizer, peak_lr, weight_decay, beta1=beta1, beta2=beta2, muon_momentum=muon_momentum,
+    muon_steps=muon_steps, muon_polynomial=muon_polynomial, muon_dtype=muon_type, decay_with_lr=decay_with_lr,
+    cautious_decay=cautious_decay,
+)  # fmt: skip
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+parameters = sum(p.numel() for p in raw_model.parameters())
+flops_per_token = flops.training_flops_per_token(model, raw_model.config, block_size)
+peak = flops.peak_flops(name, dtype)
+say(f"{model}: {parameters:,} parameters, {flops_per_token:.3g} FLOPs a token; "
+    + ", ".join(f"{tensors} {group} by {method}" for group, method, tensors, *_ in muon.group_table(opt)))  # fmt: skip
+
+
+def lr_at(step):
+    """Warm-up, then the schedule: from peak_lr to min_lr, which the last step would reach one step later."""
+    if step < warmup_steps:
+        return peak_lr * (step + 1) / (warmup_steps + 1)
+    first = {"cosine": warmup_steps, "wsd": max_steps - round(decay_fraction * max_steps), "constant": max_steps}[
+        schedule
+    ]
+    if step < first:
+        return peak_lr
+    t = (step - first) / max(max_steps - first, 1)
+    shape = "cosine" if schedule == "cosine" else decay_shape
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * t)), "linear": 1 - t, "sqrt": 1 - math.sqrt(t)}[shape]
+    return min_lr + (peak_lr - min_lr) * left
+
+
+# ---- run folder -----------------------------------------------------------------------------------------------------
+out = Path(out_dir)
+knobs = {key: value for key, value in config.items() if key not in (*fields, "model", "resume", "overwrite")}
+saved_config = {"model": model, "model_config": fields, "knobs": knobs}
+step, tokens, best, skipped = 0, 0, math.inf, 0
+identity = {"data": data, "data_fingerprint": train_data.fingerprint, "tokenizer": tokenizer and tokenizer.fingerprint}
+if resume:
+    try:
+        path = checkpoint.newest(out, say)
+        if path is None and not record.exists(out):
+            die(f"--resume given but no checkpoint in {out}")
+        if path:
+            old_config = checkpoint.load_config(path)
+            for line in checkpoint.changed_keys(old_config, saved_config):
+                say(f"changed since the checkpoint: {line}")
+            if old_config["knobs"]["optimizer"] != optimizer:
+                die(f"{path} has the state of optimizer={old_config['knobs']['optimizer']}: resume with that")
+            before = json.loads((path / "trainer.json").read_text())["identity"]
+            if before["tokenizer"] != identity["tokenizer"]:
+                die(f"{data} has another tokenizer than the data of {path}: give that data, or another out_dir")
+            if before["data"] == data and before["data_fingerprint"] != identity["data_fingerprint"]:
+                die(f"{data} changed since {path} was written: restore it, or begin another run in another out_dir")
+            state = checkpoint.restore(path, raw_model, opt)
+            step, tokens, best, skipped = (state[key] for key in ("step", "tokens", "best", "skipped"))
+            scaler.load_state_dict(state["scaler"])
+        say(f"resuming from {path}" if path else f"no checkpoint in {out} yet: beginning again")
+    except checkpoint.CheckpointError as error:
+        die(error)
+elif main and record.exists(out) and not overwrite:
+    die(f"{out} already holds a run: go on with --resume, delete it with --overwrite, or choose another --out_dir")
+if parallel == "ddp":
+    dist.barrier()  # nobody writes before all have read
+if main:
+    out.mkdir(parents=True, exist_ok=True)
+    if overwrite and not resume:
+        record.delete(out)
+    hardware = {"device": name, "processes": world_size, "dtype": dtype, "compile": bool(compile), "peak_flops": peak}
+    work = {"parameters": parameters, "flops_per_token": flops_per_token, "tokens": batch_tokens * max_steps}
+    facts = {"seed": seed, **identity, "hardware": hardware, **work, "optimizer": muon.group_table(opt)}
+    record.describe(out, saved_config, train_data.meta, facts)
+    metrics = record.Log(out, step, config, wandb, tensorboard)
+
+
+def save(is_best=False):
+    """Rank 0 writes a checkpoint. A full disk is reported, and the run goes on: what was saved before stays."""
+    if not main:
+        return
+    trainer = {"tokens": tokens, "best": best, "skipped": skipped, "scaler": scaler.state_dict(), "identity": identity}
+    try:
+        checkpoint.save(out, step, raw_model, opt, saved_config, trainer, keep_last, is_best)
+    except checkpoint.CheckpointError as error:
+        say(f"WARNING: {error}")
+    record.plot(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters")
+
+
+@torch.no_grad()
+def evaluate():
+    """(loss, bits per byte of text) over the first eval_tokens of the validation split, without auxiliary losses.
+
+    Bits per byte leave out the tokens that no text stands behind, such as the one that begins a document.
+    """
+    raw_model.eval()
+    total = torch.zeros(4, dtype=torch.float64)  # nats, tokens; nats, bytes of the tokens that stand for text
+    for x, y in eval_batches(val_data, block_size, eval_tokens, micro_batch, rank, world_size, device):
+        with autocast:
+            logits = raw_model(x)
+        y = y.flatten()
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), y, ignore_index=-1, reduction="none").double().cpu()
+        y = y.cpu()
+        size = bytes_of[y.clamp(min=0)] * (y >= 0)
+        total += torch.stack((nats.sum(), (y >= 0).sum(), nats[size > 0].sum(), size.sum())).double()
+    raw_model.train()
+    nats, count, text_nats, size = all_sum(total)
+    return nats / count, text_nats / math.log(2) / size if size else None
+
+
+def all_sum(values):
+    """Sums of a few numbers over all processes."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if parallel == "ddp":
+        values = values.to(device) if device_type == "cuda" else values
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def log(**row):
+    if main:
+        metrics.write(row)
+
+
+def memory_gb():
+    """The most that was in use so far: of the GPU's memory, or of this process's."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def spiked(history, value):
+    """Whether a value lies far above the last ones: 6 standard deviations, and a tenth."""
+    if len(history) < 20:
+        return False
+    mean, spread = statistics.fmean(history), statistics.stdev(history)
+    return value > mean + max(6 * spread, 0.1 * mean)
+
+
+# ---- loop -----------------------------------------------------------------------------------------------------------
+stopping = []  # signals received
+
+
+def on_signal(number, frame):
+    if stopping:
+        os._exit(128 + number)
+    stopping.append(signal.Signals(number).name)
+
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, on_signal)
+bar = tqdm(
+    total=max_steps, initial=step, disable=not (main and sys.stderr.isatty()), dynamic_ncols=True, smoothing=0.05
+)
+losses, norms, in_a_row = deque(maxlen=100), deque(maxlen=100), 0
+saved_at = evaluated_at = step if step > 0 else -1  # a checkpoint is written after the evaluation of its step
+begin, timer, timed = time.perf_counter(), None, 0
+raw_model.train()
+while True:
+    # 1. evaluate and save
+    is_best = False
+    if (step % eval_every == 0 or step >= max_steps) and step != evaluated_at:
+        loss, bits = evaluate()
+        bits_text = "n/a" if bits is None else f"{bits:.4f}"
+        say(f"step {step:>6} | validation loss {loss:.4f} | {bits_text} bits per byte")
+        log(step=step, val_loss=loss, val_bits_per_byte=bits, tokens=tokens)
+        is_best, best = loss < best, min(loss, best)
+    if step > 0 and step != saved_at and (is_best or step % save_every == 0 or step >= max_steps):
+        save(is_best)
+        saved_at = step
+    if step >= max_steps:
+        break
+    # 2. agree on what all processes must know: the number of targets, and whether to stop
+    started = time.perf_counter()
+    batches = list(loader.batches(step))
+    targets, stop = all_sum([sum((y >= 0).sum().item() for _, y in batches), len(stopping)])
+    if stop:
+        if step > 0 and step != saved_at:
+            save()
+        resume_command = " ".join([*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+        launcher = "torchrun ..." if parallel == "ddp" else "python"
+        say(f"{stopping[0] if stopping else 'signal'}: saved step {step}; go on with  {launcher} {resume_command}")
+        break
+    # 3. gradient: the mean over all targets of the step, whatever micro-batch or process they are in
+    torch.manual_seed(((seed << 24) + step) * 4096 + rank)  # of dropout: nothing to store for a resume
+    total_loss = torch.zeros((), device=device)
+    for i, (x, y) in enumerate(batches):
+        last = i == len(batches) - 1
+        with net.no_sync() if parallel == "ddp" and not last else nullcontext():
+            with autocast:
+                loss = net(x, y) * ((y >= 0).sum() * world_size / max(targets, 1))
+            scaler.scale(loss).backward()
+        total_loss += loss.detach()
+    # 4. update
+    scaler.unscale_(opt)
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+    lr = lr_at(step)
+    for group in opt.param_groups:
+        group["lr"] = lr
+    if math.isfinite(norm):
+        scaler.step(opt)
+        in_a_row = 0
+    else:
+        skipped, in_a_row = skipped + 1, in_a_row + 1
+    scaler.update()
+    opt.zero_grad(set_to_none=True)
+    if hasattr(raw_model, "after_step"):
+        raw_model.after_step()
+    loss = all_sum([total_loss.item() / world_size])[0]
+    seconds = time.perf_counter() - started
+    step, tokens = step + 1, tokens + batch_tokens
+    bar.update()
+    # 5. log
+    speed = batch_tokens / seconds
+    mfu = speed * flops_per_token / (peak * world_size) if peak else None
+    memory = memory_gb()
+    spikes = [name for name, past, value in (("loss", losses, loss), ("grad_norm", norms, norm)) if spiked(past, value)]
+    log(step=step, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds, tokens_per_second=speed, mfu=mfu,
+        memory_gb=memory, tokens=tokens, skipped=skipped, spikes=spikes, **raw_model.metrics())  # fmt: skip
+    if math.isfinite(norm):
+        losses.append(loss)
+        norms.append(norm)
+    else:
+        say(f"step {step:>6} | gradient norm {norm}, loss {loss:.4f}: skipped, {in_a_row} in a row, {skipped} in all")
+    if spikes:
+        say(f"step {step:>6} | SPIKE in {' and '.join(spikes)}: loss {loss:.4f}, gradient norm {norm:.3g}")
+    timer, timed = (time.perf_counter(), 0) if timer is None else (timer, timed + 1)  # the first step compiles
+    if step % log_every == 0 or step == max_steps:
+        eta = (max_steps - step) * (time.perf_counter() - timer) / timed if timed else 0
+        mfu_text = f"{mfu:.1%}" if mfu else "n/a"
+        eta_text = f"{eta // 60:.0f}:{eta % 60:02.0f}"
+        say(f"step {step:>6}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {1000 * seconds:.0f} ms | "
+            f"{speed:,.0f} tokens/s | mfu {mfu_text} | {memory:.2f} GB | eta {eta_text}")  # fmt: skip
+    if in_a_row >= max_skipped:
+        last_good = checkpoint.newest(out, say) if main else None
+        die(f"{in_a_row} steps in a row without a finite gradient: stopped. The last good checkpoint is {last_good}; "
+            "try a lower learning_rate, or dtype=bfloat16 or float32")  # fmt: skip
+
+bar.close()
+if main:
+    metrics.close()
+say(f"{time.perf_counter() - begin:.0f} s; see {out}/loss.png, and sample with  python sample.py {out}")
+if parallel == "ddp":
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort a process that ends otherwise
