@@ -1,0 +1,181 @@
+"""Text from a run, a checkpoint or a Hugging Face folder, streamed as it is generated.
+
+python sample.py out/quickstart --prompt "def main():" --num_samples 3
+cat prompt.txt | python sample.py out/run --prompt_file - --temperature 0 --max_new_tokens 50
+python sample.py ~/models/Qwen3-0.6B --interactive
+python sample.py out/run --save_pretrained my-model        (a folder that transformers opens)
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from data.tokenizers import load_tokenizer, stream_text, tokenizer_from_dict
+
+ROOT = Path(__file__).resolve().parent
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("path", type=Path, help="a run's folder, a checkpoint's (out/run/best), or one with a Hugging Face model")
+    add("--prompt", default="", help="what to continue (default: the beginning of a document)")
+    add("--prompt_file", help="a file with the prompt; - is standard input")
+    add("--num_samples", type=int, default=1, help="continuations of the prompt, from one prefill")
+    add("--max_new_tokens", type=int, default=256)
+    add("--temperature", type=float, default=0.8, help="0: always the most likely token")
+    add("--top_k", type=int, default=0, help="only among the k most likely tokens; 0: off")
+    add("--top_p", type=float, default=1.0, help="only among the likeliest tokens that reach probability p together")
+    add("--repetition_penalty", type=float, default=1.0, help="over 1: what was said becomes less likely")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be given again)")
+    add("--seed", type=int, default=1)
+    add("--device", default="auto", help="cuda, mps, cpu or auto")
+    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto: bfloat16 on CUDA, else float32")
+    add("--tokenizer", help="for a folder without one: gpt2, or a path (see data/tokenizers.py)")
+    add("--no_cache", action="store_true", help="compute all tokens again for each new one: slow, to check the cache")
+    add("--interactive", action="store_true", help="chat (a continuation of each line where there are no chat tokens)")
+    add("--save_pretrained", metavar="FOLDER", help="write the model there for transformers, and end")
+    args = parser.parse_args(argv)
+    for name, low, high in (("num_samples", 1, None), ("max_new_tokens", 1, None), ("temperature", 0, None),
+                            ("top_k", 0, None), ("top_p", 1e-9, 1), ("repetition_penalty", 1e-9, None)):  # fmt: skip
+        value = getattr(args, name)
+        if value < low or high is not None and value > high:
+            parser.error(f"--{name} {value}: give a number from {low}" + (f" to {high}" if high else ""))
+    return args
+
+
+def load(args):
+    """The model in eval mode, its tokenizer, and the tokens that every prompt begins with."""
+    device, path = args.device, args.path
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}, but torch {torch.__version__} sees no CUDA device: try --device cpu")
+    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    if not path.exists():
+        raise FileNotFoundError(f"{path} not found: give a run's folder, a checkpoint's, or a Hugging Face model's")
+    config = json.loads((path / "config.json").read_text()) if (path / "config.json").exists() else {}
+    if "model_type" in config:
+        model = model_of_type(config["model_type"]).from_pretrained(path, device, dtype)
+        known = [path / "tokenizer.json"] if (path / "tokenizer.json").exists() else []
+    else:
+        model = checkpoint.load_model(path, device)[0].to(dtype)
+        known = [file for file in (path / "data.json", path.resolve().parent / "data.json") if file.exists()]
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer)
+    elif not known:
+        raise ValueError(f"{path} has no tokenizer: name one with --tokenizer, for example --tokenizer gpt2")
+    elif "model_type" in config:
+        tokenizer = load_tokenizer(str(known[0]))
+    else:
+        meta = json.loads(known[0].read_text())  # published shards come without a tokenizer: they are GPT-2's
+        tokenizer = tokenizer_from_dict(meta["tokenizer"]) if meta["tokenizer"] else load_tokenizer("gpt2")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, and the model {model.config.vocab_size}"
+        raise ValueError(f"the tokenizer {tokenizer.name} has {sizes}: they do not belong together")
+    head = model.logits
+    model.logits = lambda x: head(x)[..., : tokenizer.vocab_size]  # no text stands behind what pads the vocabulary
+    return model, tokenizer, [] if "model_type" in config else [tokenizer.eot_id]  # as our documents begin
+
+
+def model_of_type(model_type):
+    types = {}
+    for file in sorted(ROOT.glob("model_*.py")):
+        module = importlib.import_module(file.stem)
+        types[module.HF_FIXED["model_type"]] = module.GPT
+    if model_type not in types:
+        raise ValueError(f"no model file reads Hugging Face's {model_type!r}; these can be read: {', '.join(types)}")
+    return types[model_type]
+
+
+def until_stop(pieces, stops, begin):
+    """The text of the pieces up to the first stop after `begin` characters, never a part of a stop."""
+    text, shown, longest = "", 0, max(map(len, stops), default=1)
+    for piece in pieces:
+        text += piece
+        found = [at for stop in stops if (at := text.find(stop, max(begin, shown - longest))) >= 0]
+        end = min(found) if found else min(max(begin, len(text) - longest + 1), len(text))
+        yield text[shown:end]
+        shown = end
+        if found:
+            return
+    yield text[shown:]
+
+
+def say(model, tokenizer, prompt, stop_tokens, args, echo=True):
+    """Prints the continuations of a prompt, the first as it comes; returns the ids of the first."""
+    rows = [[] for _ in range(args.num_samples)]
+
+    def first_row():
+        for tokens in model.stream(
+            [prompt], args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.repetition_penalty,
+            stop_tokens, args.num_samples, crop=True, use_cache=not args.no_cache, generator=args.generator,
+        ):  # fmt: skip
+            for row, token in zip(rows, tokens.tolist()):
+                row.extend([token] if token >= 0 else [])
+            if tokens[0] >= 0:
+                yield int(tokens[0])
+
+    shown = [token for token in prompt if token != tokenizer.eot_id] if echo else []
+    begin = len(tokenizer.decode(shown))
+    live = first_row()
+    for i in range(args.num_samples):
+        if args.num_samples > 1:
+            print(f"{'' if i == 0 else chr(10)}---- sample {i + 1} of {args.num_samples} ----")
+        text = stream_text(tokenizer, chain(shown, live if i == 0 else rows[i]))
+        for piece in until_stop(text, args.stop, begin):
+            print(piece, end="", flush=True)
+        if i == 0 and args.num_samples > 1:
+            list(live)  # a stop ended the first one: the others go on
+        print()
+    return rows[0]
+
+
+def interact(model, tokenizer, prefix, stop_tokens, args):
+    chat = {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_tokens.keys()
+    history = list(prefix)
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        if not chat:
+            say(model, tokenizer, prefix + tokenizer.encode(line), stop_tokens, args)
+            continue
+        turn = f"<|im_start|>user\n{line}<|im_end|>\n<|im_start|>assistant\n"
+        history += tokenizer.encode(turn, special=True)
+        history += say(model, tokenizer, history, stop_tokens, args, echo=False)
+        history += tokenizer.encode("<|im_end|>\n", special=True)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    try:
+        if args.prompt_file:
+            args.prompt = sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text("utf-8")
+        model, tokenizer, prefix = load(args)
+        if args.save_pretrained:
+            model.save_pretrained(args.save_pretrained)
+            return print(f"wrote {args.save_pretrained}: config.json and model.safetensors")
+        args.generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
+        special = tokenizer.special_tokens
+        stop_tokens = {tokenizer.eot_id, *(special[t] for t in ("<|im_end|>",) if t in special)}
+        if args.interactive:
+            return interact(model, tokenizer, prefix, stop_tokens, args)
+        prompt = prefix + tokenizer.encode(args.prompt)
+        say(model, tokenizer, prompt or [tokenizer.eot_id], stop_tokens, args)
+    except (OSError, ValueError, checkpoint.CheckpointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print()
+
+
+if __name__ == "__main__":
+    main()
