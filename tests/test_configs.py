@@ -1,0 +1,60 @@
+"""Every file in config/ builds the model that its first line says, without memory for it: on the meta device."""
+
+import dataclasses
+import importlib
+import re
+import sys
+
+import pytest
+import torch
+
+from tests.tiny import ROOT
+
+CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
+
+
+def resolved(name, monkeypatch, *more):
+    """The config that train.py would have with config/<name>."""
+    source = (ROOT / "train.py").read_text()
+    knobs = source[: source.index("config = configure(globals())")] + "config = configure(globals())"
+    monkeypatch.setattr(sys, "argv", ["train.py", str(ROOT / "config" / name), *more])
+    found = {"__file__": str(ROOT / "train.py"), "__name__": "train_knobs"}
+    exec(compile(knobs, "train.py", "exec"), found)
+    return found["config"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_builds_and_its_first_lines_say_what_it_trains(name, monkeypatch):
+    config = resolved(name, monkeypatch)
+    variant = importlib.import_module(f"model_{config['model']}")
+    fields = {field.name: config[field.name] for field in dataclasses.fields(variant.GPTConfig)}
+    fields["vocab_size"] = fields["vocab_size"] or 4096  # 0: the data's
+    with torch.device("meta"):
+        model = variant.GPT(variant.GPTConfig(**fields))
+    first = (ROOT / "config" / name).read_text().split("\n\n")[0]
+    assert first.startswith("# ")
+    for stated in re.findall(r"([\d,]{9,}) parameters", first):
+        assert sum(p.numel() for p in model.parameters()) == int(stated.replace(",", ""))
+    assert config["batch_tokens"] % config["block_size"] == 0
+
+
+@pytest.mark.parametrize(
+    "name, known",
+    [
+        ("qwen3_0.6b.py", 596_049_920),
+        ("qwen3_1.7b.py", 1_720_574_976),
+        ("qwen3_8b.py", 8_190_735_360),
+        ("gpt2.py", 124_439_808),
+        ("gpt2_medium.py", 354_823_168),
+        ("gpt2_large.py", 774_030_080),
+        ("gpt2_xl.py", 1_557_611_200),
+    ],
+)
+def test_the_released_sizes_have_exactly_the_known_parameter_counts(name, known, monkeypatch):
+    config = resolved(name, monkeypatch)
+    variant = importlib.import_module(f"model_{config['model']}")
+    with torch.device("meta"):
+        model = variant.GPT(
+            variant.GPTConfig(**{f.name: config[f.name] for f in dataclasses.fields(variant.GPTConfig)})
+        )
+    assert sum(p.numel() for p in model.parameters()) == known

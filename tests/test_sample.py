@@ -1,0 +1,187 @@
+"""sample.py, on a model that a test trained for nothing: what it says is noise, how it says it is checked."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+import sample
+from data.tokenizers import CHAT_TOKENS, load_tokenizer
+from tests.tiny import TINY, module
+
+
+def make_run(folder, add_tokens=(), name="baseline", block_size=64, step=3):
+    """A run folder as train.py leaves it: byte tokenizer, random weights of which some are large."""
+    tokenizer = load_tokenizer("byte", add_tokens)
+    torch.manual_seed(0)
+    config = module(name).GPTConfig(**dict(vocab_size=320, block_size=block_size, eot_id=-1, **TINY[name]))
+    model = module(name).GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    saved = {"model": name, "model_config": vars(config), "knobs": {}}
+    checkpoint.save(folder, step, model, torch.optim.AdamW(model.parameters()), saved, {}, best=True)
+    meta = {"tokenizer": tokenizer.to_dict(), "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id}
+    (folder / "data.json").write_text(json.dumps(meta))
+    return folder, model.eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+def text_of(capsys, *arguments):
+    sample.main([str(a) for a in arguments])
+    return capsys.readouterr().out
+
+
+def error_of(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        sample.main([str(a) for a in arguments])
+    return str(caught.value)
+
+
+def test_the_text_is_what_the_model_generates_after_eot_and_the_prompt(run, capsys):
+    folder, model, tokenizer = run
+    prompt = [tokenizer.eot_id, *tokenizer.encode("héllo")]
+    head = model.logits
+    model.logits = lambda x: head(x)[..., : tokenizer.vocab_size]
+    ids = model.generate([prompt], 30, temperature=0, stop=[tokenizer.eot_id])[0]
+    model.logits = head
+    want = tokenizer.decode(prompt[1:] + ids) + "\n"
+    for path in (folder, folder / "best", folder / "step-00000003"):
+        assert text_of(capsys, path, "--prompt", "héllo", "--temperature", 0, "--max_new_tokens", 30) == want
+
+
+def test_the_cache_changes_nothing(run, capsys):
+    arguments = (run[0], "--prompt", "ab", "--temperature", 0, "--max_new_tokens", 80)  # past block_size too
+    assert text_of(capsys, *arguments) == text_of(capsys, *arguments, "--no_cache")
+
+
+def test_a_seed_repeats_and_samples_differ(run, capsys):
+    arguments = (run[0], "--prompt", "ab", "--num_samples", 3, "--max_new_tokens", 20, "--temperature", 1.5)
+    first = text_of(capsys, *arguments)
+    assert first == text_of(capsys, *arguments) != text_of(capsys, *arguments, "--seed", 7)
+    parts = first.split("---- sample ")[1:]
+    assert len(parts) == 3 and len({part.split("----\n")[1] for part in parts}) == 3
+
+
+def test_the_prompt_may_come_from_a_file_or_standard_input(run, capsys, monkeypatch, tmp_path):
+    arguments = (run[0], "--temperature", 0, "--max_new_tokens", 9)
+    want = text_of(capsys, *arguments, "--prompt", "one\ntwo")
+    (tmp_path / "prompt.txt").write_text("one\ntwo")
+    assert text_of(capsys, *arguments, "--prompt_file", tmp_path / "prompt.txt") == want
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo"))
+    assert text_of(capsys, *arguments, "--prompt_file", "-") == want
+
+
+def test_an_empty_prompt_begins_a_document(run, capsys):
+    folder, model, tokenizer = run
+    assert len(text_of(capsys, folder, "--max_new_tokens", 5)) > 1
+
+
+def test_text_arrives_piece_by_piece_and_whole_characters_only(run, monkeypatch, capsys):
+    _, model, tokenizer = run
+    written = []
+    monkeypatch.setattr(
+        sample, "print", lambda *a, end="\n", flush=False: written.append((*a, "")[0] + end), raising=False
+    )
+    ids = tokenizer.encode("naïve 😀 text")
+    monkeypatch.setattr(model, "stream", lambda *a, **k: (torch.tensor([i]) for i in ids))
+    args = sample.parse_arguments(["x"])
+    args.generator = None
+    sample.say(model, tokenizer, [tokenizer.eot_id], {}, args)
+    assert "".join(written) == "naïve 😀 text\n" and len(written) > 10
+    assert "😀" in written and not any("\ufffd" in piece for piece in written)
+
+
+def test_a_stop_text_ends_the_sample_before_it_and_never_shows_a_part_of_it():
+    def cut(pieces, stops, begin=0):
+        return "".join(sample.until_stop(iter(pieces), stops, begin))
+
+    whole = "one END two"
+    assert cut(list(whole), ["END"]) == "one "
+    assert cut(["one E", "ND two"], ["two", "END"]) == "one "
+    assert cut(list(whole), ["end"]) == whole
+    assert cut(list(whole), ["END"], begin=6) == whole  # within the prompt it is no stop
+    assert cut(list(whole), []) == whole
+    assert cut(list("END of it"), ["END"]) == ""
+
+
+def test_a_stop_text_works_from_the_command_line_for_every_sample(run, capsys):
+    arguments = (run[0], "--prompt", "q", "--num_samples", 2, "--max_new_tokens", 60, "--temperature", 1.0)
+    free = text_of(capsys, *arguments)
+    stop = free.split("----\n")[1].split("\n----")[0][12:14]
+    stopped = text_of(capsys, *arguments, "--stop", stop)
+    bodies = [part.split("----\n")[1] for part in stopped.split("---- sample ")[1:]]
+    assert all(stop not in body[1:] for body in bodies) and len(stopped) < len(free)
+
+
+def test_ids_that_only_pad_the_vocabulary_are_never_drawn(run, capsys):
+    folder, _, tokenizer = run
+    assert tokenizer.vocab_size == 257  # of 320: the others could not be decoded
+    text_of(capsys, folder, "--max_new_tokens", 200, "--temperature", 50)
+
+
+def test_a_chat_keeps_the_conversation_in_the_chat_format(tmp_path, monkeypatch, capsys):
+    folder, model, tokenizer = make_run(tmp_path, CHAT_TOKENS, block_size=256)
+    lines, prompts = iter(["hi", "more"]), []
+
+    def ask(_):
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", ask)
+    original = module("baseline").GPT.stream
+
+    def stream(self, prompts_, *a, **k):
+        prompts.append(list(prompts_[0]))
+        return original(self, prompts_, *a, **k)
+
+    monkeypatch.setattr(module("baseline").GPT, "stream", stream)
+    text_of(capsys, folder, "--interactive", "--max_new_tokens", 5)
+    first = "<|endoftext|><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(prompts[0]) == first
+    assert tokenizer.decode(prompts[1]).startswith(first)
+    assert tokenizer.decode(prompts[1]).endswith(
+        "<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["baseline", "gpt2"])
+def test_a_model_goes_to_transformers_and_comes_back(name, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    folder, model, tokenizer = make_run(tmp_path / "run", name=name)
+    text_of(capsys, folder, "--save_pretrained", tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    x = torch.randint(256, (1, 20))
+    torch.testing.assert_close(theirs(x).logits, model(x), atol=1e-4, rtol=0)
+    assert "no tokenizer" in error_of(tmp_path / "hf")
+    back = text_of(capsys, tmp_path / "hf", "--tokenizer", "byte", "--prompt", "ab", "--temperature", 0)
+    assert len(back) > 10
+    assert "holds a model already" in error_of(folder, "--save_pretrained", tmp_path / "hf")
+
+
+def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
+    folder, _, _ = run
+    assert "not found" in error_of(tmp_path / "nowhere")
+    assert "no checkpoint in" in error_of(tmp_path)
+    assert "not among" in error_of(folder, "--tokenizer", "char") or "alphabet" in error_of(
+        folder, "--tokenizer", "char"
+    )
+    if not torch.cuda.is_available():
+        assert "try --device cpu" in error_of(folder, "--device", "cuda")
+    (tmp_path / "config.json").write_text('{"model_type": "mamba9"}')
+    assert "'mamba9'; these can be read: " in error_of(tmp_path)
+    for options in (["--temperature", "-1"], ["--top_p", "0"], ["--num_samples", "0"]):
+        assert error_of(folder, *options) == "2"
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    folder, _, _ = make_run(tmp_path, [f"<{i}>" for i in range(100)])
+    assert "357 tokens, and the model 320" in error_of(folder)
