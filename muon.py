@@ -53,22 +53,10 @@ def orthogonalize(x: Tensor, polynomial: str = "polar_express", steps: int = 5) 
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x  # the products below are rows by rows: make rows the short side
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value exceeds 1
-    # p(x) = (aI + bG + cG^2) x with the Gram matrix G = x x^T. Several steps may be taken on G alone, which is cheaper
-    # where rows are short: p(x) p(x)^T = P G P, P = aI + bG + cG^2. G squares the singular values, and every step
-    # multiplies its rounding errors by up to a^2, so this needs true fp32, and x itself again after five steps.
-    precise = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    at_once = 5 if precise and x.size(-1) > 1.5 * x.size(-2) else 1
-    for i in range(0, steps, at_once):
-        gram, product = torch.bmm(x, x.mT), None
-        *on_gram, (a, b, c) = coefficients[i : i + at_once]
-        for a_, b_, c_ in on_gram:
-            p = torch.baddbmm(gram, gram, gram, beta=b_, alpha=c_)
-            p.diagonal(dim1=-2, dim2=-1).add_(a_)
-            gram, product = torch.bmm(torch.bmm(p, gram), p), p if product is None else torch.bmm(p, product)
-        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        y = x if product is None else product
-        y = torch.baddbmm(y, p, y, beta=a)
-        x = y if product is None else torch.bmm(y, x)
+    for a, b, c in coefficients:
+        gram = torch.bmm(x, x.mT)
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # bG + cG^2
+        x = torch.baddbmm(x, p, x, beta=a)  # (aI + bG + cG^2) x
     return x.mT if tall else x
 
 

@@ -64,25 +64,25 @@ def load(args):
     config = json.loads((path / "config.json").read_text()) if (path / "config.json").exists() else {}
     if "model_type" in config:
         model = model_of_type(config["model_type"]).from_pretrained(path, device, dtype)
-        known = [path / "tokenizer.json"] if (path / "tokenizer.json").exists() else []
     else:
         model = checkpoint.load_model(path, device)[0].to(dtype)
-        known = [file for file in (path / "data.json", path.resolve().parent / "data.json") if file.exists()]
-    if args.tokenizer:
-        tokenizer = load_tokenizer(args.tokenizer)
-    elif not known:
+    tokenizer, ours = load_tokenizer(args.tokenizer) if args.tokenizer else None, "model_type" not in config
+    for file in (path / "tokenizer.json", path / "data.json", path.resolve().parent / "data.json"):
+        if tokenizer is None and file.exists():
+            ours = file.name == "data.json"
+            meta = json.loads(file.read_text()) if ours else {}
+            if meta.get("tokenizer"):
+                tokenizer = tokenizer_from_dict(meta["tokenizer"])
+            else:  # published shards come without a tokenizer: they are GPT-2's
+                tokenizer = load_tokenizer("gpt2" if ours else str(file))
+    if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: name one with --tokenizer, for example --tokenizer gpt2")
-    elif "model_type" in config:
-        tokenizer = load_tokenizer(str(known[0]))
-    else:
-        meta = json.loads(known[0].read_text())  # published shards come without a tokenizer: they are GPT-2's
-        tokenizer = tokenizer_from_dict(meta["tokenizer"]) if meta["tokenizer"] else load_tokenizer("gpt2")
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens, and the model {model.config.vocab_size}"
         raise ValueError(f"the tokenizer {tokenizer.name} has {sizes}: they do not belong together")
     head = model.logits
     model.logits = lambda x: head(x)[..., : tokenizer.vocab_size]  # no text stands behind what pads the vocabulary
-    return model, tokenizer, [] if "model_type" in config else [tokenizer.eot_id]  # as our documents begin
+    return model, tokenizer, [tokenizer.eot_id] if ours else []  # as our documents begin
 
 
 def model_of_type(model_type):
@@ -163,7 +163,9 @@ def main(argv=None):
         model, tokenizer, prefix = load(args)
         if args.save_pretrained:
             model.save_pretrained(args.save_pretrained)
-            return print(f"wrote {args.save_pretrained}: config.json and model.safetensors")
+            data = {"tokenizer": tokenizer.to_dict()}  # transformers ignores it, and sample.py reads it
+            (Path(args.save_pretrained) / "data.json").write_text(json.dumps(data) + "\n")
+            return print(f"wrote {args.save_pretrained}: config.json, model.safetensors, data.json")
         args.generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
         special = tokenizer.special_tokens
         stop_tokens = {tokenizer.eot_id, *(special[t] for t in ("<|im_end|>",) if t in special)}
