@@ -48,12 +48,10 @@ class GPTConfig:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: try 1 or n_head")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd, and RoPE turns pairs: try {self.head_dim + 1}")
-        if (
-            self.rope_scaling not in ("none", "linear", "yarn")
-            or self.rope_scaling == "yarn"
-            and not self.rope_original
-        ):
-            raise ValueError(f"rope_scaling={self.rope_scaling!r}: try none, linear, or yarn with a rope_original")
+        if self.rope_scaling not in ("none", "linear", "yarn"):
+            raise ValueError(f"rope_scaling={self.rope_scaling!r} is unknown: try none, linear or yarn")
+        if self.rope_scaling == "yarn" and self.rope_original < 1:
+            raise ValueError(f"rope_original={self.rope_original}, and yarn needs the trained length: try 4096")
 
 
 class RMSNorm(nn.Module):

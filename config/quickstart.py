@@ -1,4 +1,4 @@
-# A small model on the Python standard library: 4.2M parameters in about 3 minutes on 2 CPU cores,
+# A small model on the Python standard library: 4.0M parameters in about 3 minutes on 2 CPU cores,
 # 40M in a few minutes on a GPU. `make quickstart` runs it; the data: python data/prepare.py stdlib --tokenizer bpe:4096
 import torch
 

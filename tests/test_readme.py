@@ -1,0 +1,90 @@
+"""Every command in the README runs, at a tiny size, in a copy of the repository; its tables are fresh."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.readme import fresh
+from tests.tiny import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S) for line in block.splitlines()]
+ANY = "--n_layer=1 --n_embd=32 --block_size=32 --batch_tokens=128 --micro_batch=2 --max_steps=2 --eval_tokens=256"
+ANY += " --device=cpu --dtype=float32"
+TINY = ANY + " --n_inner=32 --head_dim=8"
+CHANGED = {  # how a command is made small where the general rule below does not do
+    "make quickstart": "make -n quickstart",  # its three commands run below
+    "make test": "make -n test",  # it runs this
+    "git diff --no-index model_baseline.py model_gpt2.py": "git diff --no-index model_gpt2.py model_gpt2.py",
+    "python data/prepare.py stdlib": "{} --max_tokens 200000",
+    "python data/prepare.py shakespeare": "{} --input notes.txt",  # without it, it downloads
+    "python bench.py train": "python bench.py train --help",  # takes many minutes
+    "python bench.py shakespeare --data data/shakespeare": "python bench.py shakespeare --help",
+}
+
+
+def tiny(command):
+    if command in CHANGED:
+        return CHANGED[command].format(command)
+    if "train.py" in command and "--help" not in command:
+        return f"{command} {ANY if '--model=gpt2' in command else TINY}"
+    return command + (" --max_new_tokens 8" if "sample.py" in command and "--save" not in command else "")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository's files in an empty folder, with the quickstart made at a tiny size and the files it talks of."""
+    folder = tmp_path_factory.mktemp("copy") / "nanollm"
+    for name in run("git ls-files --cached --others --exclude-standard", ROOT).splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copy(folder / "train.py", folder / "notes.txt")
+    documents = [path.read_text() for path in sorted(folder.glob("*.py"))]
+    (folder / "more.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    (folder / "prompt.txt").write_text("import os")
+    run("gzip more.jsonl", folder)
+    run("python data/prepare.py stdlib --tokenizer bpe:300 --max_tokens 200000", folder)
+    run(f"python train.py config/quickstart.py {TINY}", folder)
+    return folder
+
+
+def run(command, folder, **options):
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_every_changed_command_is_in_the_readme():
+    assert set(CHANGED) <= set(COMMANDS)
+
+
+def test_every_command_of_the_readme_runs(copy):
+    for command in COMMANDS:
+        run(tiny(command), copy, input="hello\n")
+    assert (copy / "out" / "quickstart" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_python_of_the_readme_runs_after_its_commands(copy):
+    code = re.search(r"```python\n(.*?)```", README, flags=re.S)[1]
+    (copy / "snippet.py").write_text(code + "print(len(tokens[0]))\n")
+    assert run("python snippet.py", copy).strip().endswith("8")
+
+
+def test_the_commands_of_make_quickstart_are_those_that_the_test_runs_small(copy):
+    commands = run("make -n quickstart", copy)
+    for part in (
+        "data/prepare.py stdlib --tokenizer bpe:4096",
+        "train.py config/quickstart.py",
+        "sample.py out/quickstart",
+    ):
+        assert part in commands
+
+
+def test_the_tables_of_the_readme_are_fresh():
+    assert fresh() == README, "python -m tests.readme writes them"
