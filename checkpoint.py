@@ -7,13 +7,11 @@
                             manifest.json        size and sha256 of each file: written last
     out_dir/{latest,best}   relative links to such folders
 
-One is written as step-N.tmp, flushed to the disk, then renamed; one to be deleted is first renamed to step-N.old. So
-what is called step-N was whole once, and the manifest tells whether it still is (it finds damage, not a forger).
-Learning rate, betas, weight decay and the like are not stored: they come from the config of the run that resumes.
+One is written as step-N.tmp, flushed, then renamed; one to be deleted is first renamed to step-N.old. So what is called
+step-N was whole once, and the manifest tells whether it still is (it finds damage, not a forger).
 """
 
 import dataclasses
-import errno
 import hashlib
 import importlib
 import json
@@ -54,11 +52,8 @@ def folders(out_dir, suffix=""):
 
 
 def sha256(path):
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fsync(path):
@@ -77,71 +72,61 @@ def write(folder, step, tensors, texts):
         shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody else read its files
     files = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in FILES}
     manifest = {"format": FORMAT, "step": step, "torch": torch.__version__, "files": files}
-    for name in FILES:
-        fsync(folder / name)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    fsync(folder / "manifest.json")
-    fsync(folder)
-
-
-def retire(folder):
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)  # of a crash between the renames of an earlier save of the same step
-    folder.rename(old)
+    for path in (*folder.iterdir(), folder):
+        fsync(path)
 
 
 def save(out_dir, step: int, model, optimizer, config: dict, trainer: dict, keep_last: int = 5, best=False) -> Path:
     """Saves a step, points `latest` (and `best`) at it, then deletes all but the best and the last keep_last (0: none).
-
-    config and trainer (tokens seen, best loss...) go to JSON. On a full disk CheckpointError, and nothing is lost.
-    """
+    config and trainer (tokens seen, best loss...) go to JSON. On a full disk CheckpointError, and nothing is lost."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    folder = out_dir / f"step-{step:08d}"
     # 1. what to write
-    names = {id(p): plain(name) for name, p in model.named_parameters()}
-    state = {f"{names[id(p)]}.{key}": v for p, values in optimizer.state.items() for key, v in values.items()}
-    moments = {name: value for name, value in state.items() if torch.is_tensor(value)}
-    numbers = {name: value for name, value in state.items() if name not in moments}
+    moments, numbers = {}, {}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            (moments if torch.is_tensor(value) else numbers)[f"{plain(name)}.{key}"] = value
     tensors = {"model.safetensors": weights(model), "trainer.safetensors": moments}
     trainer = {"step": step, **trainer, "optimizer": {"class": type(optimizer).__name__, "state": numbers}}
-    texts = {"config.json": config, "trainer.json": trainer}
-    need = sum(t.nbytes for part in tensors.values() for t in part.values()) + len(json.dumps(texts)) + 2**16
+    need = sum(tensor.nbytes for part in tensors.values() for tensor in part.values()) + 2**16  # of JSON
     # 2. write it beside, then put it in place
     for leftover in folders(out_dir, ".tmp"):
         shutil.rmtree(leftover)
+    folder = out_dir / f"step-{step:08d}"
     tmp = out_dir / f"{folder.name}.tmp"
     try:
         if need > shutil.disk_usage(out_dir).free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(tmp, step, tensors, texts)
+            raise OSError("No space left on device")
+        write(tmp, step, tensors, {"config.json": config, "trainer.json": trainer})
         if folder.exists():
-            retire(folder)
+            shutil.rmtree(f"{folder}.old", ignore_errors=True)  # of a crash between these renames
+            folder.rename(f"{folder}.old")
         tmp.rename(folder)
         fsync(out_dir)
         for name in ("latest", "best") if best else ("latest",):
-            (out_dir / f"{name}.tmp").unlink(missing_ok=True)
-            (out_dir / f"{name}.tmp").symlink_to(folder.name)
-            os.replace(out_dir / f"{name}.tmp", out_dir / name)
+            link = out_dir / f"{name}.tmp"
+            link.unlink(missing_ok=True)
+            link.symlink_to(folder.name)
+            link.rename(out_dir / name)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(tmp, ignore_errors=True)
-        reason = os.strerror(errno.ENOSPC) if "os error 28" in str(e) else getattr(e, "strerror", None) or e
+        reason = "No space left on device" if "No space left on device" in str(e) else e
         room = f"need ~{need / 1e6:.1f} MB, free {shutil.disk_usage(out_dir).free / 1e6:.1f} MB"
         before = [f"previous checkpoint {path.name} is intact" for path in folders(out_dir)] + ["there is none before"]
         raise CheckpointError(f"checkpoint at step {step} failed: {reason} ({room}); {before[0]}") from e
-    # 3. only with its successor in place: the oldest, and what a crash left of deleting earlier ones
+    # 3. only with its successor in place: what was replaced, or left by a crash while deleting, and then the oldest
+    for path in folders(out_dir, ".old"):
+        shutil.rmtree(path)
     kept = [path for path in folders(out_dir) if path.name <= folder.name]
     for path in kept[keep_last or len(kept) :]:
         if path.name != (out_dir / "best").resolve().name:
-            retire(path)
-    for path in folders(out_dir, ".old"):
-        shutil.rmtree(path)
+            shutil.rmtree(path.rename(f"{path}.old"))
     return folder
 
 
-def verify(path: str | Path) -> str:
+def verify(path: Path) -> str:
     """Why the checkpoint in folder `path` is not what its manifest says; "" where it is whole."""
-    path = Path(path)
     for name in ("manifest.json", *FILES):
         if (path / name).is_symlink():
             return f"{name} is a symbolic link: refused"
@@ -149,18 +134,17 @@ def verify(path: str | Path) -> str:
             return f"incomplete: {name} missing"
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        files = {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
         if manifest["format"] != FORMAT:
             return f"manifest.json: format {manifest['format']}, and this program reads format {FORMAT}"
+        if odd := sorted(manifest["files"].keys() ^ set(FILES)):  # so no name leads out of the folder
+            return f"manifest.json: {odd[0]!r} refused: it must list {', '.join(FILES)}"
+        for name, (size, digest) in manifest["files"].items():
+            if (path / name).stat().st_size != size:
+                return f"{name}: {(path / name).stat().st_size} bytes, manifest says {size} (truncated)"
+            if sha256(path / name) != digest:
+                return f"{name}: sha256 mismatch (corrupted)"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json: not a manifest (corrupted)"
-    if odd := sorted(files.keys() ^ set(FILES)):  # so no name leads out of the folder
-        return f"manifest.json: {odd[0]!r} refused: it must list {', '.join(FILES)}"
-    for name, (size, digest) in files.items():
-        if (path / name).stat().st_size != size:
-            return f"{name}: {(path / name).stat().st_size} bytes, manifest says {size} (truncated)"
-        if sha256(path / name) != digest:
-            return f"{name}: sha256 mismatch (corrupted)"
     return ""
 
 
@@ -168,11 +152,9 @@ def newest(out_dir: str | Path, log: Callable = print) -> Path | None:
     """A run's newest whole checkpoint, None where it has none at all; CheckpointError if all are damaged."""
     for path in folders(out_dir, ".tmp"):
         log(f"skipping {path.name}: incomplete: saving was interrupted")
-    # .old ones too: a crash while a step was replaced by another save of it leaves only that
-    found = sorted(folders(out_dir) + folders(out_dir, ".old"), key=lambda path: path.stem, reverse=True)
-    for path in found:
-        reason = verify(path)
-        if not reason:
+    found = folders(out_dir) + folders(out_dir, ".old")  # a crash while a step is saved again may leave only its .old
+    for path in sorted(found, key=lambda path: path.stem, reverse=True):
+        if not (reason := verify(path)):
             return path
         log(f"skipping {path.name}: {reason}")
     if found:
@@ -182,15 +164,11 @@ def newest(out_dir: str | Path, log: Callable = print) -> Path | None:
 
 def resolve(path: str | Path, log: Callable = print) -> Path:
     """The folder, verified, of a checkpoint's folder or link; of a run's folder its newest whole checkpoint."""
-    path = Path(path)
-    if path.resolve().match(STEP) or (path / "model.safetensors").exists():
-        if reason := verify(path):
-            raise CheckpointError(f"{path}: {reason}")
-        return path.resolve()
-    found = newest(path, log)
-    if not found:
-        raise CheckpointError(f"no checkpoint in {path}")
-    return found
+    if found := newest(path, log):
+        return found
+    if reason := verify(Path(path)):
+        raise CheckpointError(f"no checkpoint in {path}: {reason}")
+    return Path(path).resolve()
 
 
 def load_config(path: str | Path) -> dict:
@@ -207,30 +185,24 @@ def read_tensors(path):
 
 def fitting_weights(path, model):
     """The stored weights; CheckpointError, first from the configs' sizes, then from tensors, where they do not fit."""
-    saved, config = load_config(path), next((m.config for m in model.modules() if hasattr(m, "config")), None)
+    saved, config = load_config(path), getattr(model, "config", None)
     if dataclasses.is_dataclass(config):
-        module = type(config).__module__
-        new = {"model": module[6:] if module.startswith("model_") else saved["model"], **dataclasses.asdict(config)}
+        new = {"model": type(config).__module__.partition("model_")[2] or saved["model"], **vars(config)}
         old = {**new, "model": saved["model"], **saved["model_config"]}
-        keys = [key for key in new if (key == "model" or SIZE.fullmatch(key)) and old[key] != new[key]]
-        if keys:
+        if keys := [key for key in new if (key == "model" or SIZE.fullmatch(key)) and old[key] != new[key]]:
             text = "; ".join(f"checkpoint {key}={old[key]}, config {key}={new[key]}" for key in keys)
             raise CheckpointError(f"{path} is of another model: {text}")
     stored = read_tensors(path / "model.safetensors")
     old, new = ({k: f"{str(t.dtype)[6:]} {[*t.shape]}" for k, t in part.items()} for part in (stored, weights(model)))
-    odd = [key for key in {**new, **old} if old.get(key) != new.get(key)]
-    if odd:
+    if odd := [key for key in {**new, **old} if old.get(key) != new.get(key)]:
         text = [f"{k} is {old.get(k, 'missing')} in the checkpoint, {new.get(k, 'missing')} in the model" for k in odd]
         raise CheckpointError(f"{path} does not fit the model in {len(odd)} tensors: {'; '.join(text[:8])}")
     return stored
 
 
-def restore(path: str | Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
+def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
     """Copies a checkpoint's folder into the model and the optimizer's state; returns the `trainer` given to save.
-
-    What does not fit is a CheckpointError, and nothing is copied. The optimizer's hyper-parameters stay as they are.
-    """
-    path = Path(path)
+    What does not fit is a CheckpointError, and nothing is copied. The optimizer's hyper-parameters stay as they are."""
     stored = fitting_weights(path, model)
     trainer = json.loads((path / "trainer.json").read_text())
     saved = trainer.pop("optimizer")
@@ -239,15 +211,14 @@ def restore(path: str | Path, model: torch.nn.Module, optimizer: torch.optim.Opt
             raise CheckpointError(f"{path} has the state of {saved['class']}, config says {type(optimizer).__name__}")
         state = {**read_tensors(path / "trainer.safetensors"), **saved["state"]}
         parameters = {plain(name): p for name, p in model.named_parameters()}
-        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        step_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
         optimizer.state.clear()
         for name, value in state.items():
             name, _, key = name.rpartition(".")
             p = parameters[name]
             if torch.is_tensor(value):
-                on_cpu = key == "step" and not (groups[p].get("fused") or groups[p].get("capturable"))
                 like = p if value.shape == p.shape else value  # the strides of the parameter: the same kernels run
-                device = "cpu" if on_cpu else p.device
+                device = "cpu" if key == "step" and not step_on_device else p.device
                 value = torch.empty_like(like, dtype=value.dtype, device=device, requires_grad=False).copy_(value)
             optimizer.state[p][key] = value
     with torch.no_grad():

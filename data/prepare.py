@@ -7,22 +7,16 @@ a folder beside and takes the place of an earlier one when it is whole; where no
 """
 
 import argparse
-import difflib
 import fcntl
-import gzip
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import shutil
 import signal
 import sys
-import sysconfig
 import threading
 import time
-import urllib.request
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -30,175 +24,22 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
-if sys.path[0] == str(HERE):  # run as a script: data/tokenizers.py must not shadow the installed package tokenizers
-    sys.path[0] = str(HERE.parent)
+if __name__ == "__main__":  # this folder on the path would shadow the installed package `tokenizers`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-from data.shards import Shards, write_shard  # noqa: E402
-from data.tokenizers import CHAT_TOKENS, load_tokenizer, tokenizer_from_dict, train_bpe  # noqa: E402
+from data.shards import Shards, write_shard
+from data.sources import KINDS, NAMED, Named, find_text
+from data.tokenizers import CHAT_TOKENS, load_tokenizer, tokenizer_from_dict, train_bpe
 
-KINDS = (".txt", ".jsonl", ".py")
-EOT = "<|endoftext|>"
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CHUNK = 1 << 20  # characters that a worker gets at a time
 worker = {}  # a worker process's settings
 
 
-def walk(root, kinds=KINDS, without=()):
-    """The text files below a folder, in sorted order; hidden folders are left out."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in without and not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(names) if name.removesuffix(".gz").endswith(kinds))
-
-
-def stdlib():
-    without = "test tests encodings site-packages dist-packages idlelib lib2to3 turtledemo pydoc_data".split()
-    files = walk(sysconfig.get_path("stdlib"), ".py", without)
-    # What these two hold describes the machine that Python was built on.
-    return [path for path in files if not re.search("/(_sysconfigdata|config-)", path.as_posix())]
-
-
-def pysource():
-    spec = importlib.util.find_spec("torch")
-    if spec is None:
-        raise ValueError("pysource is the source of Python and of torch, and torch is not installed: try stdlib")
-    return stdlib() + list(walk(spec.submodule_search_locations[0], ".py"))
-
-
-def shakespeare():
-    try:
-        with urllib.request.urlopen(SHAKESPEARE, timeout=60) as response:
-            yield decode(response.read(), SHAKESPEARE)
-    except OSError as error:
-        raise ValueError(f"cannot download {SHAKESPEARE} ({error}): give a local copy with --input") from None
-
-
-def hub(path, **arguments):
-    """A function that streams a dataset of the Hugging Face hub: a document is the "text" of a row."""
-
-    def read():
-        try:
-            import datasets
-        except ModuleNotFoundError:
-            raise ValueError(
-                f"{path} is streamed from the hub: pip install datasets zstandard  (or give a local copy with --input)"
-            ) from None
-        for row in datasets.load_dataset(path, split="train", streaming=True, **arguments):
-            yield row["text"]
-
-    return read
-
-
-class Named(NamedTuple):
-    about: str
-    tokenizer: str = "gpt2"
-    val_fraction: float = 0.01
-    files: Callable | None = None  # where it comes from: a function that lists files here,
-    documents: Callable | None = None  # or one that gives the documents
-    separator: str | None = None  # what stands between two documents in a plain text copy of it (--input)
-
-
-PROOF_PILE = "arxiv", "open-web-math", "algebraic-stack"
-PROOF_PILE = [f"hf://datasets/EleutherAI/proof-pile-2/{part}/train/*" for part in PROOF_PILE]
-NAMED = {
-    "stdlib": Named("the running Python's own library without tests, 9 MB: a document is a file", "byte", 0.05, stdlib),
-    "pysource": Named("stdlib and the Python source of the installed torch, 55 MB", "byte", 0.05, pysource),
-    "shakespeare": Named("1 MB, one document: its last tenth validates, as in nanoGPT", "char", 0.1, None, shakespeare),
-    "tinystories": Named("2 GB of stories", documents=hub("roneneldan/TinyStories"), separator=EOT),
-    "openwebtext": Named("40 GB of web pages", documents=hub("Skylion007/openwebtext"), separator=EOT),
-    "fineweb": Named("10B tokens of web pages", documents=hub("HuggingFaceFW/fineweb", name="sample-10BT")),
-    "fineweb-edu": Named("10B tokens, educational", documents=hub("HuggingFaceFW/fineweb-edu", name="sample-10BT")),
-    "slimpajama": Named("627B tokens of web, books and code", documents=hub("cerebras/SlimPajama-627B")),
-    "openwebmath": Named("15B tokens of mathematics", documents=hub("open-web-math/open-web-math")),
-    "proof-pile": Named("55B tokens: papers, mathematics, code", documents=hub("json", data_files=PROOF_PILE)),
-    "pg19": Named("11 GB of books", documents=hub("emozilla/pg19")),
-}
-
-
-def decode(data, path, offset=0):
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 text: byte 0x{data[error.start]:02x} at offset {offset + error.start}: "
-            f"convert it, for example with  iconv -f latin1 -t utf-8"
-        ) from None
-
-
-def read_lines(file, path):
-    offset = 0
-    for line in file:
-        yield decode(line, path, offset)
-        offset += len(line)
-
-
-def read(path: Path, separator: str | None = None) -> Iterator[str]:
-    """The documents of a file: each line of a .jsonl has one; a .txt or .py is one, or many between separators."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            if path.name.removesuffix(".gz").endswith(".jsonl"):
-                for number, line in enumerate(read_lines(file, path), 1):
-                    if line.strip():
-                        yield text_field(line, f"{path}:{number}")
-            elif separator:
-                held = []
-                for line in read_lines(file, path):
-                    for text in line.split(separator)[:-1]:
-                        yield "".join([*held, text]).strip()
-                        held = []
-                    held.append(line.rpartition(separator)[2])
-                yield "".join(held).strip()
-            else:
-                yield decode(file.read(), path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: a damaged gzip file: {error}") from None
-
-
-def text_field(line, where):
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not a line of JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f'{where}: needs a field "text" that is a string, found {found}')
-    # JSON can spell half of a surrogate pair, which is no text and which no tokenizer can take.
-    return row["text"].encode("utf-8", "replace").decode()
-
-
-def find_text(sources: list[str], copy: str | None) -> tuple[object, int | None, Callable[[], Iterator[str]]]:
-    """What the user named: (what identifies it, its bytes if known, a function that gives its documents anew)."""
-    named = NAMED.get(sources[0])
-    if named and len(sources) > 1:
-        raise ValueError(f"{sources[0]} is a named set: give it alone, not with {' '.join(sources[1:])}")
-    if copy and not named:
-        raise ValueError(f"--input is a local copy of a named set, and {sources[0]} is none: leave --input out")
-    if sources == ["-"]:
-        data = sys.stdin.buffer.read()
-        return hashlib.sha256(data).hexdigest(), len(data), lambda: iter([decode(data, "standard input")])
-    if named and named.documents and not copy:
-        return sources[0], None, named.documents
-    paths = named.files() if named and not copy else []
-    for path in () if paths else [copy] if copy else sources:
-        if Path(path).is_dir():
-            paths += walk(path)
-        elif not Path(path).exists():
-            near = difflib.get_close_matches(path, NAMED, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the named sets are {', '.join(NAMED)}"
-            raise ValueError(f"{path}: there is no such file, and no set of this name: {hint}")
-        elif not path.removesuffix(".gz").endswith(KINDS):
-            raise ValueError(f"{path}: can read {', '.join(KINDS)} and .gz of them: call it .txt if it is plain text")
-        else:
-            paths.append(Path(path))
-    stats = [path.stat() for path in paths]
-    identity = [[os.path.abspath(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats)]
-    separator = named.separator if named else None
-    return identity, sum(n for _, n, _ in identity), lambda: chain.from_iterable(read(p, separator) for p in paths)
+# ---- documents to train and validation ------------------------------------------------------------------------------
 
 
 def content_hash(text):
@@ -221,13 +62,18 @@ def split_documents(read_all: Callable, val_fraction: float) -> Callable[[], Ite
 
     def documents():
         for text in filter(None, read_all()):
-            if len(first) == 1:
-                cut = int(len(text) * (1 - val_fraction))
-                yield from ((split, part) for split, part in (("train", text[:cut]), ("val", text[cut:])) if part)
-            else:
+            if len(first) > 1:
                 yield "val" if content_hash(text) < limit else "train", text
+                continue
+            cut = int(len(text) * (1 - val_fraction))
+            for split, part in (("train", text[:cut]), ("val", text[cut:])):
+                if part:
+                    yield split, part
 
     return documents
+
+
+# ---- text to tokens, in worker processes ----------------------------------------------------------------------------
 
 
 def pieces(text):
@@ -272,8 +118,9 @@ def encode(chunk):
     return {split: np.concatenate(parts) for split, parts in tokens.items() if parts}, size
 
 
-def encode_all(all_chunks, workers, *settings):
+def encode_all(all_chunks, workers, tokenizer, max_doc_tokens):
     """Encoded chunks in order. Only a few are under way at a time, so memory stays bounded whatever comes."""
+    settings = tokenizer.to_dict(), max_doc_tokens
     if workers == 1:
         start_worker(*settings)
         yield from map(encode, all_chunks)
@@ -287,6 +134,9 @@ def encode_all(all_chunks, workers, *settings):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+# ---- tokens to a folder of shards -----------------------------------------------------------------------------------
 
 
 class Writer:
@@ -323,17 +173,20 @@ class Writer:
 def read_meta(out: Path) -> dict | None:
     """meta.json of a folder that was written here; None where there is nothing. Refuses a folder of something else."""
     names = sorted(os.listdir(out)) if out.exists() else []
+    if not names:
+        return None
     foreign = [name for name in names if not re.fullmatch(r"(train|val)_\d{6}\.bin|meta\.json", name)]
     try:
-        meta = json.loads((out / "meta.json").read_text(encoding="utf-8")) if names else None
-        if not foreign and (meta is None or meta["request"]):
-            return meta
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(
-        f"{out} holds {', '.join((foreign or names)[:3])}, not only what prepare.py wrote, and all of it would be "
-        f"replaced: move it away or choose another folder with --out"
-    )
+        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
+        ours = not foreign and "request" in meta
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"{out} holds {', '.join((foreign or names)[:3])}, not only what prepare.py wrote, and all of it would be "
+            f"replaced: move it away or choose another folder with --out"
+        )
+    return meta
 
 
 def is_whole(out, meta):
@@ -372,7 +225,8 @@ def successor(out: Path):
 def make_tokenizer(spec, add_tokens, documents, folder, workers):
     """Loads a tokenizer, or makes the ones that come from the text itself: char, and bpe:SIZE."""
     if spec == "char":
-        return load_tokenizer(spec, add_tokens, "".join(set(chain.from_iterable(set(text) for _, text in documents()))))
+        alphabet = set(chain.from_iterable(set(text) for _, text in documents()))
+        return load_tokenizer(spec, add_tokens, "".join(alphabet))
     if not re.fullmatch(r"bpe:\d+", spec):
         return load_tokenizer(spec, add_tokens)
     sample, room = folder / "sample.jsonl", 100_000_000
@@ -396,10 +250,11 @@ def write(args, folder, size, read_all):
     longest = max(1, int(tokenizer.token_bytes().max()))  # N tokens are never more than N * longest characters
     work = chunks(documents(), args.max_doc_tokens and args.max_doc_tokens * longest)
     with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
-        for encoded, text_bytes in encode_all(work, workers, tokenizer.to_dict(), args.max_doc_tokens):
+        for encoded, text_bytes in encode_all(work, workers, tokenizer, args.max_doc_tokens):
             for split, tokens in encoded.items():
-                room = args.max_tokens and split == "train" and args.max_tokens - splits["train"].tokens
-                splits[split].add(tokens[: room or None])
+                if args.max_tokens and split == "train":
+                    tokens = tokens[: args.max_tokens - splits["train"].tokens]
+                splits[split].add(tokens)
             bar.update(text_bytes)
             if splits["train"].tokens == args.max_tokens:
                 break
@@ -427,9 +282,10 @@ def prepare(args) -> None:
         raise ValueError(f"--val_fraction={args.val_fraction} is not between 0 and 1")
     if args.out is None and args.source[0] not in NAMED and (len(args.source) > 1 or args.source == ["-"]):
         raise ValueError("say where to write it: --out data/mytext")
-    out = Path(args.out or HERE / Path(args.source[0]).resolve().name.split(".")[0]).resolve()
+    name = Path(args.source[0]).resolve().name.split(".")[0]
+    out = Path(args.out or Path(__file__).with_name(name)).resolve()
     identity, size, read_all = find_text(args.source, args.input)
-    # What decides the result; files are known by path, size and time, so that a second run has nothing to read.
+    # All that decides the result; the tokenizer's file, like the text's, is known by size and time.
     file = Path(re.sub(r"^bpe:|(?<=\.tiktoken):\w+$", "", args.tokenizer))
     stat = [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else None
     options = args.val_fraction, args.max_doc_tokens, args.max_tokens, args.shard_tokens, args.add_tokens
@@ -453,9 +309,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     parser.epilog = f"names, and their tokenizers:\n{names}"
     add = parser.add_argument
-    add(
-        "source", nargs="+", metavar="NAME|FILES", help=f"name below; {', '.join(KINDS)}, also .gz; folders; - is stdin"
-    )
+    kinds = ", ".join(KINDS)
+    add("source", nargs="+", metavar="NAME|FILES", help=f"a name below; {kinds}, also .gz; folders; - is stdin")
     add("--out", help="folder to write (default: data/NAME)")
     add("--tokenizer", help="byte, char, gpt2, cl100k_base, o200k_base, a file, bpe:FILE, or bpe:8192 to train one")
     add("--add_tokens", type=lambda s: CHAT_TOKENS if s == "chat" else s.split(","), default=[], help="A,B,... or chat")

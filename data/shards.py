@@ -68,15 +68,22 @@ def open_shard(path: Path) -> tuple[mmap.mmap, np.ndarray]:
     return mapped, np.frombuffer(mapped, dtype, offset=HEADER_BYTES)
 
 
+def give_back(mapped, begin, size):
+    """Unmaps pages (they stay in the system's cache), or the process would grow to the size of the data."""
+    around = 1 << 16  # Linux maps the pages around the one that is read, too: 64 kB, aligned
+    if hasattr(mmap, "MADV_DONTNEED"):
+        first = begin - begin % around
+        mapped.madvise(mmap.MADV_DONTNEED, first, min(begin + size + around, len(mapped)) - first)
+
+
 class Shards:
     """The tokens of one split of a folder, memory-mapped. Files may be replaced (by rename) while they are in use."""
 
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
         if not self.folder.is_dir():
-            raise FileNotFoundError(
-                f"{self.folder} not found: make it with  python data/prepare.py {self.folder.name} --out {self.folder}"
-            )
+            command = f"python data/prepare.py {self.folder.name} --out {self.folder}"
+            raise FileNotFoundError(f"{self.folder} not found: make it with  {command}")
         self.paths = sorted(self.folder.glob(f"*{split}*.bin"))
         if not self.paths:
             raise FileNotFoundError(f"{self.folder} holds no *{split}*.bin: make it with  python data/prepare.py")
@@ -93,9 +100,9 @@ class Shards:
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
             meta["tokenizer"], meta["vocab_size"], meta["eot_id"]
-            return meta
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not what data/prepare.py writes ({error!r}): prepare the data again") from error
+        return meta
 
     @cached_property
     def fingerprint(self) -> str:
@@ -116,16 +123,12 @@ class Shards:
         out, done = np.empty(n, np.int64), 0
         while done < n:
             i = bisect_right(self._ends, start + done)
-            tokens, mapped = self._tokens[i], self._maps[i]
+            tokens = self._tokens[i]
             first = start + done - (self._ends[i] - len(tokens))
             part = tokens[first : first + n - done]
             out[done : done + len(part)] = part
             done += len(part)
-            # Give the pages back (they stay in the system's cache), or the process would grow to the size of the data.
-            begin = HEADER_BYTES + first * tokens.itemsize
-            page = begin - begin % mmap.PAGESIZE
-            if hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED, page, begin - page + part.nbytes)
+            give_back(self._maps[i], HEADER_BYTES + first * tokens.itemsize, part.nbytes)
         if n and out.max() >= self.vocab_size:
             bad = int((out >= self.vocab_size).argmax())
             path = self.paths[bisect_right(self._ends, start + bad)]
@@ -135,11 +138,10 @@ class Shards:
     @cached_property
     def document_starts(self) -> np.ndarray:
         """Where the documents begin, (D,) int64. Reads everything once, 8 bytes of memory a document."""
-        block = 1 << 22
-        found = [
-            start + np.flatnonzero(self.read(start, min(block, len(self) - start)) == self.eot_id)
-            for start in range(0, len(self), block)
-        ]
+        found, block = [], 1 << 22
+        for start in range(0, len(self), block):
+            tokens = self.read(start, min(block, len(self) - start))
+            found.append(start + np.flatnonzero(tokens == self.eot_id))
         return np.concatenate(found)
 
 
@@ -191,14 +193,11 @@ class Loader:
         mask_document_crossing: bool = False,
     ):
         if len(shards) < block_size + 1:
-            raise ValueError(
-                f"{shards.folder}: {len(shards)} {shards.split} tokens are less than one window of block_size + 1 = "
-                f"{block_size + 1}: use a smaller block_size or more text"
-            )
+            why = f"{len(shards)} {shards.split} tokens are less than one window of block_size + 1 = {block_size + 1}"
+            raise ValueError(f"{shards.folder}: {why}: use a smaller block_size or more text")
         if batch_windows < world_size:
-            raise ValueError(
-                f"a batch of {batch_windows} windows is too small for {world_size} ranks: raise batch_tokens"
-            )
+            why = f"a batch of {batch_windows} windows is too small for {world_size} ranks"
+            raise ValueError(f"{why}: raise batch_tokens")
         if not 0 <= document_start_probability <= 1:
             raise ValueError(f"document_start_probability={document_start_probability} is not between 0 and 1")
         self.shards, self.block_size, self.batch_windows, self.seed = shards, block_size, batch_windows, seed
@@ -212,9 +211,8 @@ class Loader:
         if self.share:
             self.document_starts = shards.document_starts[shards.document_starts < len(shards) - block_size]
             if not len(self.document_starts):
-                raise ValueError(
-                    f"{shards.folder}: no document (eot_id={shards.eot_id}) starts block_size before the end"
-                )
+                why = f"no document (eot_id={shards.eot_id}) starts block_size before the end"
+                raise ValueError(f"{shards.folder}: {why}")
         # A GPU's next step is read while it computes. A CPU would pay more for the thread than for the reading.
         self._thread = ThreadPoolExecutor(1) if device != "cpu" else None
         self._drawn = None, None  # (64 steps, where their windows start)

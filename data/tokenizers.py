@@ -5,26 +5,21 @@
     ids = tok.encode("Hello<|endoftext|>", special=True)  # a special token becomes its one id
     python data/tokenizers.py train FILES... --vocab_size 8192 --out bpe.json  # then load_tokenizer("bpe:bpe.json")
 
-BPE (Sennrich et al. 2016, arXiv:1508.07909) on bytes, as in GPT-2: a regex cuts text into words, a word begins as its
-bytes, and the adjacent pair that makes the token of lowest rank is merged, again and again. A token's id is its rank,
-and tiktoken's core does the work. decode(encode(text)) == text, except for tokenizers that normalise by design:
-Qwen's (Unicode NFC) and most sentencepiece models.
+BPE, as in GPT-2: a regex cuts text into words, a word begins as its bytes, and the adjacent pair that makes the token
+of lowest rank is merged, again and again. A token's id is its rank, and tiktoken's core does the work; data/bpe.py is
+the training. decode(encode(text)) == text, except for tokenizers that normalise by design: Qwen's (Unicode NFC) and
+most sentencepiece models.
 """
 
 import argparse
 import base64
 import codecs
-import gzip
 import hashlib
-import heapq
 import json
-import multiprocessing
 import os
 import sys
 import unicodedata
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 if __name__ == "__main__":  # this folder on the path would shadow the installed package `tokenizers`
@@ -32,17 +27,10 @@ if __name__ == "__main__":  # this folder on the path would shadow the installed
 
 import numpy as np
 import regex
-from tqdm import tqdm
 
-EOT = "<|endoftext|>"
+from data.bpe import EOT, PATTERNS, alternatives, count_words, merge_words
+
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
-
-# How text is cut into words, which no merge crosses. "newer" is GPT-4's and Llama 3's: a word takes the character
-# before it, numbers go by three digits (in "qwen" by one), line breaks stay together.
-NEWER = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
-NEWER += r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
-GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-PATTERNS = {"gpt2": GPT2, "newer": NEWER, "qwen": NEWER.replace("{1,3}", "")}
 
 
 class Tokenizer:
@@ -79,7 +67,7 @@ class Tokenizer:
                 raise ValueError(f"{name}: special token {token!r} can't be had: {why}")
             self._bytes[i] = token.encode()
         self._special_ids = set(self.special_tokens.values())
-        self._special_regex = regex.compile(f"({_alternatives(self.special_tokens)})")
+        self._special_regex = regex.compile(f"({alternatives(self.special_tokens)})")
         self.vocab_size = max(self._bytes) + 1
         self.eot_id = self.special_tokens[EOT]
 
@@ -204,10 +192,6 @@ def load_tokenizer(spec: str, add_tokens: Iterable[str] = (), chars: str | None 
     return Tokenizer("bpe", spec, encoding._special_tokens, add_tokens, **data)
 
 
-def _alternatives(tokens):
-    return "|".join(regex.escape(token) for token in sorted(tokens, key=len, reverse=True))
-
-
 def _format_ranks(ranks):
     return "\n".join(f"{base64.b64encode(token).decode()} {i}" for i, token in sorted((i, t) for t, i in ranks.items()))
 
@@ -236,30 +220,36 @@ def _cut_long_spaces(text, limit=100_000):
 
 
 def _read_tokenizer_json(d, path):
-    model, normalizer, steps = d.get("model", {}), d.get("normalizer"), d.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    split, kinds = steps[0], [step.get("type") for step in steps]
-    pattern = None
-    if kinds == ["ByteLevel"] and split.get("use_regex", True):
-        pattern = GPT2
-    elif kinds == ["Split", "ByteLevel"] and split["behavior"] == "Isolated" and not split["invert"]:
-        pattern = None if steps[1].get("use_regex", True) else split["pattern"].get("Regex")
-    special = {token["content"]: token["id"] for token in d.get("added_tokens", ())}
-    merged = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges", ())]
-    vocab, made = model.get("vocab", {}), set(merged)
-    # GPT-2 spells printable bytes as themselves, and the others as the characters from U+0100 on
+    # 1. How text is cut into words: by a pattern of its own, or by GPT-2's, which the step ByteLevel knows.
+    pre_tokenizer, normalizer = d.get("pre_tokenizer") or {}, d.get("normalizer")
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    kinds, split, last = [step.get("type") for step in steps], steps[0], steps[-1]
+    own_regex, pattern = last.get("use_regex", True), None
+    if kinds == ["ByteLevel"] and own_regex:
+        pattern = PATTERNS["gpt2"]
+    elif kinds == ["Split", "ByteLevel"] and split["behavior"] == "Isolated" and not split["invert"] and not own_regex:
+        pattern = split["pattern"].get("Regex")
+
+    # 2. Its tokens, which GPT-2 spells in characters: printable bytes as themselves, the others from U+0100 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte = {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
     byte |= {chr(b): b for b in printable}
-    plain = [(t, i) for t, i in dict(vocab).items() if t in made or special.get(t) != i]
-    unmade = [t for t, i in plain if t not in made and len(t) > 1 or not byte.keys() >= set(t)]
-    spaced = [t["content"] for t in d.get("added_tokens", ()) if t["lstrip"] or t["rstrip"] or t["single_word"]]
+    model, added = d.get("model", {}), d.get("added_tokens", ())
+    special = {token["content"]: token["id"] for token in added}
+    merged = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges", ())]
+    vocab, made = dict(model.get("vocab", {})), set(merged)
+    plain = [(t, i) for t, i in vocab.items() if t in made or special.get(t) != i]
+
+    # 3. What would give other ids than the package that wrote the file.
     options = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
+    options = [option for option in options if model.get(option)]
+    unmade = [t for t, _ in plain if t not in made and len(t) > 1 or not byte.keys() >= set(t)]
+    spaced = [t["content"] for t in added if t["lstrip"] or t["rstrip"] or t["single_word"]]
     problems = {
         f"its model is {model.get('type')}": model.get("type", "BPE") != "BPE" or not merged,
-        f"its model has {', '.join(o for o in options if model.get(o))}": any(model.get(o) for o in options),
+        f"its model has {', '.join(options)}": options,
         f"its normalizer is {(normalizer or {}).get('type')}": normalizer not in (None, {"type": "NFC"}),
-        f"its pre_tokenizer is {d.get('pre_tokenizer')}": not pattern or steps[-1].get("add_prefix_space"),
+        f"its pre_tokenizer is {d.get('pre_tokenizer')}": not pattern or last.get("add_prefix_space"),
         f"its tokens {unmade[:3]} are made by no merge of bytes": unmade,
         f"its tokens {spaced[:3]} take the spaces around them or want a word of their own": spaced,
         "its ids do not follow the order of its merges": sorted(merged, key=lambda t: vocab.get(t, -1)) != merged,
@@ -271,7 +261,7 @@ def _read_tokenizer_json(d, path):
         pattern += rf"|(?:(?!{pattern})[\s\S])+"
     ranks = _format_ranks({bytes(byte[c] for c in t): i for t, i in plain})
     data = {"ranks": ranks, "pattern": pattern, "nfc": normalizer is not None}
-    return {"kind": "bpe", "name": Path(path).name, "special_tokens": special, **data}
+    return {"kind": "bpe", "name": path.name, "special_tokens": special, **data}
 
 
 def _sentencepiece(model):
@@ -305,87 +295,6 @@ def train_bpe(files, vocab_size: int, pattern="newer", special_tokens=(), worker
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
     data = {"ranks": _format_ranks({t: i for i, t in enumerate(tokens)}), "pattern": PATTERNS[pattern], "nfc": False}
     return Tokenizer("bpe", name, {}, (EOT, *special_tokens), **data)
-
-
-def count_words(files, pattern: str, special_tokens=(), workers: int = 1) -> Counter[str]:
-    """How often each word occurs in the files. Special tokens (<|endoftext|> always) end words and are not counted."""
-    if bad := [token for token in special_tokens if not token or regex.search(r"\s", token)]:
-        raise ValueError(f"special tokens to train around must not be empty or have spaces inside: {bad}")
-    shares = [(files, pattern, (EOT, *special_tokens), share, workers) for share in range(workers)]
-    if workers == 1:
-        return _count_share(*shares[0])
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return sum(pool.starmap(_count_share, shares), Counter())
-
-
-def _count_share(files, pattern, special_tokens, share, n_shares):
-    # Each worker reads all files and counts every n-th chunk: reading is cheap beside the regex, and no text travels.
-    words, special, counts = regex.compile(PATTERNS[pattern]), regex.compile(_alternatives(special_tokens)), Counter()
-    bar = tqdm(files, "count words", unit="file", disable=None if share == 0 else True)
-    for chunk in islice((chunk for path in bar for chunk in _chunks(Path(path))), share, None, n_shares):
-        for text in special.split(chunk):
-            counts.update(words.findall(text))
-    return counts
-
-
-def _chunks(path, size=1 << 20):
-    # Between a letter or digit and a space every pattern ends a word, and looks neither back nor ahead over that place.
-    safe = regex.compile(r"(?<=[\p{L}\p{N}])\s")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
-            if ".jsonl" in path.suffixes:
-                yield from (json.loads(line)["text"] for line in file)
-                return
-            text = ""
-            while block := file.read(size):
-                start, text = len(text), text + block
-                if cut := safe.search(text, start):
-                    yield text[: cut.start()]
-                    text = text[cut.start() :]
-            yield text
-    except (ValueError, KeyError) as e:
-        raise ValueError(f"{path} is no UTF-8 text, or no JSON lines with a field text: {e}") from None
-
-
-def merge_words(words: dict[str, int], n_merges: int) -> list[tuple[bytes, bytes]]:
-    """Merge the most frequent pair n_merges times (or till nothing is left); of equals, the one with the lowest ids."""
-    # 1. A word is a string with chr(id) for each token: a pair is a string of two, and str.replace merges it.
-    texts, weights = [word.encode().decode("latin-1") for word in words], list(words.values())
-    counts, where = defaultdict(int), defaultdict(set)  # pair -> its count, and the words that hold it, or once did
-    for i, text in enumerate(texts):
-        for pair in map(str.__add__, text, text[1:]):
-            counts[pair] += weights[i]
-            where[pair].add(i)
-
-    # 2. Counts of known pairs only fall, so what the heap says of a pair is a bound: if stale, it goes back corrected.
-    heap = [(-n, pair) for pair, n in counts.items()]
-    heapq.heapify(heap)
-    tokens, merges = [bytes([b]) for b in range(256)], []
-    for new in tqdm(map(chr, range(256, 256 + n_merges)), "merge", n_merges, disable=None):
-        while heap and counts[heap[0][1]] != -heap[0][0]:
-            _, pair = heapq.heappop(heap)
-            if counts[pair]:
-                heapq.heappush(heap, (-counts[pair], pair))
-        if not heap:
-            break
-        _, pair = heapq.heappop(heap)
-        merges.append((tokens[ord(pair[0])], tokens[ord(pair[1])]))
-        tokens.append(b"".join(merges[-1]))
-
-        # 3. Merge the pair in the words that hold it, and recount those.
-        made = set()
-        for i in where.pop(pair):
-            old, texts[i] = texts[i], texts[i].replace(pair, new)
-            for p in map(str.__add__, old, old[1:]):
-                counts[p] -= weights[i]
-            for p in map(str.__add__, texts[i], texts[i][1:]):
-                counts[p] += weights[i]
-                if new in p:
-                    made.add(p)
-                    where[p].add(i)
-        for p in made:
-            heapq.heappush(heap, (-counts[p], p))
-    return merges
 
 
 def main() -> None:

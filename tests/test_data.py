@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import data.prepare as prepare_module
+import data.sources as sources_module
 from data.prepare import main as prepare
 from data.prepare import pieces
 from data.shards import Loader, Shards, eval_batches, shuffled, write_shard
@@ -449,7 +450,7 @@ def test_plain_text_copies_of_tinystories_are_cut_at_their_separator(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, named in prepare_module.NAMED.items() if named.documents and n != "shakespeare"]
+    "name", [n for n, named in sources_module.NAMED.items() if named.documents and n != "shakespeare"]
 )
 def test_hub_sets_are_streamed_with_datasets_which_is_asked_for_where_missing(tmp_path, monkeypatch, name):
     out, calls, given = tmp_path / "out", [], []
@@ -472,18 +473,18 @@ def test_hub_sets_are_streamed_with_datasets_which_is_asked_for_where_missing(tm
 
 
 def test_the_standard_library_is_found_without_tests():
-    files = prepare_module.stdlib()
+    files = sources_module.stdlib()
     assert 300 < len(files) < 600 and sum(path.stat().st_size for path in files) > 5e6
     names = {path.as_posix() for path in files}
     assert any(name.endswith("/argparse.py") for name in names)
     assert not any("/test/" in name or "/site-packages/" in name or "/encodings/" in name for name in names)
-    both = prepare_module.pysource()
+    both = sources_module.pysource()
     assert len(both) > 3 * len(files) and set(files) < set(both)
     assert {path.suffix for path in both} == {".py"}
 
 
 def test_pysource_without_torch_is_a_clear_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(prepare_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="torch is not installed"):
         prepare(["pysource", "--out", str(tmp_path / "out")])
 
