@@ -1,46 +1,69 @@
-"""What a model costs: FLOPs by component, from formulas; a multiply and an add are 2 FLOPs, and only matmuls count.
+"""What a model costs: FLOPs, parameters and cache by component, from formulas of its config.
 
-Attention is counted over all T keys, as PaLM and torchtitan do (its causal half is what a kernel may skip). A training
-step is 3 forwards: the backward pass multiplies each matrix twice, once for its input and once for its weight.
+A multiply and an add are 2 FLOPs, and only matmuls count. Attention is counted over all T keys, as PaLM and torchtitan
+do (its causal half is what a kernel may skip). A training step is 3 forwards: the backward pass multiplies each matrix
+twice, once for its input and once for its weight.
 """
+
+import re
 
 import torch
 
 
-def baseline(c, T: int) -> dict[str, int]:
-    """Forward FLOPs of one token within a sequence of T, by component. c: GPTConfig."""
-    C, H, G, D = c.n_embd, c.n_head, c.n_kv_head, c.head_dim
+def baseline(c, T):
+    """{component: (forward FLOPs of one token within a sequence of T, parameters)}. c: GPTConfig."""
+    C, H, G, D, L, V = c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_layer, c.vocab_size
+    projections, mlp = 2 * C * H * D + 2 * C * G * D, 3 * C * c.n_inner
     return {
-        "attention projections": c.n_layer * (2 * C * H * D + 4 * C * G * D + 2 * H * D * C),
-        "attention": c.n_layer * 4 * T * H * D,
-        "mlp": c.n_layer * 6 * C * c.n_inner,
-        "head": 2 * C * c.vocab_size,
+        "embedding": (0, V * C),
+        "attention projections": (2 * L * projections, L * projections),
+        "attention": (4 * L * T * H * D, 0),
+        "mlp": (2 * L * mlp, L * mlp),
+        "norms": (0, L * (2 * C + 2 * D * c.qk_norm) + C),
+        "head": (2 * C * V, 0 if c.tie_embeddings else C * V),
     }
 
 
-def gpt2(c, T: int) -> dict[str, int]:
-    C = c.n_embd
+def gpt2(c, T):
+    C, L, V = c.n_embd, c.n_layer, c.vocab_size
     return {
-        "attention projections": c.n_layer * 8 * C * C,
-        "attention": c.n_layer * 4 * T * C,
-        "mlp": c.n_layer * 16 * C * C,
-        "head": 2 * C * c.vocab_size,
+        "embedding": (0, (V + c.block_size) * C),
+        "attention projections": (8 * L * C * C, L * (4 * C * C + 4 * C * c.bias)),
+        "attention": (4 * L * T * C, 0),
+        "mlp": (16 * L * C * C, L * (8 * C * C + 5 * C * c.bias)),
+        "norms": (0, (2 * L + 1) * (C + C * c.bias)),
+        "head": (2 * C * V, 0),
     }
 
 
 FORMULAS = {"baseline": baseline, "gpt2": gpt2}
+CACHED = {  # numbers that a token leaves in the cache
+    "baseline": lambda c: 2 * c.n_layer * c.n_kv_head * c.head_dim,
+    "gpt2": lambda c: 2 * c.n_layer * c.n_embd,
+}
 
 
-def forward_flops_per_token(model: str, config, T: int) -> int:
-    return sum(FORMULAS[model](config, T).values())
+def forward_flops_per_token(model: str, config, T: int) -> int | None:
+    """None for a variant without a formula."""
+    return sum(cost for cost, _ in FORMULAS[model](config, T).values()) if model in FORMULAS else None
 
 
-def training_flops_per_token(model: str, config, T: int) -> int:
-    return 3 * forward_flops_per_token(model, config, T)
+def training_flops_per_token(model: str, config, T: int) -> int | None:
+    forward = forward_flops_per_token(model, config, T)
+    return forward and 3 * forward
 
 
-# Dense peak in FLOP/s without sparsity, from the makers' data sheets: a part of the device's name, bf16 or fp16, fp32.
-# The longest name that fits counts, so that "A100" does not claim an "A10".
+def parameters(model: str, config) -> dict[str, int]:
+    """Parameters by component; a tied head has none of its own."""
+    return {component: count for component, (_, count) in FORMULAS[model](config, 0).items()}
+
+
+def cache_bytes_per_token(model: str, config, bytes_per_number: int) -> int:
+    return CACHED[model](config) * bytes_per_number
+
+
+# Dense peak in FLOP/s without sparsity, from the makers' data sheets: words of the device's name, bf16 or fp16, fp32.
+# The longest that fits counts: "H100 PCIe" before "H100".
 PEAKS = [
     ("B200", 2250e12, 1100e12),
     ("H200", 989e12, 494e12),
@@ -59,7 +82,7 @@ PEAKS = [
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """The device's peak in FLOP/s, fp32 as TF32 where it has that; None where it is not known, CPUs among them."""
-    known = [row for row in PEAKS if row[0].lower() in device_name.lower()]
+    known = [row for row in PEAKS if re.search(rf"\b{row[0]}\b", device_name)]
     if not known:
         return None
     _, half, full = max(known, key=lambda row: len(row[0]))

@@ -355,8 +355,9 @@ def config_from_hf(hf):
         if hf.get(key, value) != value:
             raise ValueError(f"config.json: {key}={hf[key]!r} is not supported, only {value!r}")
     fields = {ours: hf[theirs] for ours, theirs in HF_FIELDS.items()}
-    if hf.get("rope_type", "default") != "default":
-        fields |= dict(rope_scaling=hf["rope_type"], rope_factor=hf["factor"])
+    scaling = hf.get("rope_type", hf.get("type", "default"))
+    if scaling != "default":
+        fields |= dict(rope_scaling=scaling, rope_factor=hf["factor"])
         fields |= dict(rope_original=hf.get("original_max_position_embeddings", 0))
     return GPTConfig(**fields)
 
@@ -381,7 +382,7 @@ HF_FIELDS = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv
                  vocab_size="vocab_size", head_dim="head_dim", norm_eps="rms_norm_eps", rope_theta="rope_theta",
                  tie_embeddings="tie_word_embeddings")  # fmt: skip
 HF_FIXED = dict(model_type="qwen3", hidden_act="silu", attention_bias=False, use_sliding_window=False)
-HF_YARN = dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None, type=None)
+HF_YARN = dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None)
 
 if __name__ == "__main__":  # overfit one batch for 20 steps, then continue its first tokens
     torch.manual_seed(0)

@@ -8,45 +8,54 @@ out/run/  config.json, config.py    the resolved config; the second is one to gi
 """
 
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import checkpoint
 from configurator import config_source
 
-OURS = ("step-*", "latest", "best", "manifest.json", "config.*", "data.json", "source", "metrics.jsonl*", "loss.png",
-        "tensorboard")  # fmt: skip
+CHECKPOINTS = [checkpoint.STEP + end for end in ("", ".tmp", ".old")]
+OURS = [*CHECKPOINTS, "latest", "best", "config.json", "config.py", "source", "data.json", "metrics.jsonl", "loss.png",
+        "tensorboard", "wandb", "wandb_id", "manifest.json"]  # fmt: skip
 
 
 def exists(out: Path) -> bool:
-    return (out / "manifest.json").exists()
+    """Whether `out` holds a run. ValueError where it holds something else under the names of a run's files."""
+    manifest = out / "manifest.json"
+    if manifest.exists() and '"data_fingerprint"' in manifest.read_text():
+        return True
+    if taken := [path.name for pattern in OURS for path in out.glob(pattern)]:
+        raise ValueError(f"{out} is no run, and holds {', '.join(taken[:3])}, which a run writes: try another out_dir")
+    return False
 
 
 def delete(out: Path) -> None:
-    """Deletes a run from its folder, and nothing that is not of a run."""
+    """Deletes a run from its folder, and nothing that is not of a run. The manifest goes last: till then it is one."""
     for pattern in OURS:
         for old in out.glob(pattern):
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
 
+def write(path, text):
+    """All of it, or what was there before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 def describe(out: Path, config: dict, meta: dict, facts: dict) -> None:
     """Writes what a run is. config: as checkpoint.save takes it; meta: the data's; facts: more for the manifest."""
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (out / "config.py").write_text(config_source({"model": config["model"]} | config["knobs"] | config["model_config"]))
-    (out / "data.json").write_text(json.dumps(meta) + "\n")
     root = Path(__file__).parent
-    for file in [*root.glob("*.py"), *root.glob("data/*.py")]:
-        if not file.name.startswith("model_") or file.stem == f"model_{config['model']}":
-            target = out / "source" / file.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, target)
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     manifest = {
         "command": [sys.executable, *sys.argv],
@@ -54,8 +63,19 @@ def describe(out: Path, config: dict, meta: dict, facts: dict) -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "host": {"system": platform.platform(), "cores": os.cpu_count()},
         **facts,
+        "config": config,
     }
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")  # first: it says that the rest is a run's
+    write(out / "config.json", json.dumps(config, indent=1) + "\n")
+    write(out / "config.py", config_source({"model": config["model"]} | config["knobs"] | config["model_config"]))
+    write(out / "data.json", json.dumps(meta) + "\n")
+    variant = Path(sys.modules[f"model_{config['model']}"].__file__)
+    ours = [path for path in root.glob("*.py") if not path.name.startswith("model_")]
+    for file in [*ours, variant, *root.glob("data/*.py")]:
+        target = out / "source" / ("data" if file.parent == root / "data" else "") / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
 
 
 def read_metrics(out: Path) -> list[dict]:
@@ -77,23 +97,27 @@ class Log:
 
     def __init__(self, out: Path, step: int, config: dict, wandb: str = "", tensorboard: bool = False):
         rows = [row for row in read_metrics(out) if step > 0 and row["step"] <= step]
-        temporary = out / "metrics.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(out / "metrics.jsonl")
+        write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         self.file, self.wandb, self.writer = open(out / "metrics.jsonl", "a", buffering=1), None, None
         if wandb:
             import wandb as client
 
-            name = out.resolve().name
-            run = dict(project="nanollm", name=name, id=name, dir=out, config=config)
-            self.wandb = client.init(mode=wandb, resume="allow", **run)
+            if not (out / "wandb_id").exists():  # what is resumed goes on there, too, and what begins does not
+                write(out / "wandb_id", uuid.uuid4().hex[:8])
+            run = dict(project="nanollm", name=out.resolve().name, id=(out / "wandb_id").read_text(), dir=out)
+            self.wandb = client.init(mode=wandb, resume="allow", config=config, **run)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(out / "tensorboard", purge_step=step)
+            self.writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
 
     def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        """A row of numbers for a step; what is not finite becomes null, since JSON has no word for it."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        try:
+            self.file.write(json.dumps(row) + "\n")
+        except OSError as error:  # the row waits in the file's buffer for room
+            print(f"WARNING: metrics.jsonl: {error.strerror}", file=sys.stderr)
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
         if self.wandb:
             self.wandb.log(numbers, step=row["step"])
@@ -101,7 +125,10 @@ class Log:
             self.writer.add_scalar(key, value, row["step"])
 
     def close(self) -> None:
-        self.file.close()
+        try:
+            self.file.close()
+        except OSError as error:
+            print(f"WARNING: metrics.jsonl lacks its last rows: {error.strerror}", file=sys.stderr)
         if self.wandb:
             self.wandb.finish()
         if self.writer:
@@ -119,10 +146,10 @@ def plot(out: Path, title: str) -> None:
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for key, label, style in (("loss", "training", dict(color="C0", alpha=0.4, lw=1)),
                               ("val_loss", "validation", dict(color="C1", marker="o", ms=3))):  # fmt: skip
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         axis.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
-    last = [row["val_loss"] for row in rows if "val_loss" in row]
-    losses = sorted(row["loss"] for row in rows if "loss" in row)
+    last = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+    losses = sorted(row["loss"] for row in rows if row.get("loss") is not None)
     if len(losses) > 20:
         axis.set_ylim(top=losses[-1 - len(losses) // 50] * 1.03)  # the first steps would flatten the rest
     axis.set(xlabel="step", ylabel="loss (nats per token)", title=title + (f": {last[-1]:.3f}" if last else ""))

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import signal
 import statistics
 import sys
@@ -20,6 +21,7 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -102,13 +104,21 @@ main = rank == 0
 say = tqdm.write if main else lambda *_: None
 for key, allowed in {"parallel": "auto none ddp", "dtype": "auto bfloat16 float16 float32", "wandb": " online offline",
                      "schedule": "cosine wsd constant", "decay_shape": "linear cosine sqrt",
-                     "optimizer": "muon adamw", "muon_dtype": "auto bfloat16 float32"}.items():  # fmt: skip
-    if config[key] not in allowed.split(" "):
+                     "optimizer": "muon adamw", "muon_dtype": "auto bfloat16 float32", "compile": "auto True False",
+                     "muon_polynomial": "polar_express quintic"}.items():  # fmt: skip
+    if str(config[key]) not in allowed.split(" "):
         die(f"{key}={config[key]}: try one of {', '.join(allowed.split())}")
+at_least = {1: "max_steps batch_tokens micro_batch block_size muon_steps max_skipped eval_every save_every log_every",
+            0: "seed vocab_size warmup_steps lr_batch_tokens grad_clip eval_tokens keep_last"}  # fmt: skip
+for least, keys in at_least.items():
+    for key in keys.split():
+        if config[key] < least:
+            die(f"{key}={config[key]}: try {least} or more")
+for package in ("wandb", "tensorboard"):
+    if config[package] and not find_spec(package):
+        die(f"{package}={config[package]}, but this package is not here:  pip install {package}")
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-if device.startswith("cuda") and not torch.cuda.is_available():
-    die(f"device={device}, but torch {torch.__version__} sees no CUDA device: try device=cpu or device=auto")
 if world_size > 1 and parallel == "none":
     die(f"parallel=none, but torchrun started {world_size} processes: try parallel=ddp")
 parallel = "ddp" if world_size > 1 else "none"
@@ -116,7 +126,10 @@ if parallel == "ddp":
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-device_type = torch.device(device).type
+try:
+    device_type = torch.empty(0, device=device).device.type
+except (RuntimeError, AssertionError) as error:
+    die(f"device={device}: {str(error).splitlines()[0]}: try device=cpu or device=auto")
 if device_type == "cuda":
     torch.cuda.set_device(device)
 if dtype == "auto":
@@ -184,8 +197,8 @@ opt = muon.make_optimizer(
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 parameters = sum(p.numel() for p in raw_model.parameters())
 flops_per_token = flops.training_flops_per_token(model, raw_model.config, block_size)
-peak = flops.peak_flops(name, dtype)
-say(f"{model}: {parameters:,} parameters, {flops_per_token:.3g} FLOPs a token; "
+peak = flops_per_token and flops.peak_flops(name, dtype)
+say(f"{model}: {parameters:,} parameters, {flops_per_token or math.nan:.3g} FLOPs a token; "
     + ", ".join(f"{tensors} {group} by {method}" for group, method, tensors, *_ in muon.group_table(opt)))  # fmt: skip
 
 
@@ -193,9 +206,8 @@ def lr_at(step):
     """Warm-up, then the schedule: from peak_lr to min_lr, which the last step would reach one step later."""
     if step < warmup_steps:
         return peak_lr * (step + 1) / (warmup_steps + 1)
-    first = {"cosine": warmup_steps, "wsd": max_steps - round(decay_fraction * max_steps), "constant": max_steps}[
-        schedule
-    ]
+    down = {"cosine": max_steps, "wsd": round(decay_fraction * max_steps), "constant": 0}[schedule]
+    first = max(max_steps - down, warmup_steps)
     if step < first:
         return peak_lr
     t = (step - first) / max(max_steps - first, 1)
@@ -210,53 +222,58 @@ knobs = {key: value for key, value in config.items() if key not in (*fields, "mo
 saved_config = {"model": model, "model_config": fields, "knobs": knobs}
 step, tokens, best, skipped = 0, 0, math.inf, 0
 identity = {"data": data, "data_fingerprint": train_data.fingerprint, "tokenizer": tokenizer and tokenizer.fingerprint}
-if resume:
-    try:
-        path = checkpoint.newest(out, say)
-        if path is None and not record.exists(out):
-            die(f"--resume given but no checkpoint in {out}")
-        if path:
-            old_config = checkpoint.load_config(path)
-            for line in checkpoint.changed_keys(old_config, saved_config):
-                say(f"changed since the checkpoint: {line}")
-            if old_config["knobs"]["optimizer"] != optimizer:
-                die(f"{path} has the state of optimizer={old_config['knobs']['optimizer']}: resume with that")
-            before = json.loads((path / "trainer.json").read_text())["identity"]
-            if before["tokenizer"] != identity["tokenizer"]:
-                die(f"{data} has another tokenizer than the data of {path}: give that data, or another out_dir")
-            if before["data"] == data and before["data_fingerprint"] != identity["data_fingerprint"]:
-                die(f"{data} changed since {path} was written: restore it, or begin another run in another out_dir")
-            state = checkpoint.restore(path, raw_model, opt)
-            step, tokens, best, skipped = (state[key] for key in ("step", "tokens", "best", "skipped"))
+try:
+    path = checkpoint.newest(out, say) if resume else None
+    held = path or record.exists(out)
+    if held and not (resume or overwrite):
+        die(f"{out} already holds a run: go on with --resume, delete it with --overwrite, or choose another --out_dir")
+    if resume and not held:
+        die(f"--resume given but no checkpoint in {out}")
+    if resume and not path:
+        say(f"no checkpoint in {out} yet: beginning again")
+    if path:
+        old_config, state = checkpoint.load_config(path), json.loads((path / "trainer.json").read_text())
+        for line in checkpoint.changed_keys(old_config, saved_config):
+            say(f"changed since the checkpoint: {line}")
+        if old_config["knobs"]["optimizer"] != optimizer:
+            die(f"{path} has the state of optimizer={old_config['knobs']['optimizer']}: resume with that")
+        before = state["identity"]
+        if before["tokenizer"] != identity["tokenizer"]:
+            die(f"{data} has another tokenizer than the data of {path}: give that data, or another out_dir")
+        if before["data"] == data and before["data_fingerprint"] != identity["data_fingerprint"]:
+            die(f"{data} changed since {path} was written: restore it, or begin another run in another out_dir")
+        checkpoint.restore(path, raw_model, opt)
+        step, tokens, best, skipped = (state[key] for key in ("step", "tokens", "best", "skipped"))
+        if state["scaler"]:  # it is empty where dtype was not float16
             scaler.load_state_dict(state["scaler"])
-        say(f"resuming from {path}" if path else f"no checkpoint in {out} yet: beginning again")
-    except checkpoint.CheckpointError as error:
-        die(error)
-elif main and record.exists(out) and not overwrite:
-    die(f"{out} already holds a run: go on with --resume, delete it with --overwrite, or choose another --out_dir")
-if parallel == "ddp":
-    dist.barrier()  # nobody writes before all have read
-if main:
-    out.mkdir(parents=True, exist_ok=True)
-    if overwrite and not resume:
-        record.delete(out)
-    hardware = {"device": name, "processes": world_size, "dtype": dtype, "compile": bool(compile), "peak_flops": peak}
-    work = {"parameters": parameters, "flops_per_token": flops_per_token, "tokens": batch_tokens * max_steps}
-    facts = {"seed": seed, **identity, "hardware": hardware, **work, "optimizer": muon.group_table(opt)}
-    record.describe(out, saved_config, train_data.meta, facts)
-    metrics = record.Log(out, step, config, wandb, tensorboard)
+        say(f"resuming from {path}")
+    if parallel == "ddp":
+        dist.barrier()  # nobody writes before all have read
+    if main:
+        if held and not resume:
+            record.delete(out)
+        hardware = {"device": name, "processes": world_size, "dtype": dtype, "compile": compile, "peak_flops": peak}
+        work = {"parameters": parameters, "flops_per_token": flops_per_token, "tokens": batch_tokens * max_steps}
+        facts = {"seed": seed, **identity, "hardware": hardware, **work, "optimizer": muon.group_table(opt)}
+        record.describe(out, saved_config, train_data.meta, facts)
+        metrics = record.Log(out, step, config, wandb, tensorboard)
+except (OSError, ValueError, checkpoint.CheckpointError) as error:
+    die(error)
 
 
 def save(is_best=False):
-    """Rank 0 writes a checkpoint. A full disk is reported, and the run goes on: what was saved before stays."""
+    """Rank 0 writes a checkpoint. On a full disk a run that has steps left goes on: what was saved before stays."""
     if not main:
         return
     trainer = {"tokens": tokens, "best": best, "skipped": skipped, "scaler": scaler.state_dict(), "identity": identity}
     try:
-        checkpoint.save(out, step, raw_model, opt, saved_config, trainer, keep_last, is_best)
-    except checkpoint.CheckpointError as error:
-        say(f"WARNING: {error}")
-    record.plot(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters")
+        folder = checkpoint.save(out, step, raw_model, opt, saved_config, trainer, keep_last, is_best)
+        say(f"step {step:>6} | saved {folder}{', the best so far' if is_best else ''}")
+        record.plot(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters")
+    except (OSError, checkpoint.CheckpointError) as error:
+        if step >= max_steps or stopping:
+            die(error)
+        print(f"WARNING: {error}", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -271,7 +288,7 @@ def evaluate():
         with autocast:
             logits = raw_model(x)
         y = y.flatten()
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), y, ignore_index=-1, reduction="none").double().cpu()
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), y, ignore_index=-1, reduction="none").cpu().double()
         y = y.cpu()
         size = bytes_of[y.clamp(min=0)] * (y >= 0)
         total += torch.stack((nats.sum(), (y >= 0).sum(), nats[size > 0].sum(), size.sum())).double()
@@ -336,7 +353,8 @@ while True:
         bits_text = "n/a" if bits is None else f"{bits:.4f}"
         say(f"step {step:>6} | validation loss {loss:.4f} | {bits_text} bits per byte")
         log(step=step, val_loss=loss, val_bits_per_byte=bits, tokens=tokens)
-        is_best, best = loss < best, min(loss, best)
+        if step > 0:
+            is_best, best = loss < best, min(best, loss)  # in this order: a loss of NaN is never the best
     if step > 0 and step != saved_at and (is_best or step % save_every == 0 or step >= max_steps):
         save(is_best)
         saved_at = step
@@ -349,12 +367,12 @@ while True:
     if stop:
         if step > 0 and step != saved_at:
             save()
-        resume_command = " ".join([*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+        command = shlex.join([a for a in sys.argv if a not in ("--resume", "--overwrite")] + ["--resume"])
         launcher = "torchrun ..." if parallel == "ddp" else "python"
-        say(f"{stopping[0] if stopping else 'signal'}: saved step {step}; go on with  {launcher} {resume_command}")
+        say(f"{stopping[0] if stopping else 'signal'}: stopped after step {step}; go on with  {launcher} {command}")
         break
     # 3. gradient: the mean over all targets of the step, whatever micro-batch or process they are in
-    torch.manual_seed(((seed << 24) + step) * 4096 + rank)  # of dropout: nothing to store for a resume
+    torch.manual_seed((((seed << 24) + step) * 4096 + rank) % 2**64)  # of dropout: nothing to store for a resume
     total_loss = torch.zeros((), device=device)
     for i, (x, y) in enumerate(batches):
         last = i == len(batches) - 1
@@ -404,9 +422,8 @@ while True:
         say(f"step {step:>6}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {1000 * seconds:.0f} ms | "
             f"{speed:,.0f} tokens/s | mfu {mfu_text} | {memory:.2f} GB | eta {eta_text}")  # fmt: skip
     if in_a_row >= max_skipped:
-        last_good = checkpoint.newest(out, say) if main else None
-        die(f"{in_a_row} steps in a row without a finite gradient: stopped. The last good checkpoint is {last_good}; "
-            "try a lower learning_rate, or dtype=bfloat16 or float32")  # fmt: skip
+        die(f"{in_a_row} steps in a row without a finite gradient: stopped. The last good checkpoint is "
+            f"{checkpoint.newest(out, say)}: try a lower learning_rate, or dtype=bfloat16 or float32")  # fmt: skip
 
 bar.close()
 if main:

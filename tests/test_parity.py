@@ -102,7 +102,7 @@ def test_a_sharded_folder_and_the_rope_keys_of_transformers_4_load_alike(tmp_pat
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     config = json.loads((tmp_path / "many" / "config.json").read_text())
     rope = config.pop("rope_parameters")
-    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
     (tmp_path / "many" / "config.json").write_text(json.dumps(config))
     GPT = module("baseline").GPT
     assert torch.equal(GPT.from_pretrained(tmp_path / "one")(x), GPT.from_pretrained(tmp_path / "many")(x))
