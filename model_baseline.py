@@ -382,7 +382,7 @@ HF_FIELDS = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv
                  vocab_size="vocab_size", head_dim="head_dim", norm_eps="rms_norm_eps", rope_theta="rope_theta",
                  tie_embeddings="tie_word_embeddings")  # fmt: skip
 HF_FIXED = dict(model_type="qwen3", hidden_act="silu", attention_bias=False, use_sliding_window=False)
-HF_YARN = dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None)
+HF_YARN = dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None, mscale=None, mscale_all_dim=None)
 
 if __name__ == "__main__":  # overfit one batch for 20 steps, then continue its first tokens
     torch.manual_seed(0)
