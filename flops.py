@@ -36,10 +36,27 @@ def gpt2(c, T):
     }
 
 
-FORMULAS = {"baseline": baseline, "gpt2": gpt2}
+def mla(c, T):
+    """Of the expanded form, which training takes."""
+    C, H, L, V = c.n_embd, c.n_head, c.n_layer, c.vocab_size
+    N, P, D, R, Q = c.nope_dim, c.rope_dim, c.v_dim, c.kv_rank, c.q_rank
+    queries = C * Q + (Q or C) * H * (N + P)
+    projections, mlp = queries + C * (R + P) + R * H * (N + D) + H * D * C, 3 * C * c.n_inner
+    return {
+        "embedding": (0, V * C),
+        "attention projections": (2 * L * projections, L * projections),
+        "attention": (2 * L * T * H * (N + P + D), 0),
+        "mlp": (2 * L * mlp, L * mlp),
+        "norms": (0, L * (2 * C + Q + R) + C),
+        "head": (2 * C * V, 0 if c.tie_embeddings else C * V),
+    }
+
+
+FORMULAS = {"baseline": baseline, "gpt2": gpt2, "mla": mla}
 CACHED = {  # numbers that a token leaves in the cache
     "baseline": lambda c: 2 * c.n_layer * c.n_kv_head * c.head_dim,
     "gpt2": lambda c: 2 * c.n_layer * c.n_embd,
+    "mla": lambda c: c.n_layer * (c.kv_rank + c.rope_dim),
 }
 
 

@@ -38,12 +38,27 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config)
 
 
+def deepseek_v3(rope="plain", tie=False, q_rank=28):
+    rope = ROPES[rope] | (dict(mscale=1.0, mscale_all_dim=1.0) if rope == "yarn" else {})
+    config = transformers.DeepseekV3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, first_k_dense_replace=2,
+        num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=20, q_lora_rank=q_rank, qk_nope_head_dim=16,
+        qk_rope_head_dim=32, v_head_dim=24, max_position_embeddings=256, rope_parameters=rope, rms_norm_eps=1e-2,
+        tie_word_embeddings=tie, attn_implementation="eager", initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
 ORACLES = {
     "qwen3 plain tied": ("baseline", qwen3, {}),
     "qwen3 plain untied": ("baseline", qwen3, dict(tie=False)),
     "qwen3 linear": ("baseline", qwen3, dict(rope="linear")),
     "qwen3 yarn": ("baseline", qwen3, dict(rope="yarn", tie=False)),
     "gpt2": ("gpt2", gpt2, {}),
+    "deepseek_v3 plain": ("mla", deepseek_v3, {}),
+    "deepseek_v3 linear tied": ("mla", deepseek_v3, dict(rope="linear", tie=True)),
+    "deepseek_v3 yarn": ("mla", deepseek_v3, dict(rope="yarn")),
+    "deepseek_v3 without a query rank": ("mla", deepseek_v3, dict(rope="yarn", q_rank=None)),
 }
 
 
