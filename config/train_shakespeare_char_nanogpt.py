@@ -1,4 +1,4 @@
-# Trains nanoGPT's CPU setting on tiny Shakespeare, to compare with: 2,000 steps, about 2 minutes on one core, to 1.88.
+# Trains nanoGPT's CPU setting on tiny Shakespeare, to compare with: 2,000 steps, about 2 minutes on one core, to 1.9.
 # Data: python data/prepare.py shakespeare
 data = "data/shakespeare"
 out_dir = "out/shakespeare_char_nanogpt"
