@@ -32,7 +32,6 @@ else:
 rope_theta = 1000.0
 tie_embeddings = False
 zero_init_residual = True
-logit_softcap = 15.0
 
 learning_rate = 5e-3
 warmup_steps = 20
