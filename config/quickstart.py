@@ -1,4 +1,4 @@
-# A small model on the Python standard library: 3.3M parameters and 1.4M tokens, about 3 minutes on 2 CPU cores;
+# A small model on the Python standard library: 3.3M parameters and 1.2M tokens, about 3 minutes on 2 CPU cores;
 # 43M and 39M tokens on a GPU. `make quickstart` runs it; data: python data/prepare.py stdlib --tokenizer bpe:4096
 import torch
 
@@ -25,7 +25,7 @@ else:
     block_size = 256
     batch_tokens = 2048  # 8 * 256: with so little time, many small steps learn more than few large ones
     micro_batch = 8
-    max_steps = 700  # 1.4M tokens: 0.6 epochs
+    max_steps = 600  # 1.2M tokens: 0.5 epochs
     if torch.cpu._is_avx512_bf16_supported():
         dtype = muon_dtype = "bfloat16"
 
@@ -41,5 +41,5 @@ beta2 = 0.98  # few tokens a step: average over more steps
 muon_momentum = 0.9
 muon_steps = 3  # no worse than 5 here, and cheaper
 eval_every = 100
-eval_tokens = 65536
-save_every = 350
+eval_tokens = 16384
+save_every = 300
