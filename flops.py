@@ -52,11 +52,35 @@ def mla(c, T):
     }
 
 
-FORMULAS = {"baseline": baseline, "gpt2": gpt2, "mla": mla}
+def hybrid(c, T):
+    """The delta rule in chunks of 64, as for training; its convolution and its triangular solve are no matmuls."""
+    C, H, G, D = c.n_embd, c.n_head, c.n_kv_head, c.head_dim
+    Hk, Hv, Dk, Dv = c.n_key_head, c.n_value_head, c.key_dim, c.value_dim
+    L, attention, delta, chunk = c.n_layer, c.layer_pattern.count("a"), c.layer_pattern.count("d"), min(64, max(T, 1))
+    gates = H * {"none": 0, "head": 1, "element": D}[c.output_gate]
+    gates += D * sum({"q": H, "k": G, "v": G}[part] for part in set(c.qkv_gates))
+    projections, mlp = attention * C * (2 * H * D + 2 * G * D + gates), 3 * C * c.n_inner
+    delta_projections = delta * C * (2 * Hk * Dk + 3 * Hv * Dv + 2 * Hv)
+    rule = delta * Hv * (4 * chunk * Dk + 2 * chunk * Dv + 6 * Dk * Dv)
+    return {
+        "embedding": (0, c.vocab_size * C),
+        "attention projections": (2 * projections, projections),
+        "attention": (4 * attention * T * H * D, 0),
+        "delta projections": (2 * delta_projections, delta_projections),
+        "delta rule": (rule * -(-T // chunk) * chunk // max(T, 1), delta * (2 * Hv + Dv)),
+        "convolution": (0, delta * c.conv_kernel * (2 * Hk * Dk + Hv * Dv)),
+        "mlp": (2 * L * mlp, L * mlp),
+        "norms": (0, (2 * L + 1) * C + 2 * D * c.qk_norm * attention),
+        "head": (2 * C * c.vocab_size, 0 if c.tie_embeddings else C * c.vocab_size),
+    }
+
+
+FORMULAS = {"baseline": baseline, "gpt2": gpt2, "mla": mla, "hybrid": hybrid}
 CACHED = {  # numbers that a token leaves in the cache
     "baseline": lambda c: 2 * c.n_layer * c.n_kv_head * c.head_dim,
     "gpt2": lambda c: 2 * c.n_layer * c.n_embd,
     "mla": lambda c: c.n_layer * (c.kv_rank + c.rope_dim),
+    "hybrid": lambda c: 2 * c.layer_pattern.count("a") * c.n_kv_head * c.head_dim,
 }
 
 
