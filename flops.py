@@ -36,6 +36,19 @@ def gpt2(c, T):
     }
 
 
+def moe(c, T):
+    """FLOPs of the experts that a token passes through, parameters of all. Padding to blocks is not counted."""
+    C, E, I, L = c.n_embd, c.n_expert, c.n_expert_inner, len(c.moe_layers)
+    mlp = 3 * C * (c.n_inner * (c.n_layer - L) + c.n_shared_expert * I * L)
+    router = C * L * (E + (c.n_shared_expert > 0 and c.shared_gate))
+    own = {
+        "mlp": (2 * mlp, mlp),
+        "router": (2 * router, router),
+        "experts": (6 * L * c.n_expert_per_token * C * I, 3 * L * E * C * I),
+    }
+    return baseline(c, T) | own
+
+
 def mla(c, T):
     """Of the expanded form, which training takes."""
     C, H, L, V = c.n_embd, c.n_head, c.n_layer, c.vocab_size
@@ -75,10 +88,11 @@ def hybrid(c, T):
     }
 
 
-FORMULAS = {"baseline": baseline, "gpt2": gpt2, "mla": mla, "hybrid": hybrid}
+FORMULAS = {"baseline": baseline, "gpt2": gpt2, "moe": moe, "mla": mla, "hybrid": hybrid}
 CACHED = {  # numbers that a token leaves in the cache
     "baseline": lambda c: 2 * c.n_layer * c.n_kv_head * c.head_dim,
     "gpt2": lambda c: 2 * c.n_layer * c.n_embd,
+    "moe": lambda c: 2 * c.n_layer * c.n_kv_head * c.head_dim,
     "mla": lambda c: c.n_layer * (c.kv_rank + c.rope_dim),
     "hybrid": lambda c: 2 * c.layer_pattern.count("a") * c.n_kv_head * c.head_dim,
 }

@@ -17,7 +17,7 @@ from tests.differences import changed, claimed
 from tests.tiny import BLOCK, EOT, MODELS, ROOT, TINY, VOCAB, build, module, tokens
 
 each_model = pytest.mark.parametrize("name", MODELS)
-LINES = {"baseline": 400, "gpt2": 400, "mla": 480, "hybrid": 531}  # budgets
+LINES = {"baseline": 400, "gpt2": 400, "moe": 620, "mla": 480, "hybrid": 531}  # budgets
 METHODS = (
     "__init__ init_weights forward lm_loss new_cache stream generate metrics from_pretrained save_pretrained".split()
 )
@@ -246,7 +246,7 @@ def test_dropout_is_active_in_training_only(name):
 
 @each_model
 def test_every_field_of_the_config_changes_something(name):
-    """No dead knobs: parameters, their initial values, logits, or an error."""
+    """No dead knobs: logits or loss of a training step, logits of the next one, or an error."""
     base = build(name).config
     fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
     other = dict(vocab_size=101, block_size=8, n_head=2, n_kv_head=1, eot_id=5, rope_scaling="linear", dropout=0.5)
@@ -254,17 +254,24 @@ def test_every_field_of_the_config_changes_something(name):
     needs["rope_original"]["rope_original"], other["rope_original"] = 16, 4096
     needs["rope_scaling"] = dict(rope_factor=2.0)
     other |= dict(layer_pattern="aa", output_gate="head", qkv_gates="v")
+    other |= dict(n_group=2, n_group_per_token=2, moe_layers=[0], moe_every=2, n_dense_layer=0, router_score="sigmoid")
+    other |= dict(router_jitter=0.5, capacity_factor=0.5, drop_by="score", balance_over="sequence")
+    needs |= dict(shared_gate=dict(n_shared_expert=1), n_group_per_token=dict(n_group=3))
+    needs |= dict(moe_every=dict(n_dense_layer=0), drop_by=dict(capacity_factor=0.5))
 
     def outcome(**options):
         model = build(name, bold=False, **options)
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(5.0)  # attention must not be uniform
-        x = tokens(1, 12)
+        x = tokens(2, 12)
         x[0, 4] = 5
         torch.manual_seed(0)
         try:
-            return model.train()(x).sum().item()
+            logits, loss = model.train()(x), model(x, x)
+            if hasattr(model, "after_step"):
+                model.after_step()
+            return logits.sum().item(), loss.item(), model(x).sum().item()
         except ValueError as error:
             return str(error)
 

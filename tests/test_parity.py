@@ -64,6 +64,16 @@ def deepseek_v3(rope="plain", tie=False, q_rank=28):
     return transformers.DeepseekV3ForCausalLM(config)
 
 
+def qwen3_moe(normalize=True, **options):
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, moe_intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=3,
+        norm_topk_prob=normalize, max_position_embeddings=256, rope_parameters=ROPES["plain"],
+        attn_implementation="eager", experts_implementation="eager", initializer_range=0.2, **options,
+    )  # fmt: skip
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
 ORACLES = {
     "qwen3 plain tied": ("baseline", qwen3, {}),
     "qwen3 plain untied": ("baseline", qwen3, dict(tie=False)),
@@ -80,6 +90,10 @@ ORACLES = {
         qwen3_next,
         dict(rope="yarn", tie=True, layer_types=["full_attention", "linear_attention"] * 2),
     ),
+    "qwen3 moe": ("moe", qwen3_moe, {}),
+    "qwen3 moe, weights as they are, tied": ("moe", qwen3_moe, dict(normalize=False, tie_word_embeddings=True)),
+    "qwen3 moe, every second layer": ("moe", qwen3_moe, dict(decoder_sparse_step=2)),
+    "qwen3 moe, a list of layers": ("moe", qwen3_moe, dict(mlp_only_layers=[1])),
 }
 
 
