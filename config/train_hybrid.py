@@ -1,5 +1,5 @@
 # Three gated delta rule layers to one of gated attention, 33M parameters, on 0.66B tokens of FineWeb-Edu: not timed
-# yet, well under an hour on one recent GPU (python train.py config/train_hybrid.py).
+# yet; one GPU (python train.py config/train_hybrid.py).
 # The data: python data/prepare.py fineweb-edu --tokenizer gpt2 --max_tokens 2500000000
 model = "hybrid"
 data = "data/fineweb-edu"

@@ -1,5 +1,5 @@
 # 32 experts of which a token takes 4, and one that all tokens take: 92,155,264 parameters, 34M of them at work on a
-# token, on 655M tokens of FineWeb-Edu: 1.6e17 FLOPs, not timed yet; one GPU, under an hour on an H100.
+# token, on 655M tokens of FineWeb-Edu: 1.6e17 FLOPs, for one GPU; not timed yet.
 # The data: python data/prepare.py fineweb-edu --tokenizer gpt2 --max_tokens 700000000
 model = "moe"
 data = "data/fineweb-edu"
