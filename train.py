@@ -184,7 +184,8 @@ if gradient_checkpointing:
         block.forward = partial(recompute, block.forward, use_reentrant=False)
 net = torch.compile(raw_model) if compile else raw_model
 if parallel == "ddp":
-    net = DistributedDataParallel(net, device_ids=[torch.device(device).index] if device_type == "cuda" else None)
+    ids = [torch.device(device).index] if device_type == "cuda" else None
+    net = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)  # counts are each process's own
 
 # ---- optimizer ------------------------------------------------------------------------------------------------------
 peak_lr = learning_rate * (math.sqrt(batch_tokens / lr_batch_tokens) if lr_batch_tokens else 1.0)
