@@ -3,7 +3,7 @@
 out/run/  config.json, config.py    the resolved config; the second is one to give back to train.py
           manifest.json, source/    from what it can be repeated: command, commit, versions, hardware, data, the code
           data.json                 the data's meta.json: its tokenizer for sample.py
-          metrics.jsonl, loss.png   a line a step, and a line an evaluation
+          metrics.jsonl, loss.png   a line a step, and a line an evaluation; experts.png where there are experts
           step-*, latest, best      checkpoints (checkpoint.py)
 """
 
@@ -25,7 +25,7 @@ from configurator import config_source
 
 CHECKPOINTS = [checkpoint.STEP + end for end in ("", ".tmp", ".old")]
 OURS = [*CHECKPOINTS, "latest", "best", "config.json", "config.py", "source", "data.json", "metrics.jsonl", "loss.png",
-        "tensorboard", "wandb", "wandb_id", "manifest.json"]  # fmt: skip
+        "experts.png", "tensorboard", "wandb", "wandb_id", "manifest.json"]  # fmt: skip
 
 
 def exists(out: Path) -> bool:
@@ -136,7 +136,7 @@ class Log:
 
 
 def plot(out: Path, title: str) -> None:
-    """loss.png: the loss of each step and of each evaluation, from metrics.jsonl."""
+    """From metrics.jsonl: loss.png, and experts.png where a row has the load of experts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -157,3 +157,16 @@ def plot(out: Path, title: str) -> None:
     axis.legend()
     figure.savefig(out / "loss.png", dpi=120)
     plt.close(figure)
+    loads = [(row["step"], row["expert_load"]) for row in rows if "expert_load" in row]
+    if loads:  # a band for each layer, a line in it for each expert: its share of the layer's choices, 1 in balance
+        load = np.array([load for _, load in loads], dtype=float)  # (times, layers, experts)
+        share = load / load.mean(axis=2, keepdims=True)
+        size = (loads[0][0], loads[-1][0] + 1, load.shape[1], 0)
+        figure, axis = plt.subplots(figsize=(8, 1.5 + load.shape[1]), layout="constrained")
+        style = dict(aspect="auto", extent=size, cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+        image = axis.imshow(share.reshape(len(loads), -1).T, **style)
+        axis.hlines(range(1, load.shape[1]), *size[:2], color="black", lw=0.8)
+        axis.set(xlabel="step", ylabel="layers with experts", yticks=range(load.shape[1] + 1), title=f"{out}: load")
+        figure.colorbar(image, label="choices of an expert / mean of its layer", extend="max")
+        figure.savefig(out / "experts.png", dpi=120)
+        plt.close(figure)

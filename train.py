@@ -406,8 +406,10 @@ while True:
     mfu = speed * flops_per_token / (peak * world_size) if peak else None
     memory = memory_gb()
     spikes = [name for name, past, value in (("loss", losses, loss), ("grad_norm", norms, norm)) if spiked(past, value)]
+    load = getattr(raw_model, "expert_load", None) if step % log_every == 0 else None  # of a mixture of experts
+    extra = raw_model.metrics() | ({} if load is None else {"expert_load": load.tolist()})
     log(step=step, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds, tokens_per_second=speed, mfu=mfu,
-        memory_gb=memory, tokens=tokens, skipped=skipped, spikes=spikes, **raw_model.metrics())  # fmt: skip
+        memory_gb=memory, tokens=tokens, skipped=skipped, spikes=spikes, **extra)  # fmt: skip
     if math.isfinite(norm):
         losses.append(loss)
         norms.append(norm)

@@ -710,3 +710,13 @@ def test_a_finished_run_resumed_does_nothing_and_with_more_steps_goes_on(work, b
     assert [row["step"] for row in longer.steps] == list(range(1, 33))
     assert "changed since the checkpoint: learning_rate: 0.005 -> 0.001" in longer.out
     assert abs(longer.steps[-1]["lr"] - 5e-4 * (1 + math.cos(math.pi * 28 / 29))) < 1e-12
+
+
+def test_the_load_of_experts_is_logged_and_drawn(work):
+    sizes = dict(model="moe", n_layer=2, n_expert=4, n_expert_per_token=2, n_expert_inner=8)
+    run = train(work, "moe", **sizes, log_every=2)
+    logged = [row for row in run.steps if "expert_load" in row]
+    assert [row["step"] for row in logged] == [2, 4, 6]
+    assert all(np.array(row["expert_load"]).sum(axis=1).tolist() == [2 * 256, 2 * 256] for row in logged)
+    assert (run.folder / "experts.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (work / "base" / "experts.png").exists()
