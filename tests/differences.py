@@ -47,7 +47,8 @@ def table() -> str:
         diff = [
             line for line in difflib.unified_diff(old, new, n=0) if line[0] in "+-" and line[:3] not in ("+++", "---")
         ]
-        idea = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0].split(": ")[-1].rstrip(".")
+        idea = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0].split(": ")[-1]
+        idea = re.sub(r" \(http\S+\)", "", idea).rstrip(".")
         names = ", ".join(f"`{name}`" for name in changed(path)) or "-"
         rows.append(f"| [{path.name}]({path.name}) | {idea} | {len(new)} | {len(diff)} | {names} |")
     return "\n".join(rows)

@@ -20,7 +20,7 @@ TINY = ANY + " --n_inner=32 --head_dim=8"
 CHANGED = {  # how a command is made small where the general rule below does not do
     "make quickstart": "make -n quickstart",  # its three commands run below
     "make test": "make -n test",  # it runs this
-    "git diff --no-index model_baseline.py model_gpt2.py": "git diff --no-index model_gpt2.py model_gpt2.py",
+    "git diff --no-index model_baseline.py model_mla.py": "git diff --no-index model_gpt2.py model_gpt2.py",
     "python data/prepare.py stdlib": "{} --max_tokens 200000",
     "python data/prepare.py shakespeare": "{} --input notes.txt",  # without it, it downloads
     "python bench.py train": "python bench.py train --help",  # takes many minutes
