@@ -36,7 +36,8 @@ def parse_arguments(argv):
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be given again)")
     add("--seed", type=int, default=1)
     add("--device", default="auto", help="cuda, mps, cpu or auto")
-    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto: bfloat16 on CUDA, else float32")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on CUDA, else float32")
     add("--tokenizer", help="for a folder without one: gpt2, or a path (see data/tokenizers.py)")
     add("--no_cache", action="store_true", help="compute all tokens again for each new one: slow, to check the cache")
     add("--interactive", action="store_true", help="chat (a continuation of each line where there are no chat tokens)")
@@ -58,7 +59,7 @@ def load(args):
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}, but torch {torch.__version__} sees no CUDA device: try --device cpu")
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    dtype = getattr(torch, dtype)
     if not path.exists():
         raise FileNotFoundError(f"{path} not found: give a run's folder, a checkpoint's, or a Hugging Face model's")
     config = json.loads((path / "config.json").read_text()) if (path / "config.json").exists() else {}

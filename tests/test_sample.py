@@ -180,7 +180,7 @@ def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
         assert "try --device cpu" in error_of(folder, "--device", "cuda")
     (tmp_path / "config.json").write_text('{"model_type": "mamba9"}')
     assert "'mamba9'; these can be read: " in error_of(tmp_path)
-    for options in (["--temperature", "-1"], ["--top_p", "0"], ["--num_samples", "0"]):
+    for options in (["--temperature", "-1"], ["--top_p", "0"], ["--num_samples", "0"], ["--dtype", "fp8"]):
         assert error_of(folder, *options) == "2"
 
 
