@@ -241,10 +241,14 @@ class ExpertLinear(nn.Module):
         return F.grouped_mm(x, weight, offs=group) if x.ndim == 2 else torch.bmm(x, weight.index_select(0, group))
 
 
-def has_grouped_mm(x, *widths):
-    """Elsewhere it is missing, or a loop that waits for the device; it wants rows of whole 16 bytes."""
-    fast = x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_properties(x.device).major >= 9
-    return fast and all(width % 8 == 0 for width in widths)
+def has_grouped_mm(x, training, *widths):
+    """In bf16 on GPUs since Hopper and on CPUs; elsewhere it is missing, or a loop that waits for the device."""
+    if x.is_cuda:
+        fast = x.dtype == torch.bfloat16 and torch.cuda.get_device_properties(x.device).major >= 9
+    else:  # in fp32 a row's rounding depends on how many there are, and torch.compile refuses it
+        fp32 = x.dtype == torch.float32 and training and not torch.compiler.is_compiling()
+        fast = x.device.type == "cpu" and (x.dtype == torch.bfloat16 or fp32)
+    return fast and all(width * x.element_size() % 16 == 0 for width in widths)  # it wants rows of whole 16 bytes
 
 
 class MoE(nn.Module):
@@ -281,7 +285,7 @@ class MoE(nn.Module):
         # mean load as b, that is 2 E blocks at most. grouped_mm needs no padding.
         rows = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
         (N, K), E = (B * T, c.n_expert_per_token), c.n_expert
-        grouped = has_grouped_mm(rows, C, c.n_expert_inner)
+        grouped = has_grouped_mm(rows, self.training, C, c.n_expert_inner)
         b = 1 if grouped else -(-N * K // E)
         n = N * K if b == 1 else E + (N * K - E) // b  # blocks: with the fewest full ones there can be
         experts, chosen = experts.view(N, K), chosen.view(N, E)

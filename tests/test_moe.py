@@ -76,7 +76,7 @@ def inputs(*shape, seed=3, dtype=torch.float64):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_output_and_gradients_equal_those_of_a_loop_over_tokens_and_experts(router, form, monkeypatch):
     dtype, tolerance = (torch.float64, 1e-10) if form == "padded" else (torch.float32, 2e-5)
-    monkeypatch.setattr(model_moe, "has_grouped_mm", lambda x, *widths: form == "grouped")
+    monkeypatch.setattr(model_moe, "has_grouped_mm", lambda *_: form == "grouped")
     moe = layer(**ROUTERS[router]).to(dtype)
     moe.router.weight.data *= 0.3  # no near ties
     for shape in ((2, 23, 32), (1, 1, 32), (1, 2, 32)):
@@ -91,7 +91,7 @@ def test_output_and_gradients_equal_those_of_a_loop_over_tokens_and_experts(rout
 
 @pytest.mark.parametrize("form", ["padded", "grouped"])
 def test_any_load_fits_from_one_expert_for_all_to_an_even_one(form, monkeypatch):
-    monkeypatch.setattr(model_moe, "has_grouped_mm", lambda x, *widths: form == "grouped")
+    monkeypatch.setattr(model_moe, "has_grouped_mm", lambda *_: form == "grouped")
     moe, x = layer().float(), inputs(2, 23, 32, dtype=torch.float32)
     for favourites in ([0, 1], [4, 5], [2], [0, 5], []):
         moe.router.bias.zero_()[favourites] = 100.0
