@@ -32,7 +32,7 @@ import checkpoint
 import model_baseline
 from data.shards import Loader, Shards, write_shard
 from data.tokenizers import load_tokenizer
-from tests.tiny import ROOT
+from tests.tiny import ROOT, TINY
 
 FORK = get_context("forkserver")  # forks of a process that has imported torch: a run starts in a tenth of the time
 FORK.set_forkserver_preload(["tests.test_train"])
@@ -118,7 +118,7 @@ def start(work, *argv, environment=None, **knobs):
     """launch with KNOBS and those given; None leaves one of KNOBS out."""
     knobs = {"data": "data"} | KNOBS | knobs
     flags = [f"--{key}={value}" for key, value in knobs.items() if value is not None]
-    return launch(work, [*argv, *flags], environment)
+    return launch(work, [*map(str, argv), *flags], environment)
 
 
 def finish(process, log, timeout=180):
@@ -150,13 +150,13 @@ def fail(work, out_dir, *argv, **knobs):
     return result.err
 
 
-def together(work, processes, **knobs):
+def together(work, processes, *argv, **knobs):
     """The same run in several processes, as torchrun would start them: what `start` returns, for each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return [start(work, environment={"RANK": str(rank), "LOCAL_RANK": str(rank), **common}, **knobs)
+    return [start(work, *argv, environment={"RANK": str(rank), "LOCAL_RANK": str(rank), **common}, **knobs)
             for rank in range(processes)]  # fmt: skip
 
 
@@ -313,6 +313,20 @@ def test_losses_do_not_depend_on_micro_batch_or_the_number_of_processes(work, ma
             assert close(*([row[key] for row in r.rows if key in row] for r in (run, one))), key
         for name, tensor in weights(one.folder, 6).items():
             torch.testing.assert_close(weights(run.folder, 6)[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_two_processes_train_experts_like_one(work):
+    """The loads that balance loss and biases go by are those of all processes."""
+    knobs = dict.fromkeys(SIZES) | TINY["moe"] | dict(block_size=32, vocab_size=0, bias_rate=0.01, micro_batch=8)
+    config = ROOT / "config" / "train_moe.py"
+    one = train(work, "experts1", config, **knobs)
+    results = [finish(*run) for run in together(work, 2, config, out_dir="experts2", **knobs)]
+    assert [result.code for result in results] == [0, 0], results
+    both = finished(work / "experts2")
+    for key in ("loss", "grad_norm", "balance_loss", "z_loss", "load_entropy_1", "load_violation", "val_loss"):
+        assert close(*([row[key] for row in r.rows if key in row] for r in (one, both))), key
+    for name, tensor in weights(one.folder, 6).items():
+        torch.testing.assert_close(weights(both.folder, 6)[name], tensor, atol=1e-5, rtol=0)
 
 
 def test_losses_gradient_norms_and_weights_equal_those_of_a_plain_loop(work):
@@ -720,3 +734,12 @@ def test_the_load_of_experts_is_logged_and_drawn(work):
     assert all(np.array(row["expert_load"]).sum(axis=1).tolist() == [2 * 256, 2 * 256] for row in logged)
     assert (run.folder / "experts.png").read_bytes()[:4] == b"\x89PNG"
     assert not (work / "base" / "experts.png").exists()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "config").glob("*.py")))
+def test_every_config_trains_at_a_tiny_size(work, name):
+    path = ROOT / "config" / name
+    model = re.search(r'^model = "(\w+)"', path.read_text(), flags=re.M)
+    sizes = dict.fromkeys(SIZES) | TINY[model[1] if model else "baseline"] | dict(block_size=32, vocab_size=0)
+    run = train(work, f"config {name}", path, **sizes, max_steps=2, warmup_steps=0)
+    assert len(run.losses) == 2 and run.losses[1] < run.losses[0] + 0.5
