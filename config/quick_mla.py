@@ -1,5 +1,5 @@
-# The quickstart with latent attention: 3,192,768 parameters, 1.1M tokens, about 3 minutes on 2 CPU cores. A token leaves
-# 4 * (64 + 16) = 320 numbers in the cache, in the quickstart 4 * 2 * 4 * 48 = 1,536.
+# The quickstart with latent attention: 3,192,768 parameters, 1.1M tokens, about 3 minutes on 2 CPU cores. The cache holds
+# 4 * (64 + 16) = 320 numbers of a token, in the quickstart 4 * 2 * 4 * 48 = 1,536.
 # The data: python data/prepare.py stdlib --tokenizer bpe:4096
 import torch
 
