@@ -1,4 +1,4 @@
-# The quickstart with latent attention: 3,192,768 parameters, 1.1M tokens, about 3 minutes on 2 CPU cores. The cache holds
+# The quickstart with latent attention: 3,192,768 parameters, 1.1M tokens, about 3 minutes on 2 CPU cores. The cache has
 # 4 * (64 + 16) = 320 numbers of a token, in the quickstart 4 * 2 * 4 * 48 = 1,536.
 # The data: python data/prepare.py stdlib --tokenizer bpe:4096
 import torch
