@@ -11,8 +11,8 @@ A config file is Python and is run, with every knob's value so far as a global: 
 import ast
 import dataclasses
 import difflib
-import importlib
 import os
+import re
 import sys
 import traceback
 from collections import namedtuple
@@ -54,15 +54,26 @@ def read_knobs(path, defaults, class_name=None):
     return knobs
 
 
+def config_class(name):
+    """GPTConfig of model_<name>.py and that file's path. The file is run as far as there, and not what it imports of
+    torch, which takes seconds: a GPTConfig is plain numbers and text."""
+    files = [p for folder in sys.path for p in Path(folder).glob("model_*.py")]
+    variants = {p.stem.removeprefix("model_"): p for p in reversed(files)}  # the first on sys.path counts
+    if name not in variants:
+        fail(f"unknown model {name!r}; the model_*.py files here give: {', '.join(sorted(variants)) or 'none'}")
+    body, space = ast.parse(variants[name].read_bytes()).body, {"__name__": __name__}
+    end = next(i for i, node in enumerate(body) if getattr(node, "name", None) == "GPTConfig")
+    heads = [node for node in body[: end + 1] if not re.match(r"(import|from) torch\b", ast.unparse(node))]
+    exec(compile(ast.Module(heads, []), str(variants[name]), "exec"), space)
+    return space["GPTConfig"], variants[name]
+
+
 def model_knobs(name):
     """The fields of model_<name>.GPTConfig as knobs."""
-    variants = sorted({p.stem.removeprefix("model_") for folder in sys.path for p in Path(folder).glob("model_*.py")})
-    if name not in variants:
-        fail(f"unknown model {name!r}; the model_*.py files here give: {', '.join(variants) or 'none'}")
-    module = importlib.import_module(f"model_{name}")
-    fields = dataclasses.fields(module.GPTConfig)
-    defaults = {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
-    return read_knobs(module.__file__, defaults, "GPTConfig")
+    (config, path), unset = config_class(name), dataclasses.MISSING
+    fields = dataclasses.fields(config)
+    defaults = {f.name: f.default if f.default_factory is unset else f.default_factory() for f in fields}
+    return read_knobs(path, defaults, "GPTConfig")
 
 
 class Namespace(dict):
@@ -73,12 +84,12 @@ class Namespace(dict):
         self.choose()
 
     def choose(self):
-        self.knobs = dict(self.own)
+        self.knobs, choice = dict(self.own), {}
         if "model" in self.own:
-            choice = {"model": self.own["model"].default} | self.given | self.options
+            choice = {"model": (self.given | self.options).get("model", self.own["model"].default)}
             fields = model_knobs(choice["model"])
             self.knobs.update({key: knob for key, knob in fields.items() if key not in self.own})
-        self.update({key: knob.default for key, knob in self.knobs.items()} | self.given)
+        self.update({key: knob.default for key, knob in self.knobs.items()} | self.given | choice)
 
     def __setitem__(self, name, value):
         super().__setitem__(name, value)
@@ -110,13 +121,14 @@ def parse(text, kinds):
     return value if fits and not isinstance(value, str) else text
 
 
-def configure(script_globals: dict, argv: list[str] | None = None) -> dict:
+def configure(script_globals: dict, argv: list[str] | None = None, quiet: bool = False) -> dict:
     """Applies config files and --key=value to the script's globals; returns {knob: value}, the chosen model's included.
 
-    Rank 0 prints what differs from the defaults. A user's mistake is one line on stderr and exit code 2.
+    Rank 0 prints what differs from the defaults, unless quiet. A user's mistake is one line on stderr and exit code 2.
     """
     # 1. sort the arguments
-    options, files, show = {}, [], print if os.environ.get("RANK", "0") == "0" else lambda *text: None
+    loud = os.environ.get("RANK", "0") == "0" and not quiet
+    options, files, show = {}, [], print if loud else lambda *text: None
     for argument in sys.argv[1:] if argv is None else argv:
         key, equals, text = argument.removeprefix("--").partition("=")
         if argument.startswith("--"):
@@ -157,6 +169,24 @@ def configure(script_globals: dict, argv: list[str] | None = None) -> dict:
             show(f"{key} = {value!r}  (default {knobs[key].default!r})")
     script_globals.update({key: values[key] for key in own})
     return values
+
+
+def resolve(script: str | Path, argv: list[str]) -> dict:
+    """What the script's `configure` would return for these arguments. The script is not run, and nothing is printed.
+
+    Of its knobs those are known that it writes as literals: `x = 3`, not `x = 3 * y`. Errors are those of `configure`.
+    """
+    found = {"__file__": str(script)}
+    for node in ast.parse(Path(script).read_bytes()).body:
+        if any(isinstance(n, ast.Name) and n.id == "configure" for n in ast.walk(node)):
+            break
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+            try:
+                ast.literal_eval(node.value)
+            except ValueError:
+                continue
+            exec(compile(ast.Module([node], []), str(script), "exec"), found)
+    return configure(found, argv, quiet=True)
 
 
 def config_source(config: dict) -> str:

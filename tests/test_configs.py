@@ -3,29 +3,24 @@
 import dataclasses
 import importlib
 import re
-import sys
 
 import pytest
 import torch
 
+from configurator import resolve
 from tests.tiny import ROOT
 
 CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 
 
-def resolved(name, monkeypatch, *more):
+def resolved(name):
     """The config that train.py would have with config/<name>."""
-    source = (ROOT / "train.py").read_text()
-    knobs = source[: source.index("config = configure(globals())")] + "config = configure(globals())"
-    monkeypatch.setattr(sys, "argv", ["train.py", str(ROOT / "config" / name), *more])
-    found = {"__file__": str(ROOT / "train.py"), "__name__": "train_knobs"}
-    exec(compile(knobs, "train.py", "exec"), found)
-    return found["config"]
+    return resolve(ROOT / "train.py", [str(ROOT / "config" / name)])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_builds_and_its_first_lines_say_what_it_trains(name, monkeypatch):
-    config = resolved(name, monkeypatch)
+def test_a_config_builds_and_its_first_lines_say_what_it_trains(name):
+    config = resolved(name)
     variant = importlib.import_module(f"model_{config['model']}")
     fields = {field.name: config[field.name] for field in dataclasses.fields(variant.GPTConfig)}
     fields["vocab_size"] = fields["vocab_size"] or 4096  # 0: the data's
@@ -50,8 +45,8 @@ def test_a_config_builds_and_its_first_lines_say_what_it_trains(name, monkeypatc
         ("gpt2_xl.py", 1_557_611_200),
     ],
 )
-def test_the_released_sizes_have_exactly_the_known_parameter_counts(name, known, monkeypatch):
-    config = resolved(name, monkeypatch)
+def test_the_released_sizes_have_exactly_the_known_parameter_counts(name, known):
+    config = resolved(name)
     variant = importlib.import_module(f"model_{config['model']}")
     with torch.device("meta"):
         model = variant.GPT(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from configurator import config_source, configure
+from configurator import config_class, config_source, configure, resolve
 
 SCRIPT = '''"""Trains a toy.
 
@@ -307,3 +307,66 @@ def test_configure_takes_its_arguments_as_a_list(tmp_path):
     path.write_text("seed = 1\n")
     script = {"__file__": str(path), "seed": 1}
     assert configure(script, ["--seed=4"]) == {"seed": 4} and script["seed"] == 4
+
+
+def test_resolve_gives_what_configure_would_without_running_or_printing_anything(run, tmp_path, capsys, monkeypatch):
+    one = file("one.py", "model = 'toytwo'\nn_expert = n_layer + 3\nlearning_rate = 5.0")
+    arguments = [one, "--batch_size=6", "--compile", "--sizes=(3,)"]
+    want, _, _ = run(*arguments)
+    monkeypatch.setattr(sys, "argv", ["another.py", "--unknown=1"])
+    text = "raise SystemExit('was run')\n"
+    (tmp_path / "dead.py").write_text(SCRIPT.replace("import math\n", "import math\n" + text))
+    for script in ("script.py", tmp_path / "dead.py"):
+        assert resolve(script, arguments) == want
+    assert capsys.readouterr().out == ""
+    assert resolve("script.py", []) == run()[0]
+    assert want["n_expert"] == 5 and want["compile"] is True and want["sizes"] == (3,)
+
+
+def test_resolve_knows_the_literals_above_the_call_of_configure_and_no_others(tmp_path):
+    knobs = "a = 1\na = -2\nb, c = 'x', 3.0\nd: int | None = None\ne = a * 2\n_f = 1\nif a:\n    g = 1\n"
+    (tmp_path / "s.py").write_text(f"{knobs}config = configure(globals())\na = 9\nh = 3\n")
+    assert resolve(tmp_path / "s.py", ["--c=4"]) == {"a": -2, "b": "x", "c": 4.0, "d": None}
+
+
+def test_resolve_has_all_knobs_of_train_py():
+    root = Path(__file__).parent.parent
+    source = (root / "train.py").read_text().split("config = configure(globals())")[0]
+    found = {"__file__": str(root / "train.py"), "__name__": "knobs"}
+    exec(compile(source, "train.py", "exec"), found)
+    arguments = [str(root / "config" / "train_moe.py"), "--n_expert=64", "--tf32=False"]
+    config = resolve(root / "train.py", arguments)
+    assert config == configure(found, arguments, quiet=True)
+    assert config["n_expert"] == 64 and config["tf32"] is False and config["max_steps"] == 2500
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--batchsize=3", "unknown config key 'batchsize' on the command line; did you mean 'batch_size'?"),
+        ("--batch_size=abc", "batch_size=abc: expected int"),
+        ("--model=toythree", "unknown model 'toythree'; the model_*.py files here give: "),
+        ("none.py", "none.py: FileNotFoundError"),
+    ],
+)
+def test_resolve_has_the_errors_of_configure(run, capsys, argument, message):
+    with pytest.raises(SystemExit) as error:
+        resolve("script.py", [argument])
+    assert error.value.code == 2 and capsys.readouterr().err.startswith("error: " + message)
+
+
+def test_a_models_config_class_comes_without_torch_and_without_what_stands_below_it(tmp_path, monkeypatch):
+    heads = (
+        "from __future__ import annotations\nimport torch\nimport torch.nn as nn\nfrom torch import Tensor\nWIDTH = 7\n"
+    )
+    text = MODEL.format(more="more: int = WIDTH  # of the file\n    root: float = math.sqrt(4)")
+    (tmp_path / "model_toy.py").write_text(heads + "import math\n" + text + "class GPT(nn.Module):\n    pass\n")
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "model_toy.py").write_text("class GPTConfig: pass\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path, str(tmp_path / "later")])
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    config, path = config_class("toy")
+    assert path == tmp_path / "model_toy.py" and config().more == 7 and config(window=3).window == 3
+    assert config(block_size=5).window == 5 and config().root == 2.0
+    assert "torch" not in sys.modules
