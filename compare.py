@@ -1,0 +1,449 @@
+"""Trains variants at equal compute, over learning rates and seeds, and shows with error bars what each idea buys.
+
+    python compare.py --models baseline,gpt2,moe,mla,hybrid --budget 1e13 --seeds 3 --lrs 0.5,1,2
+    python compare.py --models baseline,moe --match flops_per_token --budget 1e13
+    python compare.py --vary optimizer=adamw,muon --budget 1e13
+    python compare.py --budgets 2e12,5e12,1e13 --sizes n_embd=96:n_inner=256,n_embd=144:n_inner=384,n_embd=192
+
+A variant is a model with knobs of its own: moe, or moe:n_expert=32:n_expert_inner=64. All get the same data in the same
+order, the same evaluation, and each the learning rate that suited it best with the first seed. The runs are train.py's,
+one folder each: a comparison that was killed goes on where it was, and one with more seeds, rates or variants keeps
+what is finished. Further arguments (config files, --knob=value) go to every run, config/compare_cpu.py without a file.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import bench
+import flops
+import record
+from configurator import resolve
+from data.shards import Shards
+
+ROOT = Path(__file__).resolve().parent
+MORE_RATES = 2  # at most, beyond the ends of the sweep
+MATCHES = ("flops", "flops_per_token", "parameters")
+
+
+class Variant(NamedTuple):
+    name: str
+    config: dict  # all knobs, as train.py would have them
+    arguments: list  # that make train.py have them; what differs between the runs comes behind
+    flops_per_token: int
+    steps: int
+    tokens: int
+    budget: float
+
+
+class Run(NamedTuple):
+    variant: Variant
+    lr: float  # a multiple of the config's
+    seed: int
+    folder: Path
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", default="baseline", help="variants, with commas; the first is what the others are compared with")
+    add("--vary", metavar="KNOB=A,B,...", help="the values of one knob as variants of the model, or of MODEL.KNOB")
+    add("--match", default="flops", choices=MATCHES, help="what is equal: all FLOPs (tokens follow), or all tokens and "
+        "FLOPs per token, or tokens and parameters (for both a knob is solved)")  # fmt: skip
+    add("--knob", help="which knob to solve (default: a width that the variant has)")
+    add("--budget", type=float, default=1e13, help="training FLOPs of a run; with another match, of the first variant")
+    add("--budgets", help="several budgets: curves of loss against size at each (isoflop)")
+    add("--sizes", help="the sizes for --budgets, with commas: KNOB=VALUE:KNOB=VALUE,...")
+    add("--seeds", type=int, default=3, help="runs at the best learning rate, each with another seed")
+    add("--lrs", default="0.5,1,2", help="the learning rates to try, as multiples of the config's")
+    add("--data", help="a folder that data/prepare.py made (default: the config's)")
+    add("--out_dir", default="out/compare", help="the runs, one folder each")
+    add("--jobs", type=int, default=1, help="runs at once: each gets its share of the cores, and one of the GPUs")
+    add("--results", help="where the result goes: FILE.json, FILE.md, FILE_*.png (default: OUT_DIR/comparison)")
+    add("--title", default="Variants at equal compute")
+    add("--rounds", type=int, default=5, help="of measuring the speed; 0: leave it out")
+    args, more = parser.parse_known_args(argv)
+    args.more = more if any(word.endswith(".py") for word in more) else ["config/compare_cpu.py", *more]
+    args.argv = sys.argv[1:] if argv is None else argv
+    args.lrs = [float(x) for x in args.lrs.split(",")]
+    if args.seeds < 1 or args.jobs < 1 or min(args.lrs) <= 0:
+        parser.error(f"--seeds {args.seeds} --jobs {args.jobs} --lrs {args.lrs}: give numbers above 0")
+    if bool(args.budgets) != bool(args.sizes):
+        parser.error("--budgets and --sizes go together")
+    args.results = Path(args.results or Path(args.out_dir) / "comparison")
+    return args
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+def gpt_config(config):
+    """The GPTConfig among the knobs."""
+    cls = importlib.import_module(f"model_{config['model']}").GPTConfig
+    return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
+
+
+def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant:
+    """The variant of this name. like: the one whose tokens it gets, and whose parameters or FLOPs per token."""
+    model, *knobs = name.split(":")
+    arguments = [*args.more, f"--model={model}", *(f"--{knob}" for knob in knobs)]
+    arguments += [f"--data={args.data}"] if args.data else []
+    config = resolve(ROOT / "train.py", arguments)
+    added = {"vocab_size": config["vocab_size"] or -(-Shards(config["data"], "train").vocab_size // 64) * 64}
+    T, batch_tokens = config["block_size"], config["batch_tokens"]
+    if like:
+        by, knob = (
+            ("flops" if args.match == "flops_per_token" else "parameters"),
+            args.knob or flops.WIDTH_KNOB.get(model, "n_inner"),
+        )
+        target = like.flops_per_token if by == "flops" else parameters(like)
+        added[knob], _ = flops.match(model, config | added, T, target, knob, by)
+    config = resolve(ROOT / "train.py", arguments + [f"--{key}={value}" for key, value in added.items()])
+    per_token = flops.training_flops_per_token(model, gpt_config(config), T)
+    steps, least = like.steps if like else round(budget / (per_token * batch_tokens)), config["warmup_steps"] + 1
+    if steps < least:
+        raise ValueError(f"--budget={budget:.3g} pays for {steps} steps of {name} ({per_token:.3g} FLOPs a token, "
+                         f"{batch_tokens:,} tokens a step), and warmup_steps={least - 1}: try "
+                         f"{10 * least * per_token * batch_tokens:.1g}")  # fmt: skip
+    added |= {"max_steps": steps, "eval_every": -(-steps // 10), "save_every": steps, "keep_last": 1}
+    arguments += [f"--{key}={value}" for key, value in added.items()]
+    config = resolve(ROOT / "train.py", arguments)
+    return Variant(name, config, arguments, per_token, steps, steps * batch_tokens, budget)
+
+
+def parameters(variant):
+    return sum(flops.parameters(variant.config["model"], gpt_config(variant.config)).values())
+
+
+def plan_all(args) -> list[Variant]:
+    names = args.models.split(",")
+    if args.vary:
+        knob, _, values = args.vary.partition("=")
+        base, _, knob = knob.rpartition(".")
+        names = [f"{name}:{knob}={value}" for name in ([base] if base else names) for value in values.split(",")]
+    if args.sizes:
+        names = [f"{name}:{size}" for name in names for size in args.sizes.split(",")]
+        return [plan(args, name, float(budget)) for budget in args.budgets.split(",") for name in names]
+    first = plan(args, names[0], args.budget)
+    return [first, *(plan(args, name, args.budget, None if args.match == "flops" else first) for name in names[1:])]
+
+
+def make_run(args, variant, lr, seed):
+    name = variant.name.replace(":", "_").replace("/", "-")
+    return Run(variant, lr, seed, Path(args.out_dir) / name / f"{variant.steps}steps_lr{lr:g}_seed{seed}")
+
+
+# ---- the runs --------------------------------------------------------------------------------------------------------
+def options(run):
+    """What a run has beside its variant's arguments."""
+    return {"seed": run.seed, "learning_rate": run.lr * run.variant.config["learning_rate"], "out_dir": str(run.folder)}
+
+
+def is_finished(run: Run) -> bool:
+    """Whether it was done before. ValueError where another one stands in its folder."""
+    if not record.exists(run.folder):
+        return False
+    saved = json.loads((run.folder / "config.json").read_text())
+    saved = {"model": saved["model"], **saved["model_config"], **saved["knobs"]}
+    want = json.loads(json.dumps(run.variant.config | options(run)))
+    differ = [f"{k}={v!r}, not {want[k]!r}" for k, v in saved.items() if k != "eot_id" and v != want[k]]  # set by data
+    if differ:
+        raise ValueError(f"{run.folder} is of another comparison: {', '.join(differ[:3])}: try another --out_dir")
+    return any(row["step"] == run.variant.steps and "val_loss" in row for row in record.read_metrics(run.folder))
+
+
+def train(run: Run, number: int, jobs: int, processes: list) -> Run:
+    """Runs train.py to its end, or goes on with it. RuntimeError where it fails."""
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, ROOT / "train.py", *run.variant.arguments]
+    command += [f"--{key}={value}" for key, value in options(run).items()]
+    command += ["--resume"] if record.exists(run.folder) else []
+    own = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
+    if torch.cuda.is_available():
+        own["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+    log = Path(f"{run.folder}.log")
+    with log.open("w") as file:
+        processes.append(subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=os.environ | own))
+        code = processes[-1].wait()
+    if code or not is_finished(run):
+        last = log.read_text().strip().splitlines()[-1:]
+        raise RuntimeError(f"{run.folder} ended with code {code}; the last line of {log}: {''.join(last)}")
+    return run
+
+
+def train_all(runs: list[Run], jobs: int, bar: tqdm) -> None:
+    """Does what is not finished, `jobs` at a time; what is finished stays, whatever happens to the rest."""
+    processes, left = [], [run for run in runs if not is_finished(run)]
+    finished = sum(run.variant.budget for run in runs if run not in left)
+    bar.initial, bar.n = bar.initial + finished, bar.n + finished  # they say nothing of the time that the others take
+
+    def on_sigterm(*_):  # a Ctrl-C reaches the runs by itself
+        for process in processes:
+            process.terminate()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for future in as_completed([pool.submit(train, run, i, jobs, processes) for i, run in enumerate(left)]):
+            run = future.result()
+            bar.write(f"{run.variant.name}, learning rate x {run.lr:g}, seed {run.seed}: {loss_of(run):.4f}")
+            bar.update(run.variant.budget)
+    finally:
+        pool.shutdown(cancel_futures=True)  # waits for the runs at work, which save and stop after a signal
+
+
+def final(run):
+    return [row for row in record.read_metrics(run.folder) if "val_loss" in row][-1]
+
+
+def loss_of(run):
+    return final(run)["val_loss"]
+
+
+# ---- what came of it -------------------------------------------------------------------------------------------------
+def curve(run):
+    """[(tokens, validation loss)] of a run, without the loss before training."""
+    rows = [row for row in record.read_metrics(run.folder) if "val_loss" in row and row["step"] > 0]
+    return [(row["tokens"], row["val_loss"]) for row in rows]
+
+
+def describe(variant, sweep, repeats):
+    """A variant's row of the result: what it is, and its runs at the best learning rate."""
+    model, c = variant.config["model"], gpt_config(variant.config)
+    best = min(sweep, key=loss_of)
+    runs, size = [best, *repeats], 2 if variant.config["dtype"] == "bfloat16" else 4
+    return {
+        "name": variant.name,
+        "model": model,
+        "config": variant.config,
+        "budget": variant.budget,
+        "tokens": variant.tokens,
+        "parameters": sum(flops.parameters(model, c).values()),
+        "active_parameters": sum(flops.active_parameters(model, c).values()),
+        "flops_per_token": variant.flops_per_token,
+        "cache_bytes_per_token": flops.cache_bytes_per_token(model, c, size),
+        "state_bytes": flops.state_bytes(model, c, size),
+        "sweep": {f"{run.lr:g}": loss_of(run) for run in sweep},
+        "lr": best.lr,
+        "loss": [loss_of(run) for run in runs],
+        "bits_per_byte": [final(run)["val_bits_per_byte"] for run in runs],
+        "memory_gb": max(row["memory_gb"] for run in runs for row in record.read_metrics(run.folder) if "ms" in row),
+        "curves": [curve(run) for run in runs],
+    }
+
+
+def measure(runs, rounds):
+    """[{"train_seconds": of a step, "decode_seconds": {context: of a token}}], each a list with one number a round.
+
+    All variants take turns. Decoding is greedy at batch 1 with a cache; context: the tokens that are in it already.
+    """
+    T = runs[0].variant.config["block_size"]
+    windows = runs[0].variant.config["batch_tokens"] // T
+    batch = bench.random_batch(windows, T)
+    training = bench.in_turn([bench.step_of(run.folder) for run in runs], batch, rounds, 1)
+    found = [{"train_seconds": seconds, "decode_seconds": {}} for seconds in training]
+    for context in (T // 4, T - T // 16):
+        steps = [decoder(run.variant, context, T // 16) for run in runs]
+        for row, seconds in zip(found, bench.in_turn(steps, (), rounds, 1)):
+            row["decode_seconds"][str(context)] = [x / (T // 16) for x in seconds]
+    return found
+
+
+def decoder(variant, context, new):
+    """A function that decodes `new` tokens behind `context` random ones."""
+    module = importlib.import_module(f"model_{variant.config['model']}")
+    model = module.GPT(gpt_config(variant.config)).eval()
+    cache, token = model.new_cache(1, context + new), torch.zeros(1, 1, dtype=torch.long)
+
+    @torch.no_grad()
+    def decode():
+        cache.length = context
+        for _ in range(new):
+            model(token, cache=cache, last_only=True)
+
+    with torch.no_grad():
+        model(torch.randint(64, (1, context)), cache=cache, last_only=True)
+    return decode
+
+
+def standard_error(values):
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def verdict(row, first):
+    """How a variant's loss differs from the first one's; under two standard errors of the difference it is no win."""
+    difference = statistics.mean(row["loss"]) - statistics.mean(first["loss"])
+    if row is first:
+        return "-"
+    if len(row["loss"]) < 2 or len(first["loss"]) < 2:
+        return f"{difference:+.4f} (one seed)"
+    error = math.hypot(standard_error(row["loss"]), standard_error(first["loss"]))
+    word = "no difference seen" if abs(difference) < 2 * error else "better" if difference < 0 else "worse"
+    return f"{difference:+.4f} ± {error:.4f}: {word}"
+
+
+def with_error(values, digits=4):
+    if None in values:
+        return "n/a"
+    error = standard_error(values)
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def markdown(result: dict) -> str:
+    rows, m = result["variants"], result["machine"]
+    first, seeds = rows[0], len(rows[0]["loss"])
+    equal = {
+        "flops": "all have the same training FLOPs (attention counted over all T keys)",
+        "flops_per_token": "all have the same tokens and, by their width, the same FLOPs a token",
+        "parameters": "all have the same tokens and, by their width, the same parameters",
+    }[result["match"]]
+    lines = [
+        f"# {result['title']}\n",
+        f"{m['cores']} x {m['cpu']}, torch {m['torch']}. `{result['command']}`\n",
+        f"{seeds} seed(s); {equal}, the same data in the same order, and each the learning rate that suited it best at "
+        f"the first seed, of {min(len(row['sweep']) for row in rows)} or more. Mean ± standard error over seeds; "
+        f"{first['config']['eval_tokens']:,} validation tokens.\n",
+        f"| variant | validation loss | bits per byte | against {first['name']} | learning rate |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rate = row["lr"] * row["config"]["learning_rate"]
+        swept = [float(x) for x in row["sweep"]]
+        edge = ", at the edge" if len(swept) > 1 and row["lr"] in (min(swept), max(swept)) else ""
+        lines.append(f"| {row['name']} | {with_error(row['loss'])} | {with_error(row['bits_per_byte'])} | "
+                     f"{verdict(row, first)} | {rate:g}{edge} |")  # fmt: skip
+    lines += ["\n| variant | parameters | of them active | FLOPs a token | tokens | training tokens/s | MFU | "
+              "peak memory | cache bytes a token |" + "".join(f" decoded tokens/s at {c} |" for c in contexts(first)),
+              "|---" * (9 + len(contexts(first))) + "|"]  # fmt: skip
+    for row in rows:
+        state = f" + {row['state_bytes']:,}" if row["state_bytes"] else ""
+        speed = ratio(first, row, lambda r: r.get("train_seconds"), row["config"]["batch_tokens"])
+        decoded = [ratio(first, row, lambda r, c=c: r["decode_seconds"][c], 1) for c in contexts(first)]
+        lines.append(f"| {row['name']} | {row['parameters']:,} | {row['active_parameters']:,} | "
+                     f"{row['flops_per_token']:.4g} | {row['tokens']:,} | {speed} | {mfu(row, result)} | "
+                     f"{row['memory_gb']:.2f} GB | {row['cache_bytes_per_token']:,}{state} |"
+                     + "".join(f" {x} |" for x in decoded))  # fmt: skip
+    if any(row["state_bytes"] for row in rows):
+        lines.append('\n"+": bytes of state, however long the text is.')
+    return "\n".join(lines) + "\n"
+
+
+def contexts(row):
+    return list(row.get("decode_seconds", ()))
+
+
+def ratio(first, row, seconds, tokens):
+    """Tokens/s, and how many times those of the first variant, as medians over rounds in which all took turns."""
+    if not seconds(row):
+        return "n/a"
+    times = statistics.median(a / b for a, b in zip(seconds(first), seconds(row)))
+    return f"{tokens / statistics.median(seconds(row)):,.0f} ({times:.2f}x)"
+
+
+def mfu(row, result):
+    if not row.get("train_seconds") or not result["peak_flops"]:
+        return "n/a"
+    speed = row["config"]["batch_tokens"] / statistics.median(row["train_seconds"])
+    return f"{speed * row['flops_per_token'] / result['peak_flops']:.1%}"
+
+
+def plot(result: dict, path: Path) -> None:
+    """Loss against FLOPs and against time (means over seeds), and cache bytes against the last loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for row in result["variants"]:
+        tokens, loss = zip(*([statistics.mean(x) for x in zip(*points)] for points in zip(*row["curves"])))
+        axes[0].plot([x * row["flops_per_token"] for x in tokens], loss, marker=".", label=row["name"])
+        if row.get("train_seconds"):
+            pace = statistics.median(row["train_seconds"]) / row["config"]["batch_tokens"]
+            axes[1].plot([x * pace for x in tokens], loss, marker=".")
+        error = standard_error(row["loss"]) or 0.0
+        axes[2].errorbar(row["cache_bytes_per_token"], statistics.mean(row["loss"]), yerr=error, marker="o", capsize=3)
+        axes[2].annotate(row["name"], (row["cache_bytes_per_token"], statistics.mean(row["loss"])),
+                         xytext=(4, 4), textcoords="offset points", fontsize=8)  # fmt: skip
+    for axis, label in zip(
+        axes, ("training FLOPs", "seconds of training, at the speed measured in turn", "cache bytes a token")
+    ):
+        axis.set(xlabel=label, ylabel="validation loss")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(result["title"])
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def beyond(args, sweep):
+    """[a further run] of a variant that learns best at an end of its sweep, which is thus no end any more; or []."""
+    rates, best = sorted(run.lr for run in sweep), min(sweep, key=loss_of).lr
+    if len(args.lrs) < 2 or len(sweep) >= len(args.lrs) + MORE_RATES or best not in (rates[0], rates[-1]):
+        return []
+    sweep.append(make_run(args, sweep[0].variant, best * best / (rates[1] if best == rates[0] else rates[-2]), 1))
+    return sweep[-1:]
+
+
+def compare(args) -> dict:
+    """Does all runs; what came of them, for `markdown` and `plot`."""
+    planned = plan_all(args)
+    bar = tqdm(total=0.0, unit="FLOP", unit_scale=True, smoothing=0)
+    bar.total = sum(variant.budget for variant in planned) * (len(args.lrs) + args.seeds - 1)
+    sweeps = [[make_run(args, variant, lr, 1) for lr in args.lrs] for variant in planned]
+    new = [run for sweep in sweeps for run in sweep]
+    while new:
+        train_all(new, args.jobs, bar)
+        new = [run for sweep in sweeps for run in beyond(args, sweep)]
+        bar.total += sum(run.variant.budget for run in new)
+    best = [min(sweep, key=loss_of) for sweep in sweeps]
+    repeats = [[make_run(args, run.variant, run.lr, seed) for seed in range(2, args.seeds + 1)] for run in best]
+    train_all([run for runs in repeats for run in runs], args.jobs, bar)
+    bar.close()
+    device = flops.device_name("cuda" if torch.cuda.is_available() else "cpu")
+    result = {
+        "title": args.title,
+        "command": shlex.join(["python", "compare.py", *args.argv]),
+        "machine": bench.machine(),
+        "peak_flops": flops.peak_flops(device, planned[0].config["dtype"]),
+        "match": args.match,
+        "variants": [describe(*row) for row in zip(planned, sweeps, repeats)],
+    }
+    if args.rounds and not args.sizes:
+        for row, found in zip(result["variants"], measure(best, args.rounds)):
+            row |= found
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    try:
+        result = compare(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    args.results.with_suffix(".md").write_text(markdown(result))
+    plot(result, args.results.with_suffix(".png"))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
