@@ -41,11 +41,11 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values so far, preallocated: k, v (n_layer, B, H, max_len, D). pad (B,) counts padding at the left."""
+    """Keys and values so far, preallocated: a layer's k, v (B, H, max_len, D). pad (B,) counts padding at the left."""
 
     def __init__(self, config, batch_size, max_len, pad=None, device=None, dtype=None):
-        shape = (config.n_layer, batch_size, config.n_head, max_len, config.n_embd // config.n_head)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        shape, layers = (batch_size, config.n_head, max_len, config.n_embd // config.n_head), range(config.n_layer)
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in layers] for _ in range(2))
         self.length, self.padded = 0, pad is not None
         pad = torch.zeros(batch_size, dtype=torch.long, device=device) if pad is None else pad
         self.start = torch.where(torch.arange(max_len, device=device) < pad[:, None], 0, pad[:, None])  # of documents
@@ -57,19 +57,19 @@ class KVCache:
     def append(self, layer, k, v):
         """Writes k, v (B, H, T, D) behind a layer's past and returns past and present, (B, H, S, D)."""
         end = self.length + k.size(2)
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        self.k[layer][:, :, self.length : end] = k
+        self.v[layer][:, :, self.length : end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
     def branch(self, n):
         """A new cache in which each row stands n times in a row: n continuations of one prefill."""
         new = copy.copy(self)
-        new.k, new.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
+        new.k, new.v = ([x.repeat_interleave(n, dim=0) for x in xs] for xs in (self.k, self.v))
         new.start = self.start.repeat_interleave(n, dim=0)
         return new
 
     def bytes_per_token(self):
-        return (self.k.nbytes + self.v.nbytes) // self.start.numel()
+        return sum(x.nbytes for x in self.k + self.v) // self.start.numel()
 
 
 class Attention(nn.Module):

@@ -110,16 +110,19 @@ def apply_rope(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values so far, preallocated: k, v (n_layer, B, G, max_len, D). pad (B,) counts padding at the left."""
+    """Keys and values so far, preallocated: a layer's k, v (B, G, max_len, D). pad (B,) counts padding at the left."""
 
     def __init__(self, config, batch_size, max_len, pad=None, device=None, dtype=None):
-        shape = (config.layer_pattern.count("a"), batch_size, config.n_kv_head, max_len, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        def zeros(kind, *shape, dtype=dtype):
+            layers = range(config.layer_pattern.count(kind))
+            return [torch.zeros(batch_size, *shape, device=device, dtype=dtype) for _ in layers]
+
+        self.k, self.v = (zeros("a", config.n_kv_head, max_len, config.head_dim) for _ in range(2))
         # Delta layers need the same for any length: a state (Dk, Dv) per head, and the last inputs of the convolution.
-        shape = (config.layer_pattern.count("d"), batch_size, config.n_value_head, config.key_dim, config.value_dim)
-        self.state = torch.zeros(shape, device=device, dtype=torch.promote_types(self.k.dtype, torch.float32))
+        exact = torch.promote_types(dtype or torch.float32, torch.float32)
+        self.state = zeros("d", config.n_value_head, config.key_dim, config.value_dim, dtype=exact)
         channels = 2 * config.n_key_head * config.key_dim + config.n_value_head * config.value_dim
-        self.tail = self.k.new_zeros(shape[0], batch_size, config.conv_kernel - 1, channels)
+        self.tail = zeros("d", config.conv_kernel - 1, channels)
         self.length, self.padded = 0, pad is not None
         pad = torch.zeros(batch_size, dtype=torch.long, device=device) if pad is None else pad
         self.start = torch.where(torch.arange(max_len, device=device) < pad[:, None], 0, pad[:, None])  # of documents
@@ -131,23 +134,23 @@ class KVCache:
     def append(self, layer, k, v):
         """Writes k, v (B, G, T, D) behind a layer's past and returns past and present, (B, G, S, D)."""
         end = self.length + k.size(2)
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        self.k[layer][:, :, self.length : end] = k
+        self.v[layer][:, :, self.length : end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
     def branch(self, n):
         """A new cache in which each row stands n times in a row: n continuations of one prefill."""
         new = copy.copy(self)
-        new.k, new.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
-        new.state, new.tail = self.state.repeat_interleave(n, dim=1), self.tail.repeat_interleave(n, dim=1)
+        new.k, new.v = ([x.repeat_interleave(n, dim=0) for x in xs] for xs in (self.k, self.v))
+        new.state, new.tail = ([x.repeat_interleave(n, dim=0) for x in xs] for xs in (self.state, self.tail))
         new.start = self.start.repeat_interleave(n, dim=0)
         return new
 
     def bytes_per_token(self):
-        return (self.k.nbytes + self.v.nbytes) // self.start.numel()
+        return sum(x.nbytes for x in self.k + self.v) // self.start.numel()
 
     def state_bytes(self):  # of a sequence of any length
-        return (self.state.nbytes + self.tail.nbytes) // self.start.size(0)
+        return sum(x.nbytes for x in self.state + self.tail) // self.start.size(0)
 
 
 class Attention(nn.Module):
@@ -253,7 +256,8 @@ class GatedDelta(nn.Module):
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             y, state = rule(*inputs, positions.view(-1, 1, T) == 0, state)  # (B, Hv, T, Dv)
         if cache is not None:
-            cache.state[self.layer], cache.tail[self.layer] = state, past[:, T:]
+            cache.state[self.layer].copy_(state)
+            cache.tail[self.layer].copy_(past[:, T:])
         # 4. norm, gate, project
         y = F.rms_norm(y.transpose(1, 2), (Dv,), eps=self.norm_eps) * self.o_norm * F.silu(z)
         return self.wo(y.flatten(2).to(x.dtype))  # (B, T, C)

@@ -96,11 +96,11 @@ def apply_rope(x, cos, sin):
 
 
 class KVCache:
-    """Latents and rotated keys so far, preallocated: kv (n_layer, B, max_len, R + D). pad (B,) counts left padding."""
+    """Latents and rotated keys so far, preallocated: a layer's kv (B, max_len, R + D). pad (B,) counts left padding."""
 
     def __init__(self, config, batch_size, max_len, pad=None, device=None, dtype=None):
-        shape = (config.n_layer, batch_size, max_len, config.kv_rank + config.rope_dim)
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch_size, max_len, config.kv_rank + config.rope_dim)
+        self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length, self.padded = 0, pad is not None
         pad = torch.zeros(batch_size, dtype=torch.long, device=device) if pad is None else pad
         self.start = torch.where(torch.arange(max_len, device=device) < pad[:, None], 0, pad[:, None])  # of documents
@@ -112,18 +112,18 @@ class KVCache:
     def append(self, layer, kv):
         """Writes kv (B, T, R + D) behind a layer's past and returns past and present, (B, S, R + D)."""
         end = self.length + kv.size(1)
-        self.kv[layer, :, self.length : end] = kv
-        return self.kv[layer, :, :end]
+        self.kv[layer][:, self.length : end] = kv
+        return self.kv[layer][:, :end]
 
     def branch(self, n):
         """A new cache in which each row stands n times in a row: n continuations of one prefill."""
         new = copy.copy(self)
-        new.kv = self.kv.repeat_interleave(n, dim=1)
+        new.kv = [kv.repeat_interleave(n, dim=0) for kv in self.kv]
         new.start = self.start.repeat_interleave(n, dim=0)
         return new
 
     def bytes_per_token(self):
-        return self.kv.nbytes // self.start.numel()
+        return sum(kv.nbytes for kv in self.kv) // self.start.numel()
 
 
 class Attention(nn.Module):

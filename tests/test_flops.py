@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import flops
 import muon
 from configurator import resolve
-from tests.tiny import BLOCK, MODELS, ROOT, TINY, build, module, tokens
+from tests.tiny import BLOCK, MODELS, ROOT, TINY, build, cache_tensors, module, tokens
 
 T = 24
 SHAPES = [dict(), dict(n_layer=3), dict(n_embd=64), dict(vocab_size=200), dict(n_head=2)]
@@ -118,8 +118,7 @@ def test_cache_bytes_equal_those_of_a_real_cache(name, options):
 def test_cache_and_state_bytes_are_all_that_a_cache_holds(name, options):
     model, c = build(name, **options), build(name, **options).config
     for width, kind in ((4, torch.float32), (2, torch.bfloat16)):
-        held = vars(model.to(kind).new_cache(3, 16)).values()
-        held = sum(x.nbytes for x in held if torch.is_tensor(x) and x.is_floating_point())
+        held = sum(x.nbytes for x in cache_tensors(model.to(kind).new_cache(3, 16)))
         assert held == 3 * (16 * flops.cache_bytes_per_token(name, c, width) + flops.state_bytes(name, c, width))
 
 

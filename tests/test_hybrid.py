@@ -12,7 +12,7 @@ import flops
 from model_hybrid import GPT, GPTConfig, chunked_delta_rule, recurrent_delta_rule
 from muon import make_optimizer
 from tests.test_models import run_in_pieces
-from tests.tiny import EOT, build, module, tokens
+from tests.tiny import EOT, build, cache_tensors, module, tokens
 
 
 def inputs(B=2, H=3, T=130, Dk=8, Dv=6, decay=0.5, dtype=torch.float64):
@@ -115,10 +115,9 @@ def test_the_cache_grows_by_the_attention_layers_alone_and_the_state_does_not_gr
     for cache, max_len in ((short, 16), (long, 64)):
         assert cache.bytes_per_token() == per_token == flops.cache_bytes_per_token("hybrid", model.config, 4)
         assert cache.state_bytes() == state
-        held = sum(x.nbytes for x in vars(cache).values() if torch.is_tensor(x)) - cache.start.nbytes
-        assert held == 3 * (max_len * per_token + state)
+        assert sum(x.nbytes for x in cache_tensors(cache)) == 3 * (max_len * per_token + state)
     half = model.bfloat16().new_cache(1, 8)
-    assert half.state.dtype == torch.float32 and half.tail.dtype == half.k.dtype == torch.bfloat16
+    assert half.state[0].dtype == torch.float32 and half.tail[0].dtype == half.k[0].dtype == torch.bfloat16
 
 
 def test_autocast_leaves_the_delta_rule_in_fp32(monkeypatch):

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import flops
-from tests.tiny import EOT, build, module, tokens
+from tests.tiny import EOT, build, cache_tensors, module, tokens
 
 YARN = dict(rope_scaling="yarn", rope_factor=4.0, rope_original=16)
 SIZES = [{}, dict(q_rank=0), dict(n_head=3, kv_rank=7, nope_dim=5, rope_dim=6, v_dim=9), YARN]
@@ -68,14 +68,13 @@ def test_decoding_makes_no_keys_or_values_of_the_past():
 def test_a_token_leaves_its_normed_latent_and_one_rotated_key_in_the_cache_and_nothing_else(options):
     model = build("mla", **options)
     c, cache = model.config, model.new_cache(2, 10)
-    held = [v for k, v in vars(cache).items() if torch.is_tensor(v) and k != "start"]
     numbers = c.n_layer * (c.kv_rank + c.rope_dim)
-    assert sum(v.numel() for v in held) == 2 * 10 * numbers
+    assert sum(x.numel() for x in cache_tensors(cache)) == 2 * 10 * numbers
     assert cache.bytes_per_token() == 4 * numbers == flops.cache_bytes_per_token("mla", c, 4)
     model(tokens(2, 10), cache=cache)
-    rms = (cache.kv[0, ..., : c.kv_rank] / model.blocks[0].attn.kv_norm.weight).square().mean(dim=-1)
+    rms = (cache.kv[0][..., : c.kv_rank] / model.blocks[0].attn.kv_norm.weight).square().mean(dim=-1)
     torch.testing.assert_close(rms, torch.ones(2, 10), atol=1e-3, rtol=0)
-    keys = cache.kv[0, ..., c.kv_rank :]
+    keys = cache.kv[0][..., c.kv_rank :]
     x = model.blocks[0].attn_norm(model.embed(tokens(2, 10)))
     still = model.blocks[0].attn.wk_rope(x)
     torch.testing.assert_close(keys.norm(dim=-1), still.norm(dim=-1))  # turned, not stretched: with YARN too

@@ -35,6 +35,12 @@ def build(name, seed=0, bold=True, **options):
     return model
 
 
+def cache_tensors(cache):
+    """What a cache holds of the tokens: all its float tensors, which stand in lists, a layer each."""
+    assert not [x for x in vars(cache).values() if torch.is_tensor(x) and x.is_floating_point()]
+    return [x for held in vars(cache).values() if isinstance(held, list) for x in held]
+
+
 def tokens(*shape, seed=1):
     """Random ids below EOT, so that documents begin only where a test puts EOT."""
     return torch.randint(EOT, shape, generator=torch.Generator().manual_seed(seed))
