@@ -81,9 +81,13 @@ def load(args):
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens, and the model {model.config.vocab_size}"
         raise ValueError(f"the tokenizer {tokenizer.name} has {sizes}: they do not belong together")
-    head = model.logits
-    model.logits = lambda x: head(x)[..., : tokenizer.vocab_size]  # no text stands behind what pads the vocabulary
     return model, tokenizer, [tokenizer.eot_id] if ours else []  # as our documents begin
+
+
+def hide_padding(model, tokenizer):
+    """Leaves out the logits of what only pads the vocabulary: no text stands behind those ids."""
+    head = model.logits
+    model.logits = lambda x: head(x)[..., : tokenizer.vocab_size]
 
 
 def model_of_type(model_type):
@@ -167,6 +171,7 @@ def main(argv=None):
             data = {"tokenizer": tokenizer.to_dict()}  # transformers ignores it, and sample.py reads it
             (Path(args.save_pretrained) / "data.json").write_text(json.dumps(data) + "\n")
             return print(f"wrote {args.save_pretrained}: config.json, model.safetensors, data.json")
+        hide_padding(model, tokenizer)
         args.generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
         special = tokenizer.special_tokens
         stop_tokens = {tokenizer.eot_id, *(special[t] for t in ("<|im_end|>",) if t in special)}

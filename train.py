@@ -24,10 +24,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
@@ -39,6 +37,7 @@ import record
 from configurator import configure
 from data.shards import Loader, Shards, eval_batches
 from data.tokenizers import tokenizer_from_dict
+from eval import bytes_of_tokens, loss_report, loss_sums
 
 # ---- knobs: every field of the model's GPTConfig is one too ---------------------------------------------------------
 model = "baseline"  # which model_<model>.py
@@ -160,9 +159,7 @@ tokenizer = tokenizer_from_dict(train_data.meta["tokenizer"]) if train_data.meta
 vocab_size = vocab_size or -(-train_data.vocab_size // 64) * 64
 if vocab_size < train_data.vocab_size:
     die(f"vocab_size={vocab_size} is smaller than that of {data}, {train_data.vocab_size}: try 0")
-bytes_of = torch.zeros(vocab_size, dtype=torch.long)  # of text that a token stands for: 0 for special ones
-if tokenizer:
-    bytes_of[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes().astype(np.int64))
+bytes_of = bytes_of_tokens(tokenizer, vocab_size)
 accumulation = len(range(loader.first, loader.last, micro_batch))
 say(f"{data}: {len(train_data):,} tokens to train on, {len(val_data):,} to validate; a step is {windows} windows of "
     f"{block_size} = {accumulation} x {min(micro_batch, loader.last - loader.first)} on each process; "
@@ -277,25 +274,13 @@ def save(is_best=False):
         print(f"WARNING: {error}", file=sys.stderr)
 
 
-@torch.no_grad()
 def evaluate():
-    """(loss, bits per byte of text) over the first eval_tokens of the validation split, without auxiliary losses.
-
-    Bits per byte leave out the tokens that no text stands behind, such as the one that begins a document.
-    """
+    """(loss, bits per byte of text) over the first eval_tokens of the validation split, without auxiliary losses."""
     raw_model.eval()
-    total = torch.zeros(4, dtype=torch.float64)  # nats, tokens; nats, bytes of the tokens that stand for text
-    for x, y in eval_batches(val_data, block_size, eval_tokens, micro_batch, rank, world_size, device):
-        with autocast:
-            logits = raw_model(x)
-        y = y.flatten()
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), y, ignore_index=-1, reduction="none").cpu().double()
-        y = y.cpu()
-        size = bytes_of[y.clamp(min=0)] * (y >= 0)
-        total += torch.stack((nats.sum(), (y >= 0).sum(), nats[size > 0].sum(), size.sum())).double()
+    batches = eval_batches(val_data, block_size, eval_tokens, micro_batch, rank, world_size, device)
+    report = loss_report(all_sum(loss_sums(raw_model, batches, bytes_of, autocast)))
     raw_model.train()
-    nats, count, text_nats, size = all_sum(total)
-    return nats / count, text_nats / math.log(2) / size if size else None
+    return report["loss"], report["bits_per_byte"]
 
 
 def all_sum(values):

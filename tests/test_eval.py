@@ -1,0 +1,582 @@
+"""eval.py and the tasks: every number against one that is computed here in another way."""
+
+import gzip
+import hashlib
+import json
+import math
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+from data import sandbox
+from data.shards import write_shard
+from data.tasks import TASKS, Question, accuracies, boxed, final_answer, load_task, plain_math
+from data.tokenizers import load_tokenizer
+from eval import Request, Scorer, bytes_of_tokens, evaluate_task, loss_report, loss_sums, windows
+from tests.test_sample import make_run
+from tests.tiny import MODELS, build
+
+BYTE = load_tokenizer("byte")
+EOT = BYTE.eot_id
+TEXTS = {"train": ["one two, buckle my shoe " * 9, "née"], "val": ["three four", "knock at the döör " * 5, "five six"]}
+
+
+def write_data(folder, tokenizer=BYTE, texts=TEXTS):
+    folder.mkdir()
+    for split, documents in texts.items():
+        ids = [i for text in documents for i in (tokenizer.eot_id, *tokenizer.encode(text))]
+        write_shard(folder / f"{split}_000000.bin", np.array(ids), tokenizer.vocab_size)
+    meta = {"tokenizer": tokenizer.to_dict(), "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("eval") / "data")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+def results_of(tmp_path, *arguments):
+    evaluation.main([*map(str, arguments), "--json", str(tmp_path / "out.json")])
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def error_of(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        evaluation.main([*map(str, arguments)])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message.splitlines()[-1]
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- loss -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["baseline", "moe"])  # moe: a loss with auxiliary terms would differ
+def test_perplexity_and_bits_per_byte_equal_brute_force_over_the_tokens(name, data, tmp_path):
+    folder, model, _ = make_run(tmp_path / "run", name=name)
+    for limit in (100, 0):
+        report = results_of(tmp_path, folder, "--data", data, "--eval_tokens", limit, "--batch_size", 3)["loss"]
+        for split, documents in TEXTS.items():
+            ids = [i for text in documents for i in (EOT, *text.encode())]
+            count = limit or len(ids) - 1
+            nats = []
+            for t in range(1, count + 1):
+                begin = (t - 1) // 64 * 64  # where its window of block_size begins
+                with torch.no_grad():
+                    nats.append(-model(torch.tensor([ids[begin:t]]))[0, -1].log_softmax(-1)[ids[t]].item())
+            text = [nat for nat, i in zip(nats, ids[1:]) if i != EOT]
+            got = report[split]
+            assert got["tokens"] == count and got["bytes"] == len(text) == count - ids[1 : count + 1].count(EOT)
+            assert got["loss"] == pytest.approx(sum(nats) / count, rel=1e-5)
+            assert got["perplexity"] == pytest.approx(math.exp(sum(nats) / count), rel=1e-4)
+            assert got["bits_per_byte"] == pytest.approx(sum(text) / math.log(2) / len(text), rel=1e-5)
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokenizer():
+    """Two models of the same distribution over texts of a and é: one by characters, one by bytes."""
+    text = "aéaaéa"
+    by_char, logits = load_tokenizer("char", chars="aé"), {}
+    a, e_acute = by_char.encode("aé")
+    logits["char"] = torch.full((3, 3), -math.inf)
+    logits["char"][:, a], logits["char"][:, e_acute] = math.log(0.25), math.log(0.75)
+    first, second = "é".encode()
+    logits["byte"] = torch.full((257, 257), -math.inf)
+    logits["byte"][:, ord("a")], logits["byte"][:, first] = math.log(0.25), math.log(0.75)
+    logits["byte"][first] = -math.inf
+    logits["byte"][first, second] = 0.0
+    reports = {}
+    for kind, tokenizer in (("char", by_char), ("byte", BYTE)):
+        ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(text)]])
+        model = logits[kind].__getitem__
+        sums = loss_sums(model, [(ids[:, :-1], ids[:, 1:])], bytes_of_tokens(tokenizer, len(logits[kind])))
+        reports[kind] = loss_report(sums)
+    want = -(4 * math.log(0.25) + 2 * math.log(0.75)) / math.log(2) / 8
+    assert reports["char"]["tokens"] == 6 and reports["byte"]["tokens"] == 8
+    assert reports["char"]["bytes"] == reports["byte"]["bytes"] == 8
+    assert reports["char"]["bits_per_byte"] == pytest.approx(want) == reports["byte"]["bits_per_byte"]
+    assert reports["char"]["loss"] != pytest.approx(reports["byte"]["loss"])
+
+
+def test_a_hugging_face_folder_has_the_loss_of_the_run_it_was_made_of(run, data, tmp_path, capsys):
+    folder, model, _ = run
+    model.save_pretrained(tmp_path / "hf")
+    assert "--tokenizer" in error_of(capsys, tmp_path / "hf", "--data", data)
+    theirs = results_of(tmp_path, tmp_path / "hf", "--data", data, "--tokenizer", "byte", "--block_size", 32)["loss"]
+    assert theirs == results_of(tmp_path, folder, "--data", data, "--block_size", 32)["loss"]
+    assert theirs != results_of(tmp_path, folder, "--data", data)["loss"]
+
+
+def test_without_bytes_of_text_there_are_no_bits_per_byte():
+    assert loss_report([8.0, 4.0, 0.0, 0.0])["bits_per_byte"] is None
+    assert loss_report([8000.0, 4.0, 0.0, 0.0])["perplexity"] == math.inf
+    assert bytes_of_tokens(None, 5).tolist() == [0] * 5
+
+
+def test_nothing_in_the_folders_that_are_read_changes(run, data, tmp_path, monkeypatch):
+    def state(folder):
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return [(str(path), path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+
+    folder, monkeypatch = run[0], monkeypatch.chdir(tmp_path)
+    task = jsonl(tmp_path / "mine.jsonl", [{"context": "a", "choices": ["b", "c"], "label": 0}])
+    before = state(folder), state(data)
+    for path in (folder, folder / "best"):
+        results_of(tmp_path, path, "--data", data, "--tasks", f"mine={task}")
+    assert (state(folder), state(data)) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jsonl", "out.json"]
+
+
+def test_the_runs_own_data_is_the_default_and_the_table_is_printed(run, data, tmp_path, capsys):
+    folder, model, _ = make_run(tmp_path / "run")
+    (folder / "config.json").write_text(json.dumps({"model": "baseline", "knobs": {"data": str(data)}}))
+    report = results_of(tmp_path, folder, "--split", "val")
+    assert report["loss"].keys() == {"val"}
+    assert f"{report['loss']['val']['loss']:.4f}" in capsys.readouterr().out
+    assert "give --data" in error_of(capsys, run[0])
+    task = jsonl(tmp_path / "mine.jsonl", [{"context": "a", "choices": ["b", "c"], "label": 0}])
+    assert "loss" not in results_of(tmp_path, folder, "--tasks", f"mine={task}")
+
+
+# ---- questions to the model -----------------------------------------------------------------------------------------
+
+
+def scorer_of(model, rows=8, prefix=(EOT,)):
+    return Scorer(model, BYTE, list(prefix), rows)
+
+
+def test_windows_score_every_token_once_with_as_much_context_as_fits():
+    for length in range(1, 14):
+        for first in range(1, length + 1):
+            for block_size in (1, 2, 5, 20):
+                tokens, scored = list(range(length)), []
+                for window, n in windows(tokens, first, block_size):
+                    assert 1 <= n < len(window) <= block_size + 1
+                    assert len(window) == min(block_size, window[-1]) + 1  # it is full, or begins where the text does
+                    scored += window[-n:]
+                assert scored == tokens[first:]
+    assert list(windows(list(range(11)), 1, 4)) == [([0, 1, 2, 3, 4], 4), ([4, 5, 6, 7, 8], 4), ([6, 7, 8, 9, 10], 2)]
+
+
+PAIRS = [("a", " bc"), ("Where is it? ", "here"), ("", "no context"), ("xy", "z" * 40), ("ab", "!"), ("ab", "?")]
+PAIRS += [("w" * 62, " x")]  # with eot 65 tokens: block_size = 64 to read, and the last to predict
+PAIRS += [("long " * 20, "end"), ("k" * 70, "m" * 80)]  # too long
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("eot_id", [-1, EOT])
+def test_log_likelihoods_equal_brute_force_in_every_batch_size(name, eot_id):
+    model = build(name, vocab_size=320, eot_id=eot_id)
+    requests = [Request(pair) for pair in PAIRS]
+    scorer = scorer_of(model)
+    got = scorer.loglikelihood(requests)
+    assert scorer.cut == 2
+    for rows in (1, 3):
+        for (score, greedy), want in zip(scorer_of(model, rows).loglikelihood(requests), got):
+            assert (score, greedy) == (pytest.approx(want[0], rel=1e-4), want[1])
+    for (context, continuation), (score, _) in zip(PAIRS[:-1], got):
+        ids = [EOT, *(context + continuation).encode()]
+        total = 0.0
+        for t in range(1 + len(context.rstrip()), len(ids)):  # a space before the continuation is part of it
+            row = ids[max(len(ids) - 65, 0) : t]  # the last block_size tokens before the last
+            total += model(torch.tensor([row]))[0, -1].log_softmax(-1)[ids[t]].item()
+        assert score == pytest.approx(total, rel=1e-4), context
+
+
+def test_greedy_is_true_only_for_the_continuation_that_the_model_writes():
+    model = build("baseline", vocab_size=257)
+    ids = model.generate([[EOT, *b"ab"]], 3, temperature=0)[0]
+    scorer = scorer_of(model)
+    scorer.tokenizer = ByIds()
+    right, wrong = "".join(map(chr, ids)), "".join(map(chr, [*ids[:2], (ids[2] + 1) % 256]))
+    got = scorer.loglikelihood([Request(("ab", right)), Request(("ab", wrong))])
+    assert [greedy for _, greedy in got] == [True, False]
+
+
+class ByIds:
+    """A character is the token of its number: any ids can be written as text."""
+
+    eot_id, special_tokens = EOT, {}
+
+    def encode(self, text):
+        return list(map(ord, text))
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def test_rolling_log_likelihoods_cover_all_of_a_long_text():
+    model, text = build("baseline", vocab_size=257), "the quick brown fox " * 8
+    ids = [EOT, *text.encode()]  # 161: windows of 64, 64 and 32 targets, the last with all the context that fits
+    total = 0.0
+    for begin, first in ((0, 1), (64, 65), (96, 129)):
+        logp = model(torch.tensor([ids[begin : begin + 64]]))[0].log_softmax(-1)
+        total += sum(logp[t - 1 - begin, ids[t]].item() for t in range(first, min(first + 64, 161)))
+    for rows in (1, 8):
+        scorer = scorer_of(model, rows)
+        got = scorer.loglikelihood_rolling([Request((text,)), Request(("short",)), Request(("",))])
+        assert got[0] == pytest.approx(total, rel=1e-5) and got[2] == 0.0
+        assert got[1] == pytest.approx(scorer.loglikelihood([Request(("", "short"))])[0][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_equal_generate_in_every_batch_size_and_end_before_a_stop(name):
+    model = build(name, vocab_size=256 + 64)
+    head = model.logits
+    model.logits = lambda x: head(x)[..., 32:127]  # it writes text: token i is character 32 + i
+    tokenizer = type("Shifted", (ByIds,), {"decode": lambda self, ids: "".join(chr(32 + i) for i in ids)})()
+    contexts = ["ab", "hello world", "a" * 45, "x" * 44, "some more text"]  # room for eot and 44: 65 - 20
+    free = [model.generate([[EOT, *map(ord, c)][-(65 - 20) :]], 20, temperature=0)[0] for c in contexts]
+    free = [tokenizer.decode(ids) for ids in free]
+    stops = [free[0][7:9], free[1][12]]
+    cut = [min([text.find(stop) for stop in stops if stop in text], default=20) for text in free]
+    assert min(cut) < 20
+    for rows in (1, 2, 8):
+        scorer = Scorer(model, tokenizer, [EOT], rows)
+        requests = [Request((c, {"until": stops, "max_gen_toks": 20})) for c in contexts]
+        requests += [Request((c, {"until": [], "max_gen_toks": 20})) for c in contexts]
+        got = scorer.generate_until(requests)
+        assert got[:5] == [text[:n] for text, n in zip(free, cut)] and got[5:] == free
+        assert scorer.cut == 2
+    alone = scorer.generate_until([Request((contexts[0], {"until": stops[0], "max_gen_toks": 20}))])
+    assert alone == [free[0].partition(stops[0])[0]] and alone[0].startswith(free[0][:2])
+
+
+def test_an_answer_gets_at_most_half_of_the_window_and_sampling_is_refused():
+    scorer = scorer_of(build("baseline", vocab_size=257))
+    scorer.tokenizer, scorer.stop = ByIds(), set()
+    assert len(scorer.generate_until([Request(("a" * 90, {"max_gen_toks": 500}))])[0]) == 32
+    with pytest.raises(ValueError, match="greedy"):
+        scorer.generate_until([Request(("a", {"do_sample": True}))])
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+
+def test_acc_norm_divides_by_the_characters_of_the_choice(tmp_path):
+    row = {"context": "q", "choices": ["éé", "abcdefgh", "abcd"], "label": 1}
+    question = load_task("mine", jsonl(tmp_path / "mine.jsonl", [row]))[1][0]
+    assert question == Question(["q"] * 3, [" éé", " abcdefgh", " abcd"], 1, "q abcdefgh", [2, 8, 4])
+    assert accuracies([-3.0, -8.0, -6.0], question) == {"acc": False, "acc_norm": True}  # -1.5, -1, -1.5
+    assert accuracies([-2.1, -2.0, -0.9], question) == {"acc": False, "acc_norm": False}  # -1.05, -0.25, -0.225
+    assert accuracies([-3.5, -8.0, -6.0], question._replace(gold=0)) == {"acc": True, "acc_norm": False}
+    assert accuracies([-1.0, -1.0, -2.0], question._replace(gold=0))["acc"], "the first of equals, as argmax"
+
+
+def test_answers_in_boxes_and_numbers_are_found():
+    assert boxed(r"so \boxed{1}, no: $\boxed{\frac{1}{\sqrt{2}}}$.") == r"\frac{1}{\sqrt{2}}"
+    assert boxed(r"$\boxed 5$ it is") == "5" and boxed(r"\fbox{x}") == "x"
+    assert boxed("no box") is boxed(r"\boxed{never closed") is None
+    same = [(r"\dfrac{1}{2}", r"\frac12"), (r"\left( 3, 4 \right)", "(3,4)"), ("1,234", "1234"), (r"90^\circ", "90")]
+    same += [("x=5", "5"), (r"5\text{ cm}", "5"), (r"\$3.50", "3.50"), (r"12\%", "12")]
+    for one, other in same:
+        assert plain_math(one) == plain_math(other), one
+    for one, other in [("(1,2)", "12"), ("1,23", "123"), (r"\frac12", r"\frac21"), ("-1", "1"), (r"\text{east}", "")]:
+        assert plain_math(one) != plain_math(other), one
+    assert final_answer("2 + 2 = 4\n#### 1,000") == "1000" == final_answer("first 7, then 1,000.")
+    assert final_answer(r"12 is \boxed{x^2}") == "x^2" and final_answer(" Paris\n") == "Paris"
+
+
+class Oracle:
+    """In the place of a Scorer: it is right about the rows that are in `right`."""
+
+    def __init__(self, questions, right, wrong=None):
+        self.cut, self.asked, self.right, self.wrong, self.questions = 0, [], right, wrong, questions
+
+    def loglikelihood(self, requests):
+        self.asked, scores = [request.args for request in requests], []
+        for i, q in enumerate(self.questions):
+            choice = (i + (i not in self.right)) % len(q.contexts)  # choice_rows has the right one at i % n
+            scores += [(0.0 if j == choice else -1000.0, False) for j in range(len(q.contexts))]
+        return scores
+
+    def generate_until(self, requests):
+        self.asked = [request.args for request in requests]
+        return [(self.right[i] if i in self.right else self.wrong) for i in range(len(requests))]
+
+
+def choice_rows(name, i):
+    """Row i of a task's file with the index of the right choice, in the form in which the hub has it."""
+    letters, gold = "ABCD", i % 4
+    return {
+        "hellaswag": dict(ind=i, activity_label="Baking", ctx_a=f"A man number {i} [step] mixes.", ctx_b="he THEN",
+                          endings=[f"bakes [title] {n}" for n in range(4)], label=str(gold), source_id="x"),
+        "arc_easy": dict(id=str(i), question=f"What is {i}?", answerKey=letters[gold],
+                         choices={"text": [f"t{n}" for n in range(4)], "label": list(letters)}),
+        "arc_challenge": dict(id=str(i), question=f"What is {i}?", answerKey=str(gold + 1),
+                              choices={"text": [f"t{n}" for n in range(4)], "label": list("1234")}),
+        "winogrande": dict(sentence=f"The cup {i} broke the table as _ was hard.", option1="the cup",
+                           option2="the table", answer=str(i % 2 + 1)),
+        "mmlu": dict(question=f" Which is {i}? ", subject=["high_school_biology", "anatomy"][i // 10],
+                     choices=[f"c{n}" for n in range(4)], answer=gold),
+    }[name]  # fmt: skip
+
+
+MMLU_INTRO = "The following are multiple choice questions (with answers) about anatomy.\n\n"
+ASKED = {  # what is asked of row 19, whose right choice is the last
+    "hellaswag": ("Baking: A man number 19 mixes. He then", " bakes. 3"),
+    "arc_easy": ("Question: What is 19?\nAnswer:", " t3"),
+    "arc_challenge": ("Question: What is 19?\nAnswer:", " t3"),
+    "winogrande": ("The cup 19 broke the table as the table", " was hard."),
+    "mmlu": (f"{MMLU_INTRO}Which is 19?\nA. c0\nB. c1\nC. c2\nD. c3\nAnswer:", " D"),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_multiple_choice_file_is_scored_to_a_known_value(name, tmp_path):
+    path = jsonl(tmp_path / f"{name}.jsonl", [choice_rows(name, i) for i in range(20)])
+    task, questions = load_task(name, path)
+    oracle = Oracle(questions, range(13))
+    results = evaluate_task(oracle, task, questions)
+    assert (results["questions"], results["acc"], "acc_norm" in results) == (20, 13 / 20, name[0] in "ha")
+    assert results["acc_stderr"] == pytest.approx(np.std([1] * 13 + [0] * 7, ddof=1) / math.sqrt(20))
+    assert oracle.asked[-1] == ASKED[name]
+    with_examples = load_task(name, path, num_fewshot=2)[1]
+    assert len(with_examples) == (16 if name == "mmlu" else 18)  # two of each subject
+    i = 11 if name == "mmlu" else 1
+    solved, last = choice_rows(name, i), with_examples[-1].contexts[-1]
+    answer = {"hellaswag": "bakes. 1", "winogrande": "the table was hard.", "mmlu": "\nAnswer: D"}.get(name, " t1")
+    assert f"{answer}\n\n" in last and str(i) in last and last.endswith(ASKED[name][0].removeprefix(MMLU_INTRO))
+    assert last.count("multiple choice") == (name == "mmlu"), solved
+
+
+def test_the_authors_own_files_read_like_the_hubs(tmp_path):
+    def contexts(name, path):
+        return [(q.contexts, q.continuations, q.gold, q.intro) for q in load_task(name, path)[1]]
+
+    rows = [choice_rows("arc_easy", i) for i in range(20)]
+    stems = []
+    for row in rows:
+        choices = [{"text": text, "label": label} for text, label in zip(*row["choices"].values())]
+        stems.append({"question": {"stem": row["question"], "choices": choices}, "answerKey": row["answerKey"]})
+    hub = contexts("arc_easy", jsonl(tmp_path / "a.jsonl", rows))
+    assert hub == contexts("arc_easy", jsonl(tmp_path / "b.jsonl", stems))
+
+    rows = [choice_rows("mmlu", i) for i in range(20)]
+    (tmp_path / "mmlu").mkdir()
+    for subject in ("anatomy", "high_school_biology"):
+        lines = [
+            f"{r['question']},{','.join(r['choices'])},{'ABCD'[r['answer']]}\n" for r in rows if r["subject"] == subject
+        ]
+        (tmp_path / "mmlu" / f"{subject}_test.csv").write_text("".join(lines))
+    hub = contexts("mmlu", jsonl(tmp_path / "m.jsonl", rows))
+    assert hub[10:] + hub[:10] == contexts("mmlu", tmp_path / "mmlu")
+
+    hub = [{"question": f"Who is {i}", "answer": {"value": "x", "aliases": [f"No. {i}", "x"]}} for i in range(20)]
+    data = {"Data": [{"Question": r["question"], "Answer": {"Aliases": r["answer"]["aliases"]}} for r in hub]}
+    (tmp_path / "trivia.json.gz").write_bytes(gzip.compress(json.dumps(data).encode()))
+    assert contexts("triviaqa", tmp_path / "trivia.json.gz") == contexts("triviaqa", jsonl(tmp_path / "t.jsonl", hub))
+
+    (tmp_path / "MATH" / "algebra").mkdir(parents=True)
+    for i in range(20):
+        row = {"problem": f"p{i}", "level": "Level 1", "type": "Algebra", "solution": rf"$\boxed{{{i}}}$"}
+        (tmp_path / "MATH" / "algebra" / f"{i:02}.json").write_text(json.dumps(row, indent=1))
+    assert [gold for *_, gold, _ in contexts("math", tmp_path / "MATH")] == [str(i) for i in range(20)]
+
+
+def test_parquet_files_are_read(tmp_path):
+    parquet, rows = pytest.importorskip("pyarrow.parquet"), [choice_rows("hellaswag", i) for i in range(20)]
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "h.parquet")
+    got, want = (load_task("hellaswag", p)[1] for p in (tmp_path / "h.parquet", jsonl(tmp_path / "h.jsonl", rows)))
+    assert got == want
+
+
+def answer_rows(name, i):
+    """(row, a right answer)"""
+    return {
+        "triviaqa": (dict(question=f"Who is {i}", answer=dict(value="v", aliases=["The V.", f"Number {i}"])),
+                     [" the v", f"  NUMBER {i}"][i // 4 % 2]),
+        "gsm8k": (dict(question=f"{i}+1000?", answer=f"{i}+1000=<<{i}+1000={i + 1000}>>{i + 1000}\n#### 1,{i:03}"),
+                  f" It is {i}.\n#### {i + 1000}.\n\n#### 5"),
+        "math": (dict(problem=f"Half of {i}?", level="Level 1", solution=rf"So $\boxed{{\frac{{{i}}}{{2}}}}$."),
+                 rf" \boxed{{0}}, no \boxed{{\dfrac{{{i}}}{{2}} }}"),
+        "humaneval": (dict(task_id=f"HumanEval/{i}", prompt=f"def add{i}(a):\n", entry_point=f"add{i}",
+                           canonical_solution=f"    return a + {i}\n", test=f"def check(f): assert f(1) == {i + 1}\n"),
+                      f"    return {i} + a"),
+        "own": (dict(context=f"Q{i}:", answer=f"{i}"), f" That is {i}.00".removesuffix(".00")),
+    }[name]  # fmt: skip
+
+
+WRITTEN = {
+    "triviaqa": ("Question: Who is 19?\nAnswer:", " somebody", ["\n", ".", ","]),
+    "gsm8k": ("Question: 19+1000?\nAnswer:", " #### 7", ["Question:", "</s>", "<|im_end|>"]),
+    "math": ("Problem:\nHalf of 19?\n\nSolution:", r" \boxed{-1}", ["Problem:"]),
+    "humaneval": ("def add19(a):\n", "    exit(0)", ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]),
+    "own": ("Q19:", " 77", ["\n\n"]),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_file_of_questions_with_written_answers_is_scored_to_a_known_value(name, tmp_path):
+    path = jsonl(tmp_path / f"{name}.jsonl", [answer_rows(name, i)[0] for i in range(20)])
+    task, questions = load_task(name, path)
+    context, wrong, until = WRITTEN[name]
+    oracle = Oracle(questions, {i: answer_rows(name, i)[1] for i in range(0, 20, 4)}, wrong)
+    results = evaluate_task(oracle, task, questions)
+    assert results["pass@1" if name == "humaneval" else "exact_match"] == 5 / 20
+    assert oracle.asked[-1] == (context, {"until": until, "max_gen_toks": 1024 if name == "humaneval" else 256})
+    if name == "gsm8k":
+        assert results["exact_match_flexible"] == 0.0, "5 is the last number"
+        assert task.grade("so 1,003 of them.", questions[3]) == {"exact_match": False, "exact_match_flexible": True}
+
+
+def test_every_named_task_has_a_fixture():
+    assert set(ASKED) | set(WRITTEN) == {*TASKS, "own"}
+
+
+def test_a_real_model_answers_a_file_alike_in_every_batch_size(run, tmp_path):
+    rows = [{"context": f"q {i}", "choices": ["yes", "no way", "maybe"], "label": i % 3} for i in range(20)]
+    task = jsonl(tmp_path / "mine.jsonl", rows)
+    one, eight = (results_of(tmp_path, run[0], "--tasks", f"mine={task}", "--batch_size", n)["tasks"] for n in (1, 8))
+    assert one == eight
+    got, choices = {"acc": 0, "acc_norm": 0}, rows[0]["choices"]
+    for row in rows:
+        logp = []
+        for choice in choices:
+            ids = torch.tensor([[EOT, *f"{row['context']} {choice}".encode()]])
+            table = run[1](ids[:, :-1])[0, :, :257].log_softmax(-1)
+            logp.append(sum(table[t - 1, ids[0, t]].item() for t in range(ids.size(1) - len(choice) - 1, ids.size(1))))
+        got["acc"] += np.argmax(logp) == row["label"]
+        got["acc_norm"] += np.argmax(np.array(logp) / [3, 6, 5]) == row["label"]
+    assert {key: one["mine"][key] * 20 for key in got} == pytest.approx(got)
+    limited = results_of(tmp_path, run[0], "--task_dir", tmp_path, "--tasks", "mine", "--limit", 7)
+    assert limited["tasks"]["mine"]["questions"] == 7
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(run, data, tmp_path, capsys):
+    folder = run[0]
+    good = {"context": "a", "choices": ["b", "c"], "label": 1}
+
+    def task_error(*rows, name="mine"):
+        return error_of(capsys, folder, "--tasks", f"{name}={jsonl(tmp_path / 'bad.jsonl', rows)}")
+
+    missing = {key: value for key, value in good.items() if key != "label"}
+    assert "bad.jsonl line 2: no field 'label'; mine needs context, choices, label" in task_error(good, missing)
+    assert "bad.jsonl line 1: no field 'endings'; hellaswag needs" in task_error(
+        {"activity_label": "x", "ctx_a": "", "ctx_b": ""}, name="hellaswag")  # fmt: skip
+    assert "line 3: the right choice is number 2 of 0 to 1" in task_error(good, good, {**good, "label": 2})
+    assert "line 1: a choice is empty" in task_error({**good, "choices": ["", "x"]})
+    assert "none is left" in task_error()
+    (tmp_path / "cut.jsonl").write_text('{"context": "a", "answer": "b"}\n{"context": ')
+    assert "cut.jsonl line 2: no JSON" in error_of(capsys, folder, "--tasks", f"mine={tmp_path / 'cut.jsonl'}")
+    unknown = error_of(capsys, folder, "--tasks", "hellaswog")
+    assert "unknown task 'hellaswog': there are hellaswag, arc_easy" in unknown and "NAME=PATH" in unknown
+    assert "--task_dir" in error_of(capsys, folder, "--tasks", "hellaswag")
+    assert "not found" in error_of(capsys, folder, "--tasks", "hellaswag=nowhere.jsonl")
+    program = jsonl(tmp_path / "he.jsonl", [answer_rows("humaneval", 0)[0]])
+    assert "--allow_code_execution" in error_of(capsys, folder, "--tasks", f"humaneval={program}")
+    assert "not found" in error_of(capsys, tmp_path / "nowhere", "--data", data)
+    other = write_data(tmp_path / "char", load_tokenizer("char", chars="".join(map(chr, range(256)))))
+    assert "another tokenizer" in error_of(capsys, folder, "--data", other)
+    assert "--limit" in error_of(capsys, folder, "--limit", "-1")
+    assert "no folder" in error_of(capsys, folder, "--json", tmp_path / "no" / "x.json")
+
+
+# ---- programs -------------------------------------------------------------------------------------------------------
+
+
+def refused(attempt):
+    """A program that runs to its end only where `attempt` raises an OSError or MemoryError."""
+    return f"try:\n    {attempt}\nexcept (OSError, MemoryError):\n    pass\nelse:\n    raise SystemError('possible')"
+
+
+def test_a_program_passes_only_where_it_runs_to_its_end(tmp_path):
+    assert sandbox.passes("import math, random, collections\nassert math.sqrt(4) == 2")
+    assert sandbox.passes("with open('here.txt', 'w') as f: f.write('é')\nassert open('here.txt').read() == 'é'")
+    for bad in ("assert 1 == 2", "exit(0)", "import os; os._exit(0)", "def f(:", "input()", "raise SystemExit(0)"):
+        assert not sandbox.passes(bad), bad
+
+
+def test_a_program_has_limits_on_time_memory_and_files(tmp_path):
+    assert not sandbox.passes("while True: pass", seconds=1)
+    assert not sandbox.passes("import time; time.sleep(60)", seconds=1)
+    command = [sys.executable, "-c", sandbox.GUARD, "1"]  # even where nobody is left to watch the time
+    assert subprocess.run(command, input=b"while True: pass", timeout=60, capture_output=True).returncode < 0
+    assert sandbox.passes(refused("bytearray(2 << 30)"))
+    assert sandbox.passes(refused("open('big', 'wb').write(bytes(3 << 20))"))
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    for attempt in ("open({0!r}, 'w')", "open({0!r}, 'a')", "__import__('os').remove({0!r})",
+                    "__import__('os').open({0!r}, 1)", "__import__('pathlib').Path({0!r}).rename('x')",
+                    "open('../sibling', 'w')", "__import__('os').open('here', 65)"):  # fmt: skip
+        assert sandbox.passes(refused(attempt.format(str(victim)))), attempt
+    assert victim.read_text() == "mine"
+
+
+def test_a_program_has_no_network_and_no_other_processes(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connect = f"__import__('socket').create_connection({server.getsockname()!r}, 1)"
+        subprocess.run([sys.executable, "-c", connect], check=True)
+        assert sandbox.passes(refused(connect))
+        if command := sandbox.without_network():  # even for what goes past Python's own hooks
+            done = subprocess.run([*command, sys.executable, "-c", connect], capture_output=True)
+            assert done.returncode and b"OSError" in done.stderr
+        monkeypatch.setattr(sandbox, "without_network", list)
+        assert sandbox.passes(refused(connect))
+    for attempt in ("os.system('true')", "os.fork()", "os.kill(1, 0)", "__import__('_posixsubprocess')"):
+        assert sandbox.passes("import os\n" + refused(attempt)), attempt
+
+
+def test_humaneval_runs_the_models_programs_when_it_may(run, tmp_path):
+    rows = jsonl(tmp_path / "humaneval.jsonl", [answer_rows("humaneval", i)[0] for i in range(2)])
+    rows = results_of(tmp_path, run[0], "--task_dir", rows.parent, "--tasks", "humaneval", "--allow_code_execution")
+    assert rows["tasks"]["humaneval"]["pass@1"] == 0.0  # of a model that writes noise
+
+
+# ---- lm-evaluation-harness ------------------------------------------------------------------------------------------
+
+HARNESS_TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_target: label
+doc_to_choice: choices
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+
+
+def test_lm_evaluation_harness_gives_the_same_scores(run, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    choices = [["yes", "no way", "maybe ä"], ["one", "twentyfive", "x"]]
+    rows = [{"context": f"q {i} " * (1 + i % 9), "choices": choices[i % 2], "label": i % 3} for i in range(20)]
+    path = jsonl(tmp_path / "mine.jsonl", rows)
+    (tmp_path / "mine.yaml").write_text(HARNESS_TASK.format(name="nano_mine", path=path))
+    ours = results_of(tmp_path, run[0], "--tasks", f"mine={path}")["tasks"]["mine"]
+    for size in (1, 8):
+        arguments = (run[0], "--harness", "nano_mine", "--task_dir", tmp_path, "--batch_size", size)
+        theirs = results_of(tmp_path, *arguments)["harness"]["nano_mine"]
+        assert (theirs["acc,none"], theirs["acc_norm,none"]) == (ours["acc"], ours["acc_norm"])
+        assert theirs["acc_stderr,none"] == pytest.approx(ours["acc_stderr"])
+
+
+def test_without_the_package_harness_says_what_to_install(run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    assert "pip install lm-eval" in error_of(capsys, run[0], "--harness", "piqa")
