@@ -2,8 +2,9 @@
 
 Writes data/NAME/{train_000000.bin, ..., val_000000.bin, ..., meta.json}, which data/shards.py reads. Every document
 begins with the tokenizer's eot token, and goes to train or validation by a hash of its content, so that more files or
-another order never move it across; a text that is one document is cut, and its last part validates. All is written in
-a folder beside and takes the place of an earlier one when it is whole; where nothing has changed nothing is done.
+another order never move it across; a text that is one document is cut, and its last part validates. mqar is no text:
+its documents are drawn (data/synthetic.py). All is written in a folder beside and takes the place of an earlier one
+when it is whole; where nothing has changed nothing is done.
 """
 
 import argparse
@@ -33,9 +34,12 @@ from tqdm import tqdm
 
 from data.shards import Shards, write_shard
 from data.sources import KINDS, NAMED, Named, find_text
+from data.synthetic import MQAR
 from data.tokenizers import CHAT_TOKENS, load_tokenizer, tokenizer_from_dict, train_bpe
 
 CHUNK = 1 << 20  # characters that a worker gets at a time
+TEXT_OPTIONS = "tokenizer", "add_tokens", "max_doc_tokens", "max_tokens", "input", "workers"
+MQAR_OPTIONS = *MQAR._fields, "documents", "seed"
 worker = {}  # a worker process's settings
 
 
@@ -142,17 +146,16 @@ def encode_all(all_chunks, workers, tokenizer, max_doc_tokens):
 class Writer:
     """One split's tokens into shards of shard_tokens; counts documents and bytes of text on the way."""
 
-    def __init__(self, folder, split, tokenizer, shard_tokens):
-        self.folder, self.split, self.tokenizer = folder, split, tokenizer
-        self.token_bytes = tokenizer.token_bytes()
-        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    def __init__(self, folder, split, vocab, token_bytes, shard_tokens):
+        self.folder, self.split, self.vocab, self.token_bytes = folder, split, vocab, token_bytes
+        dtype = np.uint16 if vocab.vocab_size <= 1 << 16 else np.uint32
         self.buffer, self.held = np.empty(shard_tokens, dtype), 0
         self.tokens = self.documents = self.bytes = self.shards = 0
         self.digest = hashlib.sha256()
 
     def add(self, tokens):
         self.tokens += len(tokens)
-        self.documents += int((tokens == self.tokenizer.eot_id).sum())  # plain text never becomes eot
+        self.documents += int((tokens == self.vocab.eot_id).sum())  # plain text never becomes eot
         self.bytes += int(self.token_bytes[tokens].sum(dtype=np.int64))
         self.digest.update(tokens.astype("<u4").data)
         while len(tokens):
@@ -165,7 +168,7 @@ class Writer:
     def flush(self):
         if self.held:
             path = self.folder / f"{self.split}_{self.shards:06d}.bin"
-            write_shard(path, self.buffer[: self.held], self.tokenizer.vocab_size)
+            write_shard(path, self.buffer[: self.held], self.vocab.vocab_size)
             tqdm.write(f"wrote {path.name}: {self.held:,} tokens")
             self.shards, self.held = self.shards + 1, 0
 
@@ -242,12 +245,12 @@ def make_tokenizer(spec, add_tokens, documents, folder, workers):
 
 
 def write(args, folder, size, read_all):
-    """All shards into the folder, meta.json last."""
     documents = split_documents(read_all, args.val_fraction)
     workers = args.workers or min(os.cpu_count(), 1 + (size or 1 << 40) // (4 * CHUNK))
     tokenizer = make_tokenizer(args.tokenizer, args.add_tokens, documents, folder, workers)
-    splits = {split: Writer(folder, split, tokenizer, args.shard_tokens) for split in ("train", "val")}
-    longest = max(1, int(tokenizer.token_bytes().max()))  # N tokens are never more than N * longest characters
+    token_bytes = tokenizer.token_bytes()
+    splits = {split: Writer(folder, split, tokenizer, token_bytes, args.shard_tokens) for split in ("train", "val")}
+    longest = max(1, int(token_bytes.max()))  # N tokens are never more than N * longest characters
     work = chunks(documents(), args.max_doc_tokens and args.max_doc_tokens * longest)
     with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
         for encoded, text_bytes in encode_all(work, workers, tokenizer, args.max_doc_tokens):
@@ -258,16 +261,32 @@ def write(args, folder, size, read_all):
             bar.update(text_bytes)
             if splits["train"].tokens == args.max_tokens:
                 break
+    finish(args, folder, splits, tokenizer, tokenizer.fingerprint, {"tokenizer": tokenizer.to_dict()})
+
+
+def write_mqar(args, folder, task):
+    validating = round(args.documents * args.val_fraction)
+    splits, no_text = {}, np.zeros(task.vocab_size, np.int64)
+    for split, n in (("train", args.documents - validating), ("val", validating)):
+        splits[split] = Writer(folder, split, task, no_text, args.shard_tokens)
+        for documents in task.documents(args.seed, split, n):
+            splits[split].add(documents.ravel())
+    layout = {"targets": task.targets, "document_tokens": task.document_tokens}
+    finish(args, folder, splits, task, json.dumps(layout), {"tokenizer": None, **layout})
+
+
+def finish(args, folder, splits, vocab, fingerprint, more):
+    """The last shard of each split, then meta.json. fingerprint: of what gives the ids their meaning."""
     for split, writer in splits.items():
         writer.flush()
         if not writer.tokens:
-            raise ValueError(f"no document is in {split}: change --val_fraction={args.val_fraction} or give more text")
-    digests = [tokenizer.fingerprint, *(writer.digest.hexdigest() for writer in splits.values())]
-    meta = {"source": args.source, "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id}
+            raise ValueError(f"no document is in {split}: change --val_fraction={args.val_fraction} or give more")
+    digests = [fingerprint, *(writer.digest.hexdigest() for writer in splits.values())]
+    meta = {"source": args.source, "vocab_size": vocab.vocab_size, "eot_id": vocab.eot_id}
     for what in ("documents", "bytes", "tokens"):
         meta[what] = {split: getattr(writer, what) for split, writer in splits.items()}
     meta["fingerprint"] = hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    meta |= {"request": args.request, "tokenizer": tokenizer.to_dict()}
+    meta |= {"request": args.request, **more}
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file)
         file.flush()
@@ -284,7 +303,14 @@ def prepare(args) -> None:
         raise ValueError("say where to write it: --out data/mytext")
     name = Path(args.source[0]).resolve().name.split(".")[0]
     out = Path(args.out or Path(__file__).with_name(name)).resolve()
-    identity, size, read_all = find_text(args.source, args.input)
+    drawn = args.source == ["mqar"]
+    if drawn:
+        queries = max(1, args.pairs - 1) if args.queries is None else args.queries
+        task = MQAR(args.pairs, queries, args.keys, args.values)
+        task.check(args.documents, args.seed)
+        identity = ["mqar", *task, args.documents, args.seed]
+    else:
+        identity, size, read_all = find_text(args.source, args.input)
     # All that decides the result; the tokenizer's file, like the text's, is known by size and time.
     file = Path(re.sub(r"^bpe:|(?<=\.tiktoken):\w+$", "", args.tokenizer))
     stat = [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else None
@@ -296,12 +322,17 @@ def prepare(args) -> None:
         print("nothing has changed, so the data is reused")
     else:
         with successor(out) as folder:
-            write(args, folder, size, read_all)
+            if drawn:
+                write_mqar(args, folder, task)
+            else:
+                write(args, folder, size, read_all)
         print(f"took {time.time() - start:.1f} s")
     meta = read_meta(out)
     for split in ("train", "val"):
         counts = (f"{meta[what][split]:,} {what}" for what in ("documents", "bytes", "tokens"))
         print(f"{out} {split}: {', '.join(counts)}, vocabulary {meta['vocab_size']:,}")
+    if "document_tokens" in meta:
+        print(f"every document has {meta['document_tokens']} tokens: train with that block_size")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -309,19 +340,32 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     parser.epilog = f"names, and their tokenizers:\n{names}"
     add = parser.add_argument
+    text, mqar = parser.add_argument_group("of text alone"), parser.add_argument_group("of mqar alone")
     kinds = ", ".join(KINDS)
     add("source", nargs="+", metavar="NAME|FILES", help=f"a name below; {kinds}, also .gz; folders; - is stdin")
     add("--out", help="folder to write (default: data/NAME)")
+    add("--val_fraction", type=float, help="share of the documents that validates")
+    add("--shard_tokens", type=int, default=100_000_000, help="tokens in a file")
+    add = text.add_argument
     add("--tokenizer", help="byte, char, gpt2, cl100k_base, o200k_base, a file, bpe:FILE, or bpe:8192 to train one")
     add("--add_tokens", type=lambda s: CHAT_TOKENS if s == "chat" else s.split(","), default=[], help="A,B,... or chat")
-    add("--val_fraction", type=float, help="share of the documents that validates")
     add("--max_doc_tokens", type=int, help="cut documents to this many tokens, eot included")
     add("--max_tokens", type=int, help="stop when train has this many, for sets without end")
-    add("--shard_tokens", type=int, default=100_000_000, help="tokens in a file")
     add("--input", help="a local copy (file or folder) of a named set")
     add("--workers", type=int, help="processes (default: by the size of the text and the cores)")
+    add = mqar.add_argument
+    add("--pairs", type=int, default=8, help="keys with a value in a document (default: 8)")
+    add("--queries", type=int, help="of these keys that are asked for (default: all but one: 4 * pairs - 1 tokens)")
+    add("--keys", type=int, default=16, help="different keys (default: 16)")
+    add("--values", type=int, default=8, help="different values: guessing has a loss of ln of it (default: 8)")
+    add("--documents", type=int, default=100_000, help="of train and validation (default: 100,000)")
+    add("--seed", type=int, default=1)
+    args = parser.parse_args(argv)
     try:
-        prepare(parser.parse_args(argv))
+        for key in TEXT_OPTIONS if args.source == ["mqar"] else MQAR_OPTIONS:
+            if getattr(args, key) != parser.get_default(key):
+                raise ValueError(f"--{key} means nothing to {' '.join(args.source)}: leave it out")
+        prepare(args)
     except KeyboardInterrupt:
         sys.exit("prepare.py: interrupted: nothing was changed")
     except (ValueError, OSError, ImportError, RuntimeError) as error:

@@ -91,6 +91,8 @@ class Shards:
         self._ends = np.cumsum([len(tokens) for tokens in self._tokens]).tolist()
         self.meta = self._read_meta()
         self.vocab_size, self.eot_id = self.meta["vocab_size"], self.meta["eot_id"]
+        self.targets = self.meta.get("targets")  # the first id that is learned and evaluated, the last + 1; None: all
+        self.document_tokens = self.meta.get("document_tokens")  # in every document; None: they differ
 
     def _read_meta(self):
         path = self.folder / "meta.json"
@@ -198,6 +200,7 @@ class Loader:
         if batch_windows < world_size:
             why = f"a batch of {batch_windows} windows is too small for {world_size} ranks"
             raise ValueError(f"{why}: raise batch_tokens")
+        check_whole_documents(shards, block_size)
         if not 0 <= document_start_probability <= 1:
             raise ValueError(f"document_start_probability={document_start_probability} is not between 0 and 1")
         self.shards, self.block_size, self.batch_windows, self.seed = shards, block_size, batch_windows, seed
@@ -207,6 +210,8 @@ class Loader:
         # One window is left out, where there is more than one, so that the grid can begin at any of block_size places.
         self.windows_per_epoch = max(1, len(shards) // block_size - 1)
         self.phases = min(block_size, len(shards) - self.windows_per_epoch * block_size)
+        if shards.document_tokens:
+            self.phases = 1  # a grid that begins at 0 cuts no document
         self.share = round(document_start_probability * (1 << 20))  # in integers, so that counting never drifts
         if self.share:
             self.document_starts = shards.document_starts[shards.document_starts < len(shards) - block_size]
@@ -269,6 +274,14 @@ class Loader:
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
 
+def check_whole_documents(shards, block_size):
+    n = shards.document_tokens
+    if n and block_size % n:
+        near = sorted({max(block_size // n, 1) * n, -(-block_size // n) * n})
+        why = f"block_size={block_size} would cut documents, all of {n} tokens"
+        raise ValueError(f"{shards.folder}: {why}: try {' or '.join(map(str, near))}")
+
+
 def make_batch(shards, starts, block_size, device, ignored=None, targets=None):
     """Windows that begin at `starts` as (x, y), in pinned memory for a GPU; y past `targets` of the stream is -1."""
     import torch
@@ -282,6 +295,9 @@ def make_batch(shards, starts, block_size, device, ignored=None, targets=None):
         y[y == ignored] = -1
     if targets is not None:
         y[starts[:, None] + 1 + np.arange(block_size) > targets] = -1
+    if shards.targets:
+        first, end = shards.targets
+        y[(y < first) | (y >= end)] = -1
     x, y = torch.from_numpy(x), torch.from_numpy(y)
     return (x.pin_memory(), y.pin_memory()) if torch.device(device).type == "cuda" else (x, y)
 
@@ -300,6 +316,7 @@ def eval_batches(
     The last window is filled up with targets of -1, so weigh a batch's loss by its targets that are not -1.
     Ranks get contiguous parts, whose numbers of batches may differ by one or be 0.
     """
+    check_whole_documents(shards, block_size)
     targets = min(n_tokens or len(shards), len(shards) - 1)
     if targets < 1:
         raise ValueError(f"{shards.folder}: {len(shards)} {shards.split} tokens are too few to predict one")

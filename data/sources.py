@@ -196,4 +196,5 @@ NAMED = {
     "openwebmath": Named("15B tokens of mathematics", documents=hub("open-web-math/open-web-math")),
     "proof-pile": Named("55B tokens: papers, mathematics, code", documents=hub("json", data_files=PROOF_PILE)),
     "pg19": Named("11 GB of books", documents=hub("emozilla/pg19")),
+    "mqar": Named("recall of many keys' values, made from a seed", "none"),  # no text: data/synthetic.py
 }
