@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -117,7 +118,7 @@ def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant
         raise ValueError(f"--budget={budget:.3g} pays for {steps} steps of {name} ({per_token:.3g} FLOPs a token, "
                          f"{batch_tokens:,} tokens a step), and warmup_steps={least - 1}: try "
                          f"{10 * least * per_token * batch_tokens:.1g}")  # fmt: skip
-    added |= {"max_steps": steps, "eval_every": -(-steps // 10), "save_every": steps, "keep_last": 1}
+    added |= {"max_steps": steps, "eval_every": -(-steps // 5), "save_every": steps, "keep_last": 1}
     arguments += [f"--{key}={value}" for key, value in added.items()]
     config = resolve(ROOT / "train.py", arguments)
     return Variant(name, config, arguments, per_token, steps, steps * batch_tokens, budget)
@@ -303,6 +304,8 @@ def with_error(values, digits=4):
 
 
 def markdown(result: dict) -> str:
+    if result["isoflop"]:
+        return isoflop_markdown(result)
     rows, m = result["variants"], result["machine"]
     first, seeds = rows[0], len(rows[0]["loss"])
     equal = {
@@ -360,14 +363,75 @@ def mfu(row, result):
     return f"{speed * row['flops_per_token'] / result['peak_flops']:.1%}"
 
 
-def plot(result: dict, path: Path) -> None:
-    """Loss against FLOPs and against time (means over seeds), and cache bytes against the last loss."""
+def best_sizes(rows):
+    """{(model, budget): (its rows, the parabola of loss over ln(parameters), its minimum in parameters)}.
+
+    The minimum is None where it lies outside of the sizes tried, or the parabola has none (arXiv 2203.15556, 3.2).
+    """
+    found = {}
+    for key in dict.fromkeys((row["model"], row["budget"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["budget"]) == key]
+        x, y = [math.log(row["parameters"]) for row in own], [statistics.mean(row["loss"]) for row in own]
+        fit = np.polyfit(x, y, 2) if len(own) > 2 else None
+        lowest = -fit[1] / (2 * fit[0]) if fit is not None and fit[0] > 0 else math.inf
+        found[key] = own, fit, math.exp(lowest) if min(x) <= lowest <= max(x) else None
+    return found
+
+
+def isoflop_markdown(result):
+    m, found = result["machine"], best_sizes(result["variants"])
+    lines = [
+        f"# {result['title']}\n",
+        f"{m['cores']} x {m['cpu']}, torch {m['torch']}. `{result['command']}`\n",
+        "Validation loss of each size at each budget of training FLOPs, and the size at which a parabola through them, "
+        "over the logarithm of the parameters, is lowest.\n",
+        "| budget | variant | parameters | tokens | validation loss |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["variants"]:
+        lines.append(f"| {row['budget']:.3g} | {row['name']} | {row['parameters']:,} | {row['tokens']:,} | "
+                     f"{with_error(row['loss'])} |")  # fmt: skip
+    lines += ["\n| model | budget | best size |", "|---|---|---|"]
+    for (model, budget), (_, _, size) in found.items():
+        best = f"{size:,.0f} parameters" if size else "outside of the sizes tried"
+        lines.append(f"| {model} | {budget:.3g} | {best} |")
+    return "\n".join(lines) + "\n"
+
+
+def isoflop_plot(result, path):
+    figure, axis = new_figure(result, 1, 7)
+    for (model, budget), (own, fit, size) in best_sizes(result["variants"]).items():
+        x, y = [row["parameters"] for row in own], [statistics.mean(row["loss"]) for row in own]
+        bars = axis.errorbar(x, y, [standard_error(row["loss"]) or 0 for row in own], fmt="o", capsize=3,
+                             label=f"{model}, {budget:.3g} FLOPs")  # fmt: skip
+        if fit is not None:
+            xs = np.geomspace(min(x), max(x))
+            axis.plot(xs, np.polyval(fit, np.log(xs)), color=bars[0].get_color())
+        if size:
+            axis.plot(size, np.polyval(fit, math.log(size)), marker="*", markersize=14, color=bars[0].get_color())
+    axis.set(xlabel="parameters", ylabel="validation loss", xscale="log")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def new_figure(result, panels, width):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    figure, axes = plt.subplots(1, panels, figsize=(width, 4.5), layout="constrained")
+    for axis in np.atleast_1d(axes):
+        axis.grid(alpha=0.3)
+    figure.suptitle(result["title"])
+    return figure, axes
+
+
+def plot(result: dict, path: Path) -> None:
+    """Loss against FLOPs and against time (means over seeds), and cache bytes against the last loss."""
+    if result["isoflop"]:
+        return isoflop_plot(result, path)
+    figure, axes = new_figure(result, 3, 15)
     for row in result["variants"]:
         tokens, loss = zip(*([statistics.mean(x) for x in zip(*points)] for points in zip(*row["curves"])))
         axes[0].plot([x * row["flops_per_token"] for x in tokens], loss, marker=".", label=row["name"])
@@ -382,11 +446,8 @@ def plot(result: dict, path: Path) -> None:
         axes, ("training FLOPs", "seconds of training, at the speed measured in turn", "cache bytes a token")
     ):
         axis.set(xlabel=label, ylabel="validation loss")
-        axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.suptitle(result["title"])
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def beyond(args, sweep):
@@ -420,6 +481,7 @@ def compare(args) -> dict:
         "machine": bench.machine(),
         "peak_flops": flops.peak_flops(device, planned[0].config["dtype"]),
         "match": args.match,
+        "isoflop": bool(args.sizes),
         "variants": [describe(*row) for row in zip(planned, sweeps, repeats)],
     }
     if args.rounds and not args.sizes:

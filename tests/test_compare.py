@@ -1,0 +1,217 @@
+"""compare.py: what it plans, what it runs and runs no second time, and what it says of the results."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import compare
+import flops
+from tests.test_train import until, write_data
+from tests.tiny import ROOT, TINY
+
+BUDGET = 4e9
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """Arguments for tiny runs: a config with the sizes of every variant, and data."""
+    folder = tmp_path_factory.mktemp("compare")
+    write_data(folder / "data", 0)
+    lines = [f"if model == {name!r}:\n    " + "; ".join(f"{k} = {v!r}" for k, v in sizes.items())
+             for name, sizes in TINY.items()]  # fmt: skip
+    knobs = "block_size = 32\nbatch_tokens = 256\nwarmup_steps = 1\neval_tokens = 500\nlearning_rate = 0.01\n"
+    (folder / "config.py").write_text(knobs + "\n".join(lines) + "\n")
+    return [str(folder / "config.py"), f"--data={folder / 'data'}", f"--budget={BUDGET:g}", "--rounds=0"]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Runs that only write what train.py would leave behind. ran: what was run; loss: of what; fails_at: which run."""
+    self = SimpleNamespace(ran=[], loss=lambda name, lr, seed: 3.0 + math.log(lr) ** 2 + 0.01 * seed, fails_at=0)
+
+    def train(run, number, jobs, processes):
+        self.ran.append((run.variant.name, run.lr, run.seed))
+        if self.fails_at == len(self.ran):
+            raise RuntimeError("no luck")
+        knobs = json.loads(json.dumps(run.variant.config | compare.options(run)))
+        fields = dataclasses.asdict(compare.gpt_config(knobs))
+        config = {"model": knobs.pop("model"), "model_config": {k: knobs[k] for k in fields}, "knobs": knobs}
+        rows = [{"step": step, "tokens": step * 256, "val_bits_per_byte": None, "memory_gb": 1.0, "ms": 1.0,
+                 "val_loss": self.loss(*self.ran[-1])} for step in (1, run.variant.steps)]  # fmt: skip
+        run.folder.mkdir(parents=True)
+        (run.folder / "manifest.json").write_text('{"data_fingerprint": ""}')
+        (run.folder / "config.json").write_text(json.dumps(config))
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run
+
+    monkeypatch.setattr(compare, "train", train)
+    return self
+
+
+def run(setting, out, *more):
+    """The result that a comparison writes."""
+    compare.main([*setting, f"--out_dir={out}", *more])
+    return json.loads((out / "comparison.json").read_text())
+
+
+def planned(setting, *more):
+    return compare.plan_all(compare.parse_arguments([*setting, *more]))
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+def test_all_variants_get_the_same_training_flops_to_half_a_step(setting):
+    names = list(TINY)
+    for name, variant in zip(names, planned(setting, "--models", ",".join(names)), strict=True):
+        step = flops.training_flops_per_token(name, compare.gpt_config(variant.config), 32) * 256
+        assert variant.steps > 20 and abs(variant.steps * step - BUDGET) <= step / 2
+        assert variant.config["max_steps"] == variant.steps and variant.tokens == variant.steps * 256
+
+
+@pytest.mark.parametrize("match", ["flops_per_token", "parameters"])
+def test_a_matched_variant_has_the_tokens_and_the_cost_of_the_first(setting, match):
+    first, *others = planned(setting, "--models", "baseline,mla,hybrid", "--match", match)
+    for other in others:
+        cost = [compare.parameters(v) if match == "parameters" else v.flops_per_token for v in (first, other)]
+        assert other.tokens == first.tokens and abs(cost[1] / cost[0] - 1) <= 0.005
+
+
+def test_the_values_of_a_knob_become_variants_of_each_model_or_of_the_one_named(setting):
+    names = [v.name for v in planned(setting, "--models", "baseline,mla", "--vary", "optimizer=adamw,muon")]
+    assert names == [f"{m}:optimizer={o}" for m in ("baseline", "mla") for o in ("adamw", "muon")]
+    varied = planned(setting, "--vary", "moe.balance_over=batch,global")
+    assert [(v.config["model"], v.config["balance_over"]) for v in varied] == [("moe", "batch"), ("moe", "global")]
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--models", "baseline,nonsense"], "unknown model 'nonsense'; the model_*.py files here give: baseline, gpt2, "),
+    (["--models", "moe:n_exprt=4"], "did you mean 'n_expert'"),
+    (["--budget", "1e6"], "--budget=1e+06 pays for 0 steps of baseline ("),
+    (["--models", "baseline,mla", "--match", "parameters", "--knob", "n_layer"], "the nearest is n_layer="),
+    (["--data", "nowhere"], "nowhere"),
+])  # fmt: skip
+def test_bad_input_is_refused_in_one_line(setting, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit) as exit:
+        compare.main([*setting, f"--out_dir={tmp_path}", *more])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and error.startswith("error: ") and message in error
+
+
+# ---- the runs --------------------------------------------------------------------------------------------------------
+def test_the_learning_rate_is_chosen_at_the_first_seed_and_the_others_repeat_it(setting, tmp_path, fake):
+    row = run(setting, tmp_path, "--lrs", "0.5,1,2", "--seeds", "3")["variants"][0]
+    assert sorted(fake.ran[:3]) == [("baseline", lr, 1) for lr in (0.5, 1, 2)]
+    assert sorted(fake.ran[3:]) == [("baseline", 1, 2), ("baseline", 1, 3)]
+    assert row["lr"] == 1 and row["loss"] == pytest.approx([3.01, 3.02, 3.03])
+
+
+@pytest.mark.parametrize("best, rates, edge", [(2, "1 2 4", False), (8, "1 2 4 8", True), (0.4, "1 2 0.5 0.25", False)])
+def test_a_sweep_that_is_best_at_an_end_is_widened_there(setting, tmp_path, fake, best, rates, edge):
+    fake.loss = lambda name, lr, seed: abs(math.log2(lr / best))
+    row = run(setting, tmp_path, "--lrs", "1,2", "--seeds", "1")["variants"][0]
+    assert " ".join(row["sweep"]) == rates
+    assert ("at the edge" in (tmp_path / "comparison.md").read_text()) == edge
+
+
+def test_a_comparison_goes_on_where_a_failed_run_stopped_it_and_repeats_nothing(setting, tmp_path, fake, capsys):
+    more = ["--models", "baseline,mla", "--lrs", "1", "--seeds", "2"]
+    fake.fails_at = 3
+    with pytest.raises(SystemExit):
+        run(setting, tmp_path, *more)
+    assert capsys.readouterr().err.strip().endswith("error: no luck") and len(fake.ran) == 3
+    fake.fails_at = 0
+    whole = run(setting, tmp_path, *more)
+    assert len(fake.ran) == 5 and fake.ran[2] in fake.ran[3:]
+    assert run(setting, tmp_path, *more) == whole and len(fake.ran) == 5
+    run(setting, tmp_path, "--models", "baseline,mla", "--lrs", "1", "--seeds", "3")
+    assert sorted(fake.ran[5:]) == [("baseline", 1, 3), ("mla", 1, 3)]
+
+
+def test_a_folder_of_another_comparison_is_refused_with_what_differs(setting, tmp_path, fake, capsys):
+    run(setting, tmp_path, "--lrs", "1", "--seeds", "1")
+    with pytest.raises(SystemExit):
+        run(setting, tmp_path, "--lrs", "1", "--seeds", "1", "--weight_decay=0.5")
+    error = capsys.readouterr().err
+    assert "is of another comparison: weight_decay=0.1, not 0.5: try another --out_dir" in error and len(fake.ran) == 1
+
+
+def test_a_comparison_that_is_stopped_saves_its_runs_and_goes_on_with_them(setting, tmp_path):
+    more = ["--models=baseline,gpt2", "--lrs=1", "--seeds=1", "--jobs=2", "--budget=3e10", "--eval_tokens=64"]
+    command = [sys.executable, str(ROOT / "compare.py"), *setting, f"--out_dir={tmp_path}", *more]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        until(lambda: sum(path.stat().st_size > 3000 for path in tmp_path.glob("*/*/metrics.jsonl")) == 2)
+    finally:
+        process.terminate()
+    assert "the same command goes on from here" in process.communicate(timeout=30)[1] and process.returncode == 130
+    logs = sorted(tmp_path.glob("*/*.log"))
+    stopped = [int(re.search(r"stopped after step (\d+)", log.read_text())[1]) for log in logs]
+    rows = run(setting, tmp_path, *more)["variants"]
+    for log, step, row in zip(logs, stopped, rows, strict=True):
+        assert f"resuming from {log.with_suffix('')}/step-{step:08d}" in log.read_text()
+        assert 0 < step * 256 < row["tokens"] == row["curves"][0][-1][0]
+
+
+def test_a_real_comparison_trains_both_variants_and_measures_their_speed(setting, tmp_path):
+    result = run(setting, tmp_path, "--models", "baseline,gpt2", "--lrs", "1", "--seeds", "1", "--rounds", "2")
+    for row in result["variants"]:
+        assert row["loss"][0] < 5 and row["bits_per_byte"][0] == pytest.approx(row["loss"][0] / math.log(2), rel=0.05)
+        assert len(row["train_seconds"]) == 2 and list(row["decode_seconds"]) == ["8", "30"]
+        tokens, losses = zip(*row["curves"][0], strict=True)
+        assert tokens[-1] == row["tokens"] and losses[-1] == row["loss"][0]
+    assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---- what is said of them --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("losses, said", [
+    ([2.0, 2.1, 2.2], "-0.9000 ± 0.0816: better"),
+    ([3.8, 4.0, 4.2], "+1.0000 ± 0.1291: worse"),
+    ([2.9, 3.1, 3.0], "+0.0000 ± 0.0816: no difference seen"),
+    ([2.8, 2.9, 2.82], "-0.1600 ± 0.0653: better"),
+    ([2.9, 2.9, 2.82], "-0.1267 ± 0.0636: no difference seen"),
+    ([2.0], "-1.0000 (one seed)"),
+])  # fmt: skip
+def test_a_difference_under_two_standard_errors_is_no_win(losses, said):
+    first = {"loss": [2.9, 3.0, 3.1]}
+    assert compare.verdict({"loss": losses}, first) == said
+    assert compare.verdict(first, first) == "-"
+
+
+def test_the_table_has_ratios_of_rounds_and_the_bytes_of_state(setting, tmp_path, fake):
+    result = run(setting, tmp_path, "--models", "baseline,hybrid", "--lrs", "1", "--seeds", "1")
+    for row, seconds in zip(result["variants"], ([1.0, 2.0, 9.0], [2.0, 5.0, 9.0]), strict=True):
+        row |= {"train_seconds": seconds, "decode_seconds": {"8": [x / 10 for x in seconds]}}
+    result["peak_flops"] = 1e9
+    row = next(
+        line for line in compare.markdown(result).splitlines() if line.startswith("| hybrid | ") and "GB" in line
+    )
+    per_token, cells = result["variants"][1]["flops_per_token"], row.split(" | ")
+    assert cells[5:7] == ["51 (0.50x)", f"{256 / 5 * per_token / 1e9:.1%}"]
+    assert cells[8:] == ["128 + 1,440", "2 (0.50x) |"]
+
+
+def test_the_best_size_is_the_minimum_of_a_parabola_through_known_losses(setting, tmp_path, fake):
+    sizes = dict(zip((16, 32, 64), (2.5, 2.1, 2.3), strict=True))
+    fake.loss = lambda name, lr, seed: sizes[int(name.split("=")[1])]
+    more = ["--budgets", "2e9,4e9", "--sizes", "n_embd=16,n_embd=32,n_embd=64", "--lrs", "1", "--seeds", "1"]
+    result = run(setting, tmp_path, *more)
+    assert len(fake.ran) == 6 and [row["budget"] for row in result["variants"]] == [2e9] * 3 + [4e9] * 3
+    for own, fit, best in compare.best_sizes(result["variants"]).values():
+        for row in own:  # three points lie on the parabola
+            assert np.polyval(fit, math.log(row["parameters"])) == pytest.approx(row["loss"][0])
+        assert np.polyval(np.polyder(fit), math.log(best)) == pytest.approx(0, abs=1e-9)
+        assert own[1]["parameters"] < best < own[2]["parameters"]
+        assert f"{best:,.0f} parameters" in (tmp_path / "comparison.md").read_text()
+    result["variants"][0]["loss"] = [1.0]
+    assert compare.best_sizes(result["variants"])["baseline", 2e9][2] is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("compare_*.json")), ids=lambda path: path.stem)
+def test_a_committed_table_is_the_one_drawn_from_the_committed_numbers(path):
+    assert path.with_suffix(".md").read_text() == compare.markdown(json.loads(path.read_text()))
