@@ -5,7 +5,7 @@
     python compare.py --vary optimizer=adamw,muon --budget 1e13
     python compare.py --budgets 2e12,5e12,1e13 --sizes n_embd=96:n_inner=256,n_embd=144:n_inner=384,n_embd=192
 
-A variant is a model with knobs of its own: moe, or moe:n_expert=32:n_expert_inner=64. All get the same data in the same
+A variant is a model with knobs of its own: moe, or moe:balance_loss=0:bias_rate=0.001. All get the same data in the same
 order, the same evaluation, and each the learning rate that suited it best with the first seed. The runs are train.py's,
 one folder each: a comparison that was killed goes on where it was, and one with more seeds, rates or variants keeps
 what is finished. Further arguments (config files, --knob=value) go to every run, config/compare_cpu.py without a file.
@@ -58,6 +58,10 @@ class Run(NamedTuple):
     folder: Path
 
 
+def numbers(text):
+    return [float(x) for x in text.split(",")]
+
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -67,20 +71,19 @@ def parse_arguments(argv):
         "FLOPs per token, or tokens and parameters (for both a knob is solved)")  # fmt: skip
     add("--knob", help="which knob to solve (default: a width that the variant has)")
     add("--budget", type=float, default=1e13, help="training FLOPs of a run; with another match, of the first variant")
-    add("--budgets", help="several budgets: curves of loss against size at each (isoflop)")
+    add("--budgets", type=numbers, help="several budgets: curves of loss against size at each (isoflop)")
     add("--sizes", help="the sizes for --budgets, with commas: KNOB=VALUE:KNOB=VALUE,...")
     add("--seeds", type=int, default=3, help="runs at the best learning rate, each with another seed")
-    add("--lrs", default="0.5,1,2", help="the learning rates to try, as multiples of the config's")
+    add("--lrs", type=numbers, default="0.5,1,2", help="the learning rates to try, as multiples of the config's")
     add("--data", help="a folder that data/prepare.py made (default: the config's)")
     add("--out_dir", default="out/compare", help="the runs, one folder each")
     add("--jobs", type=int, default=1, help="runs at once: each gets its share of the cores, and one of the GPUs")
-    add("--results", help="where the result goes: FILE.json, FILE.md, FILE_*.png (default: OUT_DIR/comparison)")
+    add("--results", help="where the result goes: FILE.json, FILE.md and FILE.png (default: OUT_DIR/comparison)")
     add("--title", default="Variants at equal compute")
     add("--rounds", type=int, default=5, help="of measuring the speed; 0: leave it out")
     args, more = parser.parse_known_args(argv)
-    args.more = more if any(word.endswith(".py") for word in more) else ["config/compare_cpu.py", *more]
+    args.more = more if any(word.endswith(".py") for word in more) else [str(ROOT / "config/compare_cpu.py"), *more]
     args.argv = sys.argv[1:] if argv is None else argv
-    args.lrs = [float(x) for x in args.lrs.split(",")]
     if args.seeds < 1 or args.jobs < 1 or min(args.lrs) <= 0:
         parser.error(f"--seeds {args.seeds} --jobs {args.jobs} --lrs {args.lrs}: give numbers above 0")
     if bool(args.budgets) != bool(args.sizes):
@@ -105,10 +108,8 @@ def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant
     added = {"vocab_size": config["vocab_size"] or -(-Shards(config["data"], "train").vocab_size // 64) * 64}
     T, batch_tokens = config["block_size"], config["batch_tokens"]
     if like:
-        by, knob = (
-            ("flops" if args.match == "flops_per_token" else "parameters"),
-            args.knob or flops.WIDTH_KNOB.get(model, "n_inner"),
-        )
+        by = "parameters" if args.match == "parameters" else "flops"
+        knob = args.knob or flops.WIDTH_KNOB.get(model, "n_inner")
         target = like.flops_per_token if by == "flops" else parameters(like)
         added[knob], _ = flops.match(model, config | added, T, target, knob, by)
     config = resolve(ROOT / "train.py", arguments + [f"--{key}={value}" for key, value in added.items()])
@@ -136,7 +137,7 @@ def plan_all(args) -> list[Variant]:
         names = [f"{name}:{knob}={value}" for name in ([base] if base else names) for value in values.split(",")]
     if args.sizes:
         names = [f"{name}:{size}" for name in names for size in args.sizes.split(",")]
-        return [plan(args, name, float(budget)) for budget in args.budgets.split(",") for name in names]
+        return [plan(args, name, budget) for budget in args.budgets for name in names]
     first = plan(args, names[0], args.budget)
     return [first, *(plan(args, name, args.budget, None if args.match == "flops" else first) for name in names[1:])]
 
@@ -176,7 +177,7 @@ def train(run: Run, number: int, jobs: int, processes: list) -> Run:
         own["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
     log = Path(f"{run.folder}.log")
     with log.open("w") as file:
-        processes.append(subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=os.environ | own))
+        processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | own))
         code = processes[-1].wait()
     if code or not is_finished(run):
         last = log.read_text().strip().splitlines()[-1:]
@@ -254,7 +255,7 @@ def measure(runs, rounds):
     T = runs[0].variant.config["block_size"]
     windows = runs[0].variant.config["batch_tokens"] // T
     batch = bench.random_batch(windows, T)
-    training = bench.in_turn([bench.step_of(run.folder) for run in runs], batch, rounds, 1)
+    training = bench.in_turn([bench.step_of(run.folder.absolute()) for run in runs], batch, rounds, 1)
     found = [{"train_seconds": seconds, "decode_seconds": {}} for seconds in training]
     for context in (T // 4, T - T // 16):
         steps = [decoder(run.variant, context, T // 16) for run in runs]

@@ -142,7 +142,7 @@ def test_a_folder_of_another_comparison_is_refused_with_what_differs(setting, tm
 
 
 def test_a_comparison_that_is_stopped_saves_its_runs_and_goes_on_with_them(setting, tmp_path):
-    more = ["--models=baseline,gpt2", "--lrs=1", "--seeds=1", "--jobs=2", "--budget=3e10", "--eval_tokens=64"]
+    more = ["--models=baseline,gpt2", "--lrs=1", "--seeds=1", "--jobs=2", "--budget=8e10", "--eval_tokens=64"]
     command = [sys.executable, str(ROOT / "compare.py"), *setting, f"--out_dir={tmp_path}", *more]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
