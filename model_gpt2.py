@@ -84,7 +84,7 @@ class Attention(nn.Module):
         q, k, v = self.wqkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
-        causal = mask is None and T > 1  # without a mask the past is empty, or the one query sees all of it
+        causal = True if mask is None and T > 1 else False  # torch.compile wants a bool; one query sees all the past
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 

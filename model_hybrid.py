@@ -178,7 +178,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
-        causal = mask is None and T > 1  # without a mask the past is empty, or the one query sees all of it
+        causal = True if mask is None and T > 1 else False  # torch.compile wants a bool; one query sees all the past
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
         y = y.transpose(1, 2) * gate.sigmoid() if self.gate else y.transpose(1, 2)  # (B, T, H, D)
         return self.wo(y.reshape(B, T, -1))  # (B, T, C)

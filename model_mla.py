@@ -166,7 +166,7 @@ class Attention(nn.Module):
         k_nope, v = (w(latent).view(B, S, H, -1) for w in (self.wk, self.wv))  # (B, S, H, N or M)
         q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope.expand(-1, -1, H, -1)), dim=-1)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, N + D or M)
-        causal = mask is None and T > 1  # without a mask the past is empty, or the one query sees all of it
+        causal = True if mask is None and T > 1 else False  # torch.compile wants a bool; one query sees all the past
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale).transpose(1, 2)
 
     def absorbed(self, q_nope, q_rope, kv, mask):
