@@ -5,10 +5,11 @@
     python compare.py --vary optimizer=adamw,muon --budget 1e13
     python compare.py --budgets 2e12,5e12,1e13 --sizes n_embd=96:n_inner=256,n_embd=144:n_inner=384,n_embd=192
 
-A variant is a model with knobs of its own: moe, or moe:balance_loss=0:bias_rate=0.001. All get the same data in the same
-order, the same evaluation, and each the learning rate that suited it best with the first seed. The runs are train.py's,
-one folder each: a comparison that was killed goes on where it was, and one with more seeds, rates or variants keeps
-what is finished. Further arguments (config files, --knob=value) go to every run, config/compare_cpu.py without a file.
+A variant is a model with knobs of its own: moe, or moe:balance_loss=0:bias_rate=0.001. All get the same data in the
+same order, the same evaluation, and each the learning rate that suited it best with the first seed. The runs are those
+of train.py, one folder each: a comparison that was killed goes on where it was, and one with more seeds, rates or
+variants keeps what is finished. Further arguments (config files, --knob=value) go to every run; without a config file
+they have that of config/compare_cpu.py.
 """
 
 import argparse
