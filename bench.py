@@ -1,7 +1,9 @@
-"""Measures speed and writes results/NAME.json and the table drawn from it, results/NAME.md.
+"""Measures speed and writes results/NAME_cpu.json (or _cuda.json) and the table drawn from it, NAME_cpu.md.
 
     python bench.py shakespeare    how soon two configs reach validation loss 1.88, in steps and in seconds
-    python bench.py train          training tokens/s of model_baseline.py and model_gpt2.py at two sizes
+    python bench.py train          training tokens/s, against gpt2 and transformers (train config/x.py: of a config)
+    python bench.py decode         prefill and decoding, against transformers (decode config/x.py: of a config)
+    python bench.py variants       what a mixture of experts, latent attention and delta layers cost and save
     python bench.py loader         the loader's share of a step, and its memory over a large shard
 
 Machines differ and get busy, so nothing is said in absolute times alone: what is compared runs in turn, round by round,
@@ -9,88 +11,88 @@ and the median of the rounds' ratios counts.
 """
 
 import argparse
+import dataclasses
+import importlib
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import configurator
+import flops
+import muon
+from bench_variants import variants, variants_markdown
+from sample import with_compiled_step
+from timing import (
+    TokenTimes,
+    bandwidth,
+    begin,
+    build,
+    describe,
+    device_and_dtype,
+    held_bytes,
+    in_turn,
+    machine,
+    make_step,
+    middle,
+    peak_memory,
+    random_batch,
+    ratios,
+)
 
 ROOT = Path(__file__).resolve().parent
 TARGET = 1.88  # what nanoGPT reports for its CPU setting after 2,000 steps, from a sample of the validation split
 OURS, NANOGPT = "config/train_shakespeare_char_cpu.py", "config/train_shakespeare_char_nanogpt.py"
 
 
-def machine() -> dict:
-    """What it was measured on."""
-    import torch
-
-    models = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x] if (
-        Path("/proc/cpuinfo").exists()
-    ) else []  # fmt: skip
-    cpu = models[0] if models else platform.processor() or platform.machine()
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def write(folder: Path, name: str, result: dict) -> None:
+def write(folder: str | Path, name: str, result: dict, label: str = "") -> None:
+    """label: of what else than the defaults was measured, so that it overwrites no result of theirs."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    table = MARKDOWN[name](result)
+    name = "_".join(filter(None, (name, label, "cuda" if "gpu" in result["machine"] else "cpu")))
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(MARKDOWN[name](result))
-    print(MARKDOWN[name](result))
+    (folder / f"{name}.md").write_text(table)
+    print(table)
 
 
-def describe(result):
-    m = result["machine"]
-    return f"{m['cores']} x {m['cpu']}, {m['threads']} thread(s), torch {m['torch']}. `{result['command']}`\n"
+def as_transformers(model, dtype=torch.float32):
+    """transformers' model with the same weights, on the same device; None where it is not here or has no such model."""
+    if not find_spec("transformers"):
+        return None
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(Path(folder) / "model")
+        except ValueError as error:
+            print(f"without transformers: {error}", file=sys.stderr)
+            return None
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype)
+    return theirs.to(model.embed.weight.device)
 
 
-def make_step(model_name, sizes, dtype="float32", compiled=False, optimizer="adamw", learning_rate=1e-3, **options):
-    """(a function that does one training step of train.py on tokens x, y; the number of parameters)"""
-    import importlib
-
-    import torch
-
-    import muon
-
-    torch.manual_seed(0)
-    variant = importlib.import_module(f"model_{model_name}")
-    model = variant.GPT(variant.GPTConfig(**sizes))
-    net = torch.compile(model) if compiled else model
-    optimizer = muon.make_optimizer(model, optimizer, learning_rate, **options)
-
-    def step(x, y):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = net(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step, sum(p.numel() for p in model.parameters())
-
-
-def random_batch(windows, length):
-    import torch
-
-    tokens = torch.randint(66, (windows, length + 1))
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def in_turn(functions, batch, rounds, times):
-    """Seconds of a call of each function, [rounds] for each: all of them are measured in every round."""
-    for function in functions:
-        for _ in range(3):  # compiles, and makes the optimizer's state
-            function(*batch)
-    took = [[] for _ in functions]
-    for _ in range(rounds):
-        for function, seconds in zip(functions, took):
-            begin = time.perf_counter()
-            for _ in range(times):
-                function(*batch)
-            seconds.append((time.perf_counter() - begin) / times)
-    return took
+def workload(argv):
+    """(knobs, fields of GPTConfig, a name) of the config files and --key=value of the command line."""
+    knobs = configurator.resolve(ROOT / "train.py", argv)
+    variant = importlib.import_module(f"model_{knobs['model']}")
+    fields = {field.name: knobs[field.name] for field in dataclasses.fields(variant.GPTConfig)}
+    fields["vocab_size"] = fields["vocab_size"] or variant.GPTConfig.vocab_size  # 0 is the data's
+    try:
+        variant.GPTConfig(**fields)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    return knobs, fields, "_".join([Path(x).stem for x in argv if x.endswith(".py")] or [knobs["model"]])
 
 
 # ---- shakespeare: steps and seconds to a loss -----------------------------------------------------------------------
@@ -121,11 +123,10 @@ def step_of(folder):
     config = json.loads((ROOT / folder / "config.json").read_text())
     names = ("optimizer", "learning_rate", "weight_decay", "beta1", "beta2", "muon_momentum", "muon_steps")
     options = {key: config["knobs"][key] for key in names}
-    import torch
-
     dtype = config["knobs"]["muon_dtype"]
     options["muon_dtype"] = None if dtype == "auto" else getattr(torch, dtype)
-    return make_step(config["model"], config["model_config"], **options)[0]
+    model = build(config["model"], config["model_config"])
+    return make_step(model, muon.make_optimizer(model, **options))
 
 
 def shakespeare(args):
@@ -148,7 +149,7 @@ def shakespeare(args):
     steps = [step_of(f"out/bench/{who}_{args.seeds[0]}") for who in ("ours", "nanogpt")]
     took = in_turn(steps, random_batch(12, 64), rounds=30, times=3)
     result["step_ms"] = [[round(1000 * x, 2) for x in seconds] for seconds in took]  # ours, nanoGPT's
-    write(Path(args.out), "shakespeare_char_cpu", result)
+    write(args.out, "shakespeare_char", result)
 
 
 def spread(values, form):
@@ -196,49 +197,206 @@ SIZES = {  # (windows, tokens in one), sizes of both models, and the baseline's 
     "n_embd 128": ((12, 64), dict(n_layer=4, n_head=4, n_embd=128), dict(n_kv_head=4, head_dim=32, n_inner=344)),
     "n_embd 384": ((4, 256), dict(n_layer=6, n_head=6, n_embd=384), dict(n_kv_head=6, head_dim=64, n_inner=1024)),
 }
-SETTINGS = (("gpt2", "float32", False), ("baseline", "float32", False), ("baseline", "float32", True),
-            ("baseline", "bfloat16", True))  # fmt: skip
+SETTINGS = {  # dtype, compiled
+    "cpu": (("float32", False), ("float32", True), ("bfloat16", True)),
+    "cuda": (("bfloat16", False), ("bfloat16", True)),
+}
 
 
 def train(args):
-    result = {
-        "command": f"python bench.py train --rounds {args.rounds} --tokens {args.tokens}",
-        "machine": machine(),
-        "rounds": args.rounds,
-        "sizes": {},
-    }
-    for size, (batch, both, own) in SIZES.items():
-        rows, steps = [], []
-        for name, dtype, compiled in SETTINGS:
-            sizes = both | (own if name == "baseline" else {"bias": False}) | {"block_size": batch[1], "vocab_size": 66}
-            step, parameters = make_step(name, sizes, dtype, compiled)
-            steps.append(step)
-            rows.append(dict(model=name, dtype=dtype, compile=compiled, parameters=parameters))
-        times = max(1, args.tokens // (batch[0] * batch[1]))
-        for row, seconds in zip(rows, in_turn(steps, random_batch(*batch), args.rounds, times)):
-            row["seconds"] = [round(x, 4) for x in seconds]
-        result["sizes"][size] = {"batch": batch, "rows": rows}
-        write(Path(args.out), "training_speed_cpu", result)
+    device, _ = device_and_dtype(args.device)
+    jobs, label = {}, ""
+    if args.config:
+        knobs, fields, label = workload(args.config)
+        jobs[label] = (knobs["micro_batch"], knobs["block_size"]), {knobs["model"]: fields}
+    else:
+        for size, (batch, both, own) in SIZES.items():
+            both = both | {"block_size": batch[1], "vocab_size": 66}
+            jobs[size] = batch, {"gpt2": both | {"bias": False}, "baseline": both | own}
+    result = begin(args, device, ["train", *args.config, f"--tokens {args.tokens}"]) | {"sizes": {}}
+    for size, (batch, models) in jobs.items():
+        result["sizes"][size] = {"batch": batch, "rows": training_rows(models, batch, args.rounds, args.tokens, device)}
+        write(args.out, "training_speed", result, label)
+
+
+def training_rows(models, batch, rounds, tokens, device="cpu"):
+    """Steps of AdamW, in turn, of models {variant: fields} and of transformers' with the weights of the last one."""
+    settings, entrants = SETTINGS[torch.device(device).type], []
+    x, y = random_batch(*batch, min(fields["vocab_size"] for fields in models.values()), device)
+    for variant, fields in models.items():
+        model = build(variant, fields, device)
+        per_token = flops.training_flops_per_token(variant, model.config, batch[1])
+        entrants.append((variant, model, model, settings if variant == list(models)[-1] else settings[:1], per_token))
+    theirs = as_transformers(model)
+    if theirs is not None:
+
+        def their_loss(x, y):
+            logits = theirs(x, use_cache=False).logits
+            return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1)
+
+        with torch.no_grad():
+            torch.testing.assert_close(their_loss(x, y), model.eval()(x, y), rtol=1e-3, atol=1e-3)
+        model.train()
+        entrants.append(("transformers", theirs.train(), their_loss, settings[:2], per_token))
+    rows, steps, held = [], [], []
+    for name, net, loss, wanted, per_token in entrants:
+        optimizer = muon.make_optimizer(net, "adamw")
+        for dtype, compiled in wanted:
+            steps.append(make_step(net, optimizer, dtype, torch.compile(loss) if compiled else loss))
+            held.append((net, optimizer))
+            facts = {"model": name, "dtype": dtype, "compile": compiled, "flops_per_token": per_token}
+            facts["parameters"] = sum(p.numel() for p in net.parameters())
+            facts["peak_flops"] = flops.peak_flops(flops.device_name(device), dtype)
+            rows.append(facts)
+    took = in_turn(steps, (x, y), rounds, max(1, tokens // (batch[0] * batch[1])), device)
+    for row, measured, step, owned in zip(rows, took, steps, held):
+        row["seconds"] = [round(x, 5) for x in measured]
+        row["peak_bytes"] = held_bytes(*owned) + peak_memory(partial(step, x, y), device)
+    return rows
 
 
 def train_markdown(result):
+    names = {row["model"] for measured in result["sizes"].values() for row in measured["rows"]}
+    others = [name for name in ("gpt2", "transformers") if name in names]
     lines = [
         "# Training tokens per second\n",
         describe(result),
-        f"One step of AdamW with clipping; {result['rounds']} rounds in which all settings take turns; medians.\n",
-        "| size | model | parameters | dtype | compiled | tokens/s | x gpt2 |",
-        "|---|---|---|---|---|---|---|",
+        f"One step of AdamW with clipping; {result['rounds']} rounds in which all settings take turns; medians, and of "
+        "tokens/s the range. x gpt2, x transformers: how many times as fast as the first row of that name. FLOPs by "
+        "the formulas of flops.py; memory is that of weights, gradients, optimizer and activations together.\n",
+        "| size | model | parameters | dtype | compiled | tokens/s | GFLOP/s | MFU | peak MB |"
+        + "".join(f" x {name} |" for name in others),
+        "|---|---|---|---|---|---|---|---|---|" + "---|" * len(others),
     ]
     for size, measured in result["sizes"].items():
-        windows, length = measured["batch"]
-        first = measured["rows"][0]["seconds"]
-        for row in measured["rows"]:
-            speed = statistics.median(windows * length / s for s in row["seconds"])
-            ratio = statistics.median(a / b for a, b in zip(first, row["seconds"]))
-            compiled = "yes" if row["compile"] else "no"
-            lines.append(f"| {size}, {windows} x {length} | {row['model']} | {row['parameters']:,} | {row['dtype']} | "
-                         f"{compiled} | {speed:,.0f} | {ratio:.2f} |")  # fmt: skip
+        (windows, length), rows = measured["batch"], measured["rows"]
+        for row in rows:
+            speeds = [windows * length / s for s in row["seconds"]]
+            done = statistics.median(speeds) * row["flops_per_token"]
+            cells = [
+                f"{size}, {windows} x {length}", row["model"], f"{row['parameters']:,}", row["dtype"],
+                "yes" if row["compile"] else "no", middle(speeds, "{:,.0f}".format), f"{done / 1e9:,.1f}",
+                f"{done / row['peak_flops']:.1%}" if row["peak_flops"] else "n/a", f"{row['peak_bytes'] / 1e6:,.1f}",
+            ]  # fmt: skip
+            for name in others:
+                first = next((r["seconds"] for r in rows if r["model"] == name), None)
+                cells.append(f"{statistics.median(ratios(first, row['seconds'])):.2f}" if first else "n/a")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+# ---- decode: tokens per second of one sequence or a few -------------------------------------------------------------
+DECODING = {  # the first spends its time on calls, the second on reading its weights
+    "2.6M": dict(n_layer=4, n_head=4, n_kv_head=4, head_dim=48, n_embd=192, n_inner=512, vocab_size=4096),
+    "82M": dict(n_layer=12, n_head=12, n_kv_head=4, head_dim=64, n_embd=768, n_inner=2048, vocab_size=8192),
+}
+
+
+def decode(args):
+    device, dtype = device_and_dtype(args.device, args.dtype)
+    compiled = args.compile or device.startswith("cuda")
+    jobs, label = {size: ("baseline", fields) for size, fields in DECODING.items()}, ""
+    if args.config:
+        knobs, fields, label = workload(args.config)
+        jobs = {label: (knobs["model"], fields)}
+    words = ["decode", *args.config, f"--batch {args.batch} --prompt {args.prompt} --new {args.new} --dtype {dtype}"]
+    result = begin(args, device, words + ["--compile"] * compiled)
+    result |= {"batch": args.batch, "prompt": args.prompt, "new": args.new, "dtype": dtype}
+    result["limit"], result["limit_from"] = bandwidth(device)
+    result["sizes"] = {}
+    for size, (variant, fields) in jobs.items():
+        fields = fields | {"block_size": max(fields.get("block_size", 0), args.prompt + args.new)}
+        model = build(variant, fields, device).to(getattr(torch, dtype)).eval()
+        idx = random_batch(args.batch, args.prompt, model.config.vocab_size, device)[0]
+        result["sizes"][size] = {
+            "model": variant,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "bytes_per_step": bytes_per_step(variant, model, args.batch, args.prompt + args.new // 2),
+            "rows": decoding_rows(model, idx, args.new, args.rounds, compiled, device),
+        }
+        write(args.out, "decoding_speed", result, label)
+
+
+def bytes_per_step(variant, model, batch, context):
+    """What a decoding step must read: the weights once, and of each sequence the cache and the state."""
+    width = model.embed.weight.element_size()
+    cache = flops.cache_bytes_per_token(variant, model.config, width) * context
+    cache += flops.state_bytes(variant, model.config, width)
+    return round(flops.weights_read(variant, model.config, batch) * width + batch * cache)
+
+
+def our_tokens(model, idx, new):
+    """Greedy ids (B, new), (seconds to the first token, seconds between tokens)."""
+    times, tokens = TokenTimes(), []
+    times.put(idx)
+    for token in model.stream(idx, new, temperature=0):
+        times.put(token)
+        tokens.append(token)
+    return torch.stack(tokens, dim=1).tolist(), times.seconds()
+
+
+def their_tokens(theirs, idx, new):
+    """The same from transformers' generate."""
+    times = TokenTimes()
+    ids = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=new, do_sample=False, streamer=times)
+    return ids[:, idx.size(1) :].tolist(), times.seconds()
+
+
+def decoding_rows(model, idx, new, rounds, compiled, device="cpu"):
+    """Each of them generates in every round; `same` counts the first tokens that are those of the first row."""
+    runs = {"eager": (model, our_tokens)}
+    if compiled:
+        runs["compiled"] = with_compiled_step(model), our_tokens
+    theirs = as_transformers(model, model.embed.weight.dtype)
+    if theirs is not None:
+        theirs.eval().generation_config.eos_token_id = None  # nothing ends before `new` tokens
+        theirs.generation_config.pad_token_id = 0
+        runs["transformers' generate"] = theirs, their_tokens
+    rows, first = [], None
+    for name, (net, run) in runs.items():
+        ids, _ = run(net, idx, new)  # compiles
+        first = first or ids
+        same = next((i for i, (a, b) in enumerate(zip(zip(*first), zip(*ids))) if a != b), new)
+        rows.append({"who": name, "same": same, "prefill": [], "step": []})
+    for _ in range(rounds):
+        for row, (net, run) in zip(rows, runs.values()):
+            prefill, step = run(net, idx, new)[1]
+            row["prefill"].append(round(prefill, 6))
+            row["step"].append(round(step, 7))
+    for row, (net, run) in zip(rows, runs.values()):
+        row["peak_bytes"] = held_bytes(net) + peak_memory(partial(run, net, idx, new), device)
+    return rows
+
+
+def decode_markdown(result):
+    batch, prompt, new, limit = result["batch"], result["prompt"], result["new"], result["limit"]
+    lines = [
+        "# Decoding tokens per second\n",
+        describe(result),
+        f"{batch} sequence(s), prompts of {prompt} tokens and {new} new ones, greedy, in {result['dtype']}; "
+        f"{result['rounds']} rounds in which all take turns; medians, and of decoding the range. GB/s: the bytes of "
+        f"weights and cache that a step must read; the limit is {limit / 1e9:,.1f} GB/s ({result['limit_from']}). "
+        "Memory is that of weights, cache and activations together.\n",
+        "| size | parameters | who | prefill tokens/s | decoding tokens/s | GB/s | of the limit | peak MB | "
+        "x transformers |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for size, measured in result["sizes"].items():
+        theirs = next((row["step"] for row in measured["rows"] if row["who"].startswith("transformers")), None)
+        for row in measured["rows"]:
+            rate = measured["bytes_per_step"] / statistics.median(row["step"])
+            cells = [
+                f"{size} ({measured['model']})", f"{measured['parameters']:,}", row["who"],
+                f"{batch * prompt / statistics.median(row['prefill']):,.0f}",
+                middle([batch / s for s in row["step"]], "{:,.1f}".format), f"{rate / 1e9:,.1f}", f"{rate / limit:.0%}",
+                f"{row['peak_bytes'] / 1e6:,.1f}",
+                f"{statistics.median(ratios(theirs, row['step'])):.2f}" if theirs else "n/a",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+            if row["same"] < new:
+                notes.append(f"{size}, {row['who']}: only the first {row['same']} of {new} ids are those of eager.")
+    return "\n".join([*lines, "", *(notes or [f"All emit the same {new} ids."])]) + "\n"
 
 
 # ---- loader: its share of a step, and its memory --------------------------------------------------------------------
@@ -255,7 +413,6 @@ def read_everything(folder):
 
 def loader(args):
     import multiprocessing
-    import tempfile
 
     import numpy as np
 
@@ -270,7 +427,8 @@ def loader(args):
     # 1. its share of the shortest step that we train with
     batch, both, own = SIZES["n_embd 128"]
     batches = Loader(Shards(args.data, "train"), batch[1], batch[0])
-    step, _ = make_step("baseline", both | own | {"block_size": batch[1], "vocab_size": 66})
+    model = build("baseline", both | own | {"block_size": batch[1], "vocab_size": 66})
+    step = make_step(model, muon.make_optimizer(model, "adamw"))
     load = total = 0.0
     for i in range(-3, args.steps):
         begin = time.perf_counter()
@@ -286,7 +444,7 @@ def loader(args):
             write_shard(Path(folder) / "train_000000.bin", np.resize(np.arange(1000, dtype=np.uint16), tokens), 50257)
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 result["memory"].append({"tokens": tokens, "peak_mb": pool.apply(read_everything, [folder])})
-    write(Path(args.out), "loader_cpu", result)
+    write(args.out, "loader", result)
 
 
 def loader_markdown(result):
@@ -306,28 +464,57 @@ def loader_markdown(result):
 
 
 MARKDOWN = {
-    "shakespeare_char_cpu": shakespeare_markdown,
-    "training_speed_cpu": train_markdown,
-    "loader_cpu": loader_markdown,
+    "shakespeare_char": shakespeare_markdown,
+    "training_speed": train_markdown,
+    "decoding_speed": decode_markdown,
+    "variants": variants_markdown,
+    "loader": loader_markdown,
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", default=str(ROOT / "results"), help="where the results go")
     parser.add_argument("--data", default=str(ROOT / "data/shakespeare"), help="a folder that data/prepare.py made")
+    parser.add_argument("--device", default="auto", help="cuda or cpu; auto: cuda if it is there")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("shakespeare", help="steps and seconds to a validation loss")
+
+    def add(name, run, text):
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("shakespeare", shakespeare, "steps and seconds to a validation loss")
     command.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    command.set_defaults(run=shakespeare)
-    command = commands.add_parser("train", help="training tokens/s")
-    command.add_argument("--rounds", type=int, default=9)
-    command.add_argument("--tokens", type=int, default=4096, help="at least so many in each turn")
-    command.set_defaults(run=train)
-    command = commands.add_parser("loader", help="the loader's share of a step, and its memory")
+    train_ = add("train", train, "training tokens/s, MFU and memory")
+    train_.add_argument("--tokens", type=int, default=4096, help="at least so many in each turn")
+    decode_ = add("decode", decode, "tokens/s of prefill and decoding, bandwidth and memory")
+    decode_.add_argument("--batch", type=int, default=1, help="sequences at once")
+    decode_.add_argument("--prompt", type=int, default=128, help="tokens")
+    decode_.add_argument("--new", type=int, default=64, help="tokens to generate")
+    decode_.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    decode_.add_argument("--compile", action="store_true", help="measure a compiled step too (always on a GPU)")
+    for command in (train_, decode_):
+        text = "config files, and --key=value of any knob of train.py or its model: measure that model"
+        command.add_argument("config", nargs="*", help=text)
+    variants_ = add("variants", lambda args: write(args.out, "variants", variants(args)), "costs and savings of ideas")
+    for command, rounds in ((train_, 9), (decode_, 9), (variants_, 5)):
+        command.add_argument("--rounds", type=int, default=rounds)
+    command = add("loader", loader, "the loader's share of a step, and its memory")
     command.add_argument("--steps", type=int, default=200)
-    command.set_defaults(run=loader)
-    args = parser.parse_args()
+    args, knobs = parser.parse_known_args(argv)
+    if knobs and "config" not in args:
+        parser.error(f"unknown arguments: {' '.join(knobs)}")
+    if "config" in args:
+        args.config += knobs
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}, but torch {torch.__version__} sees no CUDA device: try --device cpu")
+    for name, least in dict(rounds=1, tokens=1, batch=1, prompt=1, new=2, steps=1).items():
+        if getattr(args, name, least) < least:
+            parser.error(f"--{name} {getattr(args, name)}: try {least} or more")
+    torch.set_float32_matmul_precision("high" if torch.cuda.is_available() else "highest")  # as train.py
     args.run(args)
 
 

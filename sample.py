@@ -7,6 +7,7 @@ python sample.py out/run --save_pretrained my-model        (a folder that transf
 """
 
 import argparse
+import copy
 import importlib
 import json
 import sys
@@ -40,6 +41,7 @@ def parse_arguments(argv):
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on CUDA, else float32")
     add("--tokenizer", help="for a folder without one: gpt2, or a path (see data/tokenizers.py)")
     add("--no_cache", action="store_true", help="compute all tokens again for each new one: slow, to check the cache")
+    add("--compile", action="store_true", help="compile the decoding step: a minute first, then faster (results/)")
     add("--interactive", action="store_true", help="chat (a continuation of each line where there are no chat tokens)")
     add("--save_pretrained", metavar="FOLDER", help="write the model there for transformers, and end")
     args = parser.parse_args(argv)
@@ -88,6 +90,13 @@ def hide_padding(model, tokenizer):
     """Leaves out the logits of what only pads the vocabulary: no text stands behind those ids."""
     head = model.logits
     model.logits = lambda x: head(x)[..., : tokenizer.vocab_size]
+
+
+def with_compiled_step(model):
+    """The same model, whose forward is compiled where it gets one token: once for a cache of any length."""
+    fast, whole, step = copy.copy(model), model.forward, torch.compile(model.forward, dynamic=True)
+    fast.forward = lambda idx, **options: (step if idx.size(1) == 1 else whole)(idx, **options)
+    return fast
 
 
 def model_of_type(model_type):
@@ -172,6 +181,7 @@ def main(argv=None):
             (Path(args.save_pretrained) / "data.json").write_text(json.dumps(data) + "\n")
             return print(f"wrote {args.save_pretrained}: config.json, model.safetensors, data.json")
         hide_padding(model, tokenizer)
+        model = with_compiled_step(model) if args.compile else model
         args.generator = torch.Generator(model.embed.weight.device).manual_seed(args.seed)
         special = tokenizer.special_tokens
         stop_tokens = {tokenizer.eot_id, *(special[t] for t in ("<|im_end|>",) if t in special)}

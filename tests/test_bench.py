@@ -1,14 +1,37 @@
 import json
+import statistics
+from functools import partial
 
 import pytest
+import torch
 
 import bench
+import bench_variants
+import flops
+import model_mla
+import timing
+from sample import with_compiled_step
+from tests.tiny import MODELS, build, cache_tensors, tokens
+from tests.tiny import TINY as TINY_SIZES
+
+TINY = ["--model=baseline", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--head_dim=8", "--n_embd=32", "--n_inner=48",
+        "--vocab_size=97", "--block_size=32", "--micro_batch=2"]  # fmt: skip
+
+SMALL = dict(n_layer=2, n_head=2, n_kv_head=1, head_dim=8, n_embd=16, vocab_size=64)
+DELTA = dict(n_inner=16, layer_pattern="da", n_key_head=1, n_value_head=2, key_dim=8, value_dim=8)
+SMALL_VARIANTS = {
+    "moe": dict(batch=(2, 32), experts=(4, 8), versus=8, sizes=SMALL, per_token=2, width=8),
+    "mla": dict(context=64, sizes=dict(n_head=4, head_dim=16, n_embd=32, kv_rank=24, rope_dim=8)),
+    "hybrid": dict(contexts=(16, 64), lengths=(8, 128), sizes=SMALL | DELTA),
+}
 
 
 @pytest.mark.parametrize("name", bench.MARKDOWN)
 def test_the_committed_table_is_the_one_drawn_from_the_committed_numbers(name):
-    result = json.loads((bench.ROOT / "results" / f"{name}.json").read_text())
-    assert (bench.ROOT / "results" / f"{name}.md").read_text() == bench.MARKDOWN[name](result)
+    files = sorted((bench.ROOT / "results").glob(f"{name}*.json"))
+    assert files
+    for file in files:
+        assert file.with_suffix(".md").read_text() == bench.MARKDOWN[name](json.loads(file.read_text()))
 
 
 def test_a_run_is_judged_where_the_line_between_two_evaluations_falls_to_the_target():
@@ -19,3 +42,264 @@ def test_a_run_is_judged_where_the_line_between_two_evaluations_falls_to_the_tar
     found = bench.summary([*rows, {"step": 200, "val_loss": bench.TARGET - 0.1}])
     assert (found["reached"], found["steps"]) == (True, 175)  # 3 / 4 of the way
     assert found["seconds"] == pytest.approx(2.5)  # 100 steps of 10 ms and 75 of 20
+
+
+# ---- what it measures with ------------------------------------------------------------------------------------------
+def test_functions_take_turns_and_a_round_holds_the_mean_of_its_calls(monkeypatch):
+    now, calls = [0.0], []
+
+    def call(name, cost):
+        calls.append(name)
+        now[0] += cost
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    took = timing.in_turn([partial(call, "a"), lambda cost: call("b", cost + 4)], (1.0,), rounds=2, times=3)
+    assert "".join(calls) == "aabb" + "aaabbb" * 2
+    assert took == [[1.0, 1.0], [5.0, 5.0]]
+
+
+def test_peak_memory_is_what_is_in_use_at_once_and_not_what_was_there_before():
+    kept = torch.ones(1_000_000)
+
+    def work():
+        a = kept + 1  # 4 MB
+        b = a + 1  # 8
+        del a
+        c = b + 1  # 8
+        return float((c + 1).sum())  # 12
+
+    assert timing.peak_memory(work) == pytest.approx(12e6, rel=0.01)
+
+
+def test_held_bytes_are_those_of_weights_buffers_and_the_optimizers_state():
+    model = torch.nn.BatchNorm1d(1000)  # weight, bias, mean and variance, and a count of 8 bytes
+    assert timing.held_bytes(model) == 4 * 4000 + 8
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 1000)).sum().backward()
+    optimizer.step()
+    assert timing.held_bytes(model, optimizer) == 4 * 4000 + 8 + 2 * (2 * 4000 + 4)  # two averages, and a step
+
+
+def test_token_times_begin_at_the_prompt_and_leave_prefill_out_of_the_time_a_token(monkeypatch):
+    times, arrivals = timing.TokenTimes(), iter([10.0, 12.0, 12.5, 13.0, 14.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(arrivals))
+    for _ in range(5):
+        times.put(torch.zeros(1))
+    assert times.seconds() == (2.0, pytest.approx(2 / 3))
+
+
+def test_bandwidth_is_the_data_sheets_where_the_gpu_is_known_and_else_that_of_a_copy(monkeypatch):
+    monkeypatch.setattr(timing, "seconds", lambda *_, **__: 0.5)
+    assert timing.bandwidth("cpu", megabytes=1) == (2 * 2**20 / 0.5, "measured copy")
+    monkeypatch.setattr(timing.flops, "device_name", lambda device: "NVIDIA H200")
+    assert timing.bandwidth("cuda") == (4.8e12, "data sheet")
+
+
+def test_a_step_without_an_optimizer_leaves_the_weights_and_with_one_is_a_clipped_step_of_it():
+    model, (x, y) = build("baseline"), timing.random_batch(2, 16, 97)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    timing.make_step(model)(x, y)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+    timing.make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))(x, y)
+    moved = sum((p - before[name]).square().sum() for name, p in model.named_parameters()).sqrt()
+    assert moved.item() == pytest.approx(1.0, rel=1e-3)  # a gradient longer than 1 is cut to 1
+
+
+def test_the_step_of_a_run_is_that_of_its_saved_config(tmp_path):
+    knobs = dict(optimizer="muon", learning_rate=0.5, weight_decay=0.0, beta1=0.8, beta2=0.9, muon_momentum=0.7,
+                 muon_steps=3, muon_dtype="auto", seed=1)  # fmt: skip
+    fields = dict(vocab_size=66, block_size=64, **TINY_SIZES["baseline"])
+    (tmp_path / "config.json").write_text(json.dumps({"model": "baseline", "model_config": fields, "knobs": knobs}))
+    step = bench.step_of(tmp_path)
+    names = step.__code__.co_freevars
+    inside = dict(zip(names, (cell.cell_contents for cell in step.__closure__)))
+    groups = {group["method"]: group for group in inside["optimizer"].param_groups}
+    assert (groups["muon"]["lr"], groups["muon"]["momentum"], groups["muon"]["steps"]) == (0.5, 0.7, 3)
+    assert groups["adamw"]["betas"] == (0.8, 0.9)
+    before = inside["model"].blocks[0].mlp.w_up.weight.clone()
+    step(*bench.random_batch(2, 64))
+    assert not torch.equal(before, inside["model"].blocks[0].mlp.w_up.weight)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_decoding_step_reads_the_weights_but_for_idle_experts_and_rows_and_the_cache(name, batch):
+    """Against the real tensors: the embedding gives a row a sequence, or is read whole as the head."""
+    model = build(name, tie_embeddings=False) if name != "gpt2" else build(name)
+    read = sum(p.nbytes for p in model.parameters()) - model.embed.weight.nbytes + batch * 4 * model.config.n_embd
+    if name == "gpt2":  # its head is the embedding; of the positions it reads one row
+        read += model.embed.weight.nbytes - model.pos_embed.weight.nbytes + 4 * model.config.n_embd
+    if name == "moe":  # an expert is idle where no sequence chooses it
+        experts = [p for key, p in model.named_parameters() if p.ndim == 3]
+        read -= sum(p.nbytes for p in experts) * (1 - model.config.n_expert_per_token / model.config.n_expert) ** batch
+    cache = model.new_cache(1, 24)
+    read += batch * (24 * cache.bytes_per_token() + (cache.state_bytes() if name == "hybrid" else 0))
+    assert bench.bytes_per_step(name, model, batch, 24) == round(read)
+
+
+# ---- the commands, small --------------------------------------------------------------------------------------------
+def result_of(folder, name):
+    return json.loads((folder / f"{name}_cpu.json").read_text()), (folder / f"{name}_cpu.md").read_text()
+
+
+def test_train_measures_a_config_against_transformers_with_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(bench, "peak_memory", lambda *_: 1000)
+    monkeypatch.setitem(bench.SETTINGS, "cpu", (("float32", False), ("bfloat16", True)))
+    bench.main(["--out", str(tmp_path), "--device", "cpu", "train", *TINY, "--rounds", "2", "--tokens", "100"])
+    result, table = result_of(tmp_path, "training_speed_baseline")
+    assert result["command"].startswith(f"python bench.py train {' '.join(TINY)} --tokens 100 --rounds 2")
+    measured = result["sizes"]["baseline"]
+    assert measured["batch"] == [2, 32]
+    names = ["baseline", "baseline", "transformers", "transformers"]
+    assert [row["model"] for row in measured["rows"]] == names
+    assert len({row["parameters"] for row in measured["rows"]}) == 1
+    for row in measured["rows"]:
+        assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
+    tensors = len(list(build("baseline").parameters()))
+    for row in measured["rows"][:2]:  # weights and two averages, and a step of each
+        assert row["peak_bytes"] == 1000 + 12 * row["parameters"] + 4 * tensors
+    speed = statistics.median(2 * 32 / s for s in measured["rows"][0]["seconds"])
+    assert f"| {speed:,.0f} (" in table
+
+
+def test_mfu_is_flops_done_over_the_peak_where_that_is_known():
+    row = dict(model="baseline", dtype="bfloat16", compile=True, parameters=10, flops_per_token=2e9, peak_flops=1e12,
+               seconds=[0.02, 0.025, 0.04], peak_bytes=5e6)  # fmt: skip
+    result = dict(command="c", rounds=3, machine=dict(cpu="x", cores=1, threads=1, torch="2", gpu="NVIDIA H200"),
+                  sizes={"s": dict(batch=[2, 2], rows=[row, row | {"model": "transformers", "peak_flops": None,
+                                                                   "seconds": [0.04, 0.05, 0.04]}])})  # fmt: skip
+    first, second = bench.train_markdown(result).splitlines()[-2:]
+    # 4 tokens in 25 ms: 160 tokens/s * 2 GFLOP = 320 GFLOP/s, of 1,000; rounds 2, 2 and 1 times as fast as the other
+    assert "| 160 (100 to 200) | 320.0 | 32.0% | 5.0 | 2.00 |" in first
+    assert "| n/a | 5.0 | 1.00 |" in second
+
+
+def test_decode_emits_the_ids_of_transformers_and_a_compiled_step_those_of_eager(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    words = ["decode", *TINY, "--rounds", "2", "--prompt", "9", "--new", "6", "--batch", "2", "--compile"]
+    bench.main(["--out", str(tmp_path), "--device", "cpu", *words])
+    result, table = result_of(tmp_path, "decoding_speed_baseline")
+    measured = result["sizes"]["baseline"]
+    assert [row["who"] for row in measured["rows"]] == ["eager", "compiled", "transformers' generate"]
+    assert [row["same"] for row in measured["rows"]] == [6, 6, 6] and "All emit the same 6 ids." in table
+    for row in measured["rows"]:
+        assert len(row["prefill"]) == len(row["step"]) == 2 and min(row["prefill"] + row["step"]) > 0
+        assert row["peak_bytes"] > 4 * measured["parameters"]
+    rate = measured["bytes_per_step"] / statistics.median(measured["rows"][0]["step"])
+    assert f"| {rate / 1e9:,.1f} | {rate / result['limit']:.0%} |" in table
+
+
+def test_the_first_id_that_differs_is_told(monkeypatch):
+    ids = iter([[[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 9, 6]]] * 3)
+    monkeypatch.setattr(bench, "our_tokens", lambda *_: (next(ids), (1.0, 1.0)))
+    monkeypatch.setattr(bench, "as_transformers", lambda *_: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    rows = bench.decoding_rows(build("baseline"), tokens(2, 4), new=3, rounds=1, compiled=True)
+    assert [row["same"] for row in rows] == [3, 1]
+
+
+def test_only_single_tokens_go_through_the_compiled_forward(monkeypatch):
+    seen = []
+
+    def compiled(function, **options):
+        assert options == {"dynamic": True}
+        return lambda idx, **rest: seen.append(tuple(idx.shape)) or function(idx, **rest)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    model = build("baseline")
+    ids, _ = bench.our_tokens(with_compiled_step(model), tokens(2, 5), 4)
+    assert seen == [(2, 1)] * 3 and ids == model.generate(tokens(2, 5), 4, temperature=0)
+
+
+def test_variants_measures_every_section_and_its_ratios_are_those_of_the_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_variants, "VARIANTS", SMALL_VARIANTS)
+    forms = []
+    for form in ("absorbed", "expanded"):
+        real = getattr(model_mla.Attention, form)
+        monkeypatch.setattr(model_mla.Attention, form, lambda *x, form=form, real=real: forms.append(form) or real(*x))
+    bench.main(["--out", str(tmp_path), "--device", "cpu", "variants", "--rounds", "2"])
+    result, table = result_of(tmp_path, "variants")
+    # 1. a token costs the same in all of them, but for the router
+    dense, *mixtures = result["moe"]["rows"]
+    assert [row["n_expert"] for row in mixtures] == [4, 8]
+    for row in mixtures:
+        assert row["flops_per_token"] - dense["flops_per_token"] == 3 * 2 * (2 * 16 * row["n_expert"])  # 2 layers
+        assert len(row["step"]) == len(row["gradient"]) == 2
+    ratio = statistics.median(b / a for a, b in zip(mixtures[1]["step"], dense["step"]))
+    assert f"| {ratio:.2f} | " in next(line for line in table.splitlines() if line.startswith("| **8 experts**"))
+    # 2. 24 + 8 numbers against 2 * 4 * 16, in both forms
+    assert forms.count("absorbed") == forms.count("expanded") > 20
+    assert [row["cache_bytes_per_token"] for row in result["mla"]["rows"]] == [4 * 32, 4 * 32, 4 * 128]
+    assert table.count("| 1 / 4.0 |") == 2 and "| MHA | 512 | 0.0 | 1 / 1.0 |" in table
+    # 3. contexts and lengths as asked
+    hybrid = result["hybrid"]
+    assert [row["context"] for row in hybrid["decoding"]] == [16, 64]
+    assert [(row["layers"], row["length"]) for row in hybrid["training"]] == [
+        ("dd", 8),
+        ("dd", 128),
+        ("da", 8),
+        ("da", 128),
+    ]
+
+
+def test_each_time_stands_where_it_was_measured(monkeypatch):
+    monkeypatch.setattr(
+        bench_variants, "in_turn", lambda functions, *_, **__: [[float(i)] for i in range(len(functions))]
+    )
+    moe = bench_variants.moe_rows(1, "cpu", "float32", **SMALL_VARIANTS["moe"])["rows"]
+    assert [(row["gradient"], row["step"]) for row in moe] == [([0.0], [1.0]), ([2.0], [3.0]), ([4.0], [5.0])]
+    hybrid = bench_variants.hybrid_rows(1, "cpu", "float32", **SMALL_VARIANTS["hybrid"])
+    assert [[row[key] for key in ("delta", "attention", "model")] for row in hybrid["decoding"]] == [
+        [[0.0], [1.0], [2.0]],
+        [[3.0], [4.0], [5.0]],
+    ]
+
+
+def test_a_full_cache_has_room_for_one_token_that_meets_all_of_it():
+    for name in ("mla", "baseline", "hybrid"):
+        model = build(name)
+        cache = bench_variants.full_cache(model, 12)
+        assert cache.length == 11 and all(x.abs().min() > 0 for x in cache_tensors(cache))
+        for _ in range(2):
+            bench_variants.one_token(model, tokens(1, 1), cache)
+            assert cache.length == 11
+        model(tokens(1, 1), cache=cache)
+        with pytest.raises(ValueError, match="do not fit"):
+            model(tokens(1, 1), cache=cache)
+
+
+def test_each_layer_of_a_kind_runs_and_no_other(monkeypatch):
+    model, seen = build("hybrid", n_layer=4, layer_pattern="ddda"), []
+    for i, block in enumerate(model.blocks):
+        for kind in ("delta", "attn"):
+            if getattr(block, kind):
+                getattr(block, kind).register_forward_hook(lambda *_, i=i, kind=kind: seen.append((kind, i)))
+    cache = bench_variants.full_cache(model, 8)
+    bench_variants.each_layer(model, "delta", torch.randn(1, 1, 32), torch.tensor([7]), cache)
+    assert seen == [("delta", 0), ("delta", 1), ("delta", 2)]
+
+
+def test_flops_of_the_dense_model_that_experts_are_compared_with_are_those_of_the_chosen_experts():
+    given = bench_variants.VARIANTS["moe"]
+    dense = timing.build("baseline", given["sizes"] | {"n_inner": given["per_token"] * given["width"]})
+    assert flops.parameters("baseline", dense.config)["mlp"] == 3 * 384 * 1024 * 2
+
+
+def test_a_config_without_a_vocabulary_gets_that_of_gpt2_and_its_name_is_in_the_files():
+    knobs, fields, label = bench.workload(["config/train_mla.py", "--n_layer=3"])
+    assert (knobs["model"], fields["vocab_size"], fields["n_layer"], label) == ("mla", 50304, 3, "train_mla")
+    assert bench.workload(["--model=gpt2"])[2] == "gpt2"
+
+
+def test_a_wrong_config_or_option_is_one_clear_line(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words, says in ((["train", "--n_hed=3"], "unknown config key 'n_hed'"),
+                        (["decode", "--model=baseline", "--n_head=3", "--n_kv_head=2"], "n_head=3 is not divisible"),
+                        (["variants", "--n_head=3"], "unknown arguments: --n_head=3"),
+                        (["decode", "--new", "1"], "--new 1: try 2 or more"),
+                        (["variants", "--rounds", "0"], "--rounds 0: try 1 or more"),
+                        (["--device", "cuda", "train"], "sees no CUDA device: try --device cpu")):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            bench.main(words)
+        assert stopped.value.code == 2 and says in capsys.readouterr().err

@@ -57,6 +57,18 @@ def test_the_text_is_what_the_model_generates_after_eot_and_the_prompt(run, caps
         assert text_of(capsys, path, "--prompt", "héllo", "--temperature", 0, "--max_new_tokens", 30) == want
 
 
+def test_a_compiled_step_changes_nothing_and_is_taken_for_each_token_but_the_first(run, capsys, monkeypatch):
+    lengths, compiler = [], torch.compile
+
+    def compiled(forward, **options):
+        step = compiler(forward, backend="eager", **options)
+        return lambda idx, **rest: lengths.append(idx.size(1)) or step(idx, **rest)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    arguments = (run[0], "--prompt", "héllo", "--temperature", 0, "--max_new_tokens", 6)
+    assert text_of(capsys, *arguments, "--compile") == text_of(capsys, *arguments) and lengths == [1] * 5
+
+
 def test_the_cache_changes_nothing(run, capsys):
     arguments = (run[0], "--prompt", "ab", "--temperature", 0, "--max_new_tokens", 80)  # past block_size too
     assert text_of(capsys, *arguments) == text_of(capsys, *arguments, "--no_cache")
