@@ -253,9 +253,9 @@ def measure(runs, rounds):
 
     All variants take turns. Decoding is greedy at batch 1 with a cache; context: the tokens that are in it already.
     """
-    T = runs[0].variant.config["block_size"]
-    windows = runs[0].variant.config["batch_tokens"] // T
-    batch = bench.random_batch(windows, T)
+    c = runs[0].variant.config
+    T = c["block_size"]
+    batch = bench.random_batch(c["batch_tokens"] // T, T, c["vocab_size"])
     training = bench.in_turn([bench.step_of(run.folder.absolute()) for run in runs], batch, rounds, 1)
     found = [{"train_seconds": seconds, "decode_seconds": {}} for seconds in training]
     for context in (T // 4, T - T // 16):
@@ -278,7 +278,7 @@ def decoder(variant, context, new):
             model(token, cache=cache, last_only=True)
 
     with torch.no_grad():
-        model(torch.randint(64, (1, context)), cache=cache, last_only=True)
+        model(torch.randint(model.config.vocab_size, (1, context)), cache=cache, last_only=True)
     return decode
 
 

@@ -1,4 +1,4 @@
-# The quickstart with three gated delta rule layers to one of gated attention: 3,390,408 parameters, 0.6M tokens, about
+# The quickstart with three gated delta rule layers to one of gated attention: 3,390,408 parameters, 0.9M tokens, about
 # 3 minutes on 2 CPU cores.
 # The data: python data/prepare.py stdlib --tokenizer bpe:4096
 import torch
@@ -24,7 +24,7 @@ zero_init_residual = True
 
 batch_tokens = 2048  # 8 * 256
 micro_batch = 8
-max_steps = 300  # 0.6M tokens
+max_steps = 450  # 0.9M tokens
 if torch.cpu._is_avx512_bf16_supported():
     dtype = muon_dtype = "bfloat16"
 

@@ -1,4 +1,4 @@
-# The quickstart with latent attention: 3,192,768 parameters, 1.1M tokens, about 3 minutes on 2 CPU cores. The cache has
+# The quickstart with latent attention: 3,192,768 parameters, 1.2M tokens, about 3 minutes on 2 CPU cores. The cache has
 # 4 * (64 + 16) = 320 numbers of a token, in the quickstart 4 * 2 * 4 * 48 = 1,536.
 # The data: python data/prepare.py stdlib --tokenizer bpe:4096
 import torch
@@ -22,7 +22,7 @@ zero_init_residual = True
 
 batch_tokens = 2048  # 8 * 256
 micro_batch = 8
-max_steps = 550  # 1.1M tokens
+max_steps = 600  # 1.2M tokens
 if torch.cpu._is_avx512_bf16_supported():
     dtype = muon_dtype = "bfloat16"
 

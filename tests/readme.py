@@ -7,13 +7,17 @@ from tests.tiny import ROOT
 
 
 def result(name: str) -> str:
-    """A table of results/ without its title."""
-    return (ROOT / "results" / f"{name}.md").read_text().partition("\n")[2].strip()
+    """A table of results/ without its title, its sections a level deeper."""
+    return (ROOT / "results" / f"{name}.md").read_text().partition("\n")[2].strip().replace("\n## ", "\n### ")
 
 
 PARTS = {
     "models": differences.table,
+    "variants": lambda: result("compare_variants_cpu"),
+    "optimizers": lambda: result("compare_optimizers_cpu"),
+    "recall": lambda: result("compare_recall_cpu"),
     "shakespeare": lambda: result("shakespeare_char_cpu"),
+    "speed": lambda: result("variants_cpu"),
 }
 
 

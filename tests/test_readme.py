@@ -17,20 +17,35 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S)
 ANY = "--n_layer=1 --n_embd=32 --block_size=32 --batch_tokens=128 --micro_batch=2 --max_steps=2 --eval_tokens=256"
 ANY += " --device=cpu --dtype=float32"
 TINY = ANY + " --n_inner=32 --head_dim=8"
+STDLIB = "python data/prepare.py stdlib --tokenizer bpe:300 --max_tokens 200000"
 CHANGED = {  # how a command is made small where the general rule below does not do
     "make quickstart": "make -n quickstart",  # its three commands run below
     "make test": "make -n test",  # it runs this
     "git diff --no-index model_baseline.py model_mla.py": "git diff --no-index model_gpt2.py model_gpt2.py",
-    "python data/prepare.py stdlib": "{} --max_tokens 200000",
+    "python data/prepare.py stdlib --tokenizer bpe:4096": STDLIB,
     "python data/prepare.py shakespeare": "{} --input notes.txt",  # without it, it downloads
-    "python bench.py train": "python bench.py train --help",  # takes many minutes
+    "python data/prepare.py mqar": "{} --documents 100",
+    "python bench.py train": "python bench.py train --help",  # takes many minutes, as the others
+    "python bench.py decode --compile": "python bench.py decode --help",
+    "python bench.py variants": "python bench.py variants --help",
     "python bench.py shakespeare --data data/shakespeare": "python bench.py shakespeare --help",
+}
+FEW = "--seeds 1 --lrs 1 --rounds 0 --warmup_steps=0 --jobs 1"
+SHORT = f"{FEW} config/compare_cpu.py --n_layer=1 --block_size=32 --batch_tokens=128 --micro_batch=2 --eval_tokens=256"
+SMALLER = {  # a part of a command that is left out, and what is added to it
+    "python compare.py --models baseline,gpt2": (",moe,mla,hybrid", f"{SHORT} --budget 3e9"),
+    "python compare.py --models baseline,baseline": (",baseline:optimizer=adamw", f"{SHORT} --budget 3e9"),
+    "python compare.py --budgets": ("n_embd=96:n_inner=256,n_embd=144:n_inner=384,", f"{SHORT} --budgets 3e9"),
+    "python compare.py config/mqar.py": (",hybrid:layer_pattern=d:init_std=0.02", f"{FEW} --budget 4e9 --rounds 1"),
 }
 
 
 def tiny(command):
     if command in CHANGED:
         return CHANGED[command].format(command)
+    for begin, (without, more) in SMALLER.items():
+        if command.startswith(begin):
+            return f"{command.replace(without, '')} {more}"
     if "train.py" in command and "--help" not in command:
         return f"{command} {ANY if '--model=gpt2' in command else TINY}"
     return command + (" --max_new_tokens 8" if "sample.py" in command and "--save" not in command else "")
@@ -47,8 +62,9 @@ def copy(tmp_path_factory):
     documents = [path.read_text() for path in sorted(folder.glob("*.py"))]
     (folder / "more.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     (folder / "prompt.txt").write_text("import os")
+    (folder / "questions.jsonl").write_text('{"context": "def", "choices": [" main", " 1"], "label": 0}\n')
     run("gzip more.jsonl", folder)
-    run("python data/prepare.py stdlib --tokenizer bpe:300 --max_tokens 200000", folder)
+    run(STDLIB, folder)
     run(f"python train.py config/quickstart.py {TINY}", folder)
     return folder
 
