@@ -118,15 +118,17 @@ def summary(rows):
     return found | {"reached": False, "steps": len(ms), "seconds": sum(ms) / 1000}
 
 
-def step_of(folder):
-    """The training step of a run, from the config it saved."""
+def step_of(folder, device="cpu"):
+    """The training step of a run, from the config it saved, in its dtype, and compiled where the run was."""
     config = json.loads((ROOT / folder / "config.json").read_text())
     names = ("optimizer", "learning_rate", "weight_decay", "beta1", "beta2", "muon_momentum", "muon_steps")
     options = {key: config["knobs"][key] for key in names}
     dtype = config["knobs"]["muon_dtype"]
     options["muon_dtype"] = None if dtype == "auto" else getattr(torch, dtype)
-    model = build(config["model"], config["model_config"])
-    return make_step(model, muon.make_optimizer(model, **options))
+    model = build(config["model"], config["model_config"], device)
+    compiled = {"auto": device.startswith("cuda")}.get(config["knobs"]["compile"], config["knobs"]["compile"])
+    _, dtype = device_and_dtype(device, config["knobs"]["dtype"])
+    return make_step(model, muon.make_optimizer(model, **options), dtype, torch.compile(model) if compiled else model)
 
 
 def shakespeare(args):

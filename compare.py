@@ -34,6 +34,7 @@ from tqdm import tqdm
 import bench
 import flops
 import record
+import timing
 from configurator import resolve
 from data.shards import Shards
 
@@ -227,7 +228,8 @@ def describe(variant, sweep, repeats):
     """A variant's row of the result: what it is, and its runs at the best learning rate."""
     model, c = variant.config["model"], gpt_config(variant.config)
     best = min(sweep, key=loss_of)
-    runs, size = [best, *repeats], 2 if variant.config["dtype"] == "bfloat16" else 4
+    device, _ = timing.device_and_dtype(variant.config["device"])
+    runs, size = [best, *repeats], 2 if timing.device_and_dtype(device)[1] == "bfloat16" else 4  # as sample.py decodes
     return {
         "name": variant.name,
         "model": model,
@@ -251,25 +253,30 @@ def describe(variant, sweep, repeats):
 def measure(runs, rounds):
     """[{"train_seconds": of a step, "decode_seconds": {context: of a token}}], each a list with one number a round.
 
-    All variants take turns. Decoding is greedy at batch 1 with a cache; context: the tokens that are in it already.
+    All variants take turns, on one device. Decoding is at batch 1 with a cache, in the dtype that sample.py would take;
+    context: the tokens that are in it already.
     """
     c = runs[0].variant.config
-    T = c["block_size"]
-    batch = bench.random_batch(c["batch_tokens"] // T, T, c["vocab_size"])
-    training = bench.in_turn([bench.step_of(run.folder.absolute()) for run in runs], batch, rounds, 1)
-    found = [{"train_seconds": seconds, "decode_seconds": {}} for seconds in training]
-    for context in (T // 4, T - T // 16):
-        steps = [decoder(run.variant, context, T // 16) for run in runs]
-        for row, seconds in zip(found, bench.in_turn(steps, (), rounds, 1)):
-            row["decode_seconds"][str(context)] = [x / (T // 16) for x in seconds]
+    device, _ = timing.device_and_dtype(c["device"])
+    T, at_once = c["block_size"], min(c["micro_batch"] * c["block_size"], c["batch_tokens"])
+    batch = at_once // T, T, c["vocab_size"], device
+    steps = [bench.step_of(run.folder.absolute(), device) for run in runs]
+    training = timing.in_turn(steps, timing.random_batch(*batch), rounds, 1, device)
+    found = [{"train_seconds": [x * c["batch_tokens"] / at_once for x in seconds], "decode_seconds": {}}
+             for seconds in training]  # fmt: skip
+    new = max(T // 16, 1)
+    for context in (T // 4, T - new):
+        steps = [decoder(run.variant, context, new, device) for run in runs]
+        for row, seconds in zip(found, timing.in_turn(steps, (), rounds, 1, device)):
+            row["decode_seconds"][str(context)] = [x / new for x in seconds]
     return found
 
 
-def decoder(variant, context, new):
+def decoder(variant, context, new, device):
     """A function that decodes `new` tokens behind `context` random ones."""
-    module = importlib.import_module(f"model_{variant.config['model']}")
-    model = module.GPT(gpt_config(variant.config)).eval()
-    cache, token = model.new_cache(1, context + new), torch.zeros(1, 1, dtype=torch.long)
+    model = timing.build(variant.config["model"], vars(gpt_config(variant.config)), device).eval()
+    model = model.to(getattr(torch, timing.device_and_dtype(device)[1]))
+    cache, token = model.new_cache(1, context + new), torch.zeros(1, 1, dtype=torch.long, device=device)
 
     @torch.no_grad()
     def decode():
@@ -278,7 +285,7 @@ def decoder(variant, context, new):
             model(token, cache=cache, last_only=True)
 
     with torch.no_grad():
-        model(torch.randint(model.config.vocab_size, (1, context)), cache=cache, last_only=True)
+        model(torch.randint(model.config.vocab_size, (1, context), device=device), cache=cache, last_only=True)
     return decode
 
 
@@ -308,7 +315,7 @@ def with_error(values, digits=4):
 def markdown(result: dict) -> str:
     if result["isoflop"]:
         return isoflop_markdown(result)
-    rows, m = result["variants"], result["machine"]
+    rows = result["variants"]
     first, seeds = rows[0], len(rows[0]["loss"])
     equal = {
         "flops": "all have the same training FLOPs (attention counted over all T keys)",
@@ -317,7 +324,7 @@ def markdown(result: dict) -> str:
     }[result["match"]]
     lines = [
         f"# {result['title']}\n",
-        f"{m['cores']} x {m['cpu']}, torch {m['torch']}. `{result['command']}`\n",
+        timing.describe(result),
         f"{seeds} seed(s); {equal}, the same data in the same order, and each the learning rate that suited it best at "
         f"the first seed, of {min(len(row['sweep']) for row in rows)} or more. Mean ± standard error over seeds; "
         f"{first['config']['eval_tokens']:,} validation tokens.\n",
@@ -381,10 +388,10 @@ def best_sizes(rows):
 
 
 def isoflop_markdown(result):
-    m, found = result["machine"], best_sizes(result["variants"])
+    found = best_sizes(result["variants"])
     lines = [
         f"# {result['title']}\n",
-        f"{m['cores']} x {m['cpu']}, torch {m['torch']}. `{result['command']}`\n",
+        timing.describe(result),
         "Validation loss of each size at each budget of training FLOPs, and the size at which a parabola through them, "
         "over the logarithm of the parameters, is lowest.\n",
         "| budget | variant | parameters | tokens | validation loss |",
@@ -476,12 +483,12 @@ def compare(args) -> dict:
     repeats = [[make_run(args, run.variant, run.lr, seed) for seed in range(2, args.seeds + 1)] for run in best]
     train_all([run for runs in repeats for run in runs], args.jobs, bar)
     bar.close()
-    device = flops.device_name("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = timing.device_and_dtype(planned[0].config["device"], planned[0].config["dtype"])
     result = {
         "title": args.title,
         "command": shlex.join(["python", "compare.py", *args.argv]),
-        "machine": bench.machine(),
-        "peak_flops": flops.peak_flops(device, planned[0].config["dtype"]),
+        "machine": timing.machine(device),
+        "peak_flops": flops.peak_flops(flops.device_name(device), dtype),
         "match": args.match,
         "isoflop": bool(args.sizes),
         "variants": [describe(*row) for row in zip(planned, sweeps, repeats)],

@@ -107,7 +107,7 @@ def test_a_step_without_an_optimizer_leaves_the_weights_and_with_one_is_a_clippe
 
 def test_the_step_of_a_run_is_that_of_its_saved_config(tmp_path):
     knobs = dict(optimizer="muon", learning_rate=0.5, weight_decay=0.0, beta1=0.8, beta2=0.9, muon_momentum=0.7,
-                 muon_steps=3, muon_dtype="auto", seed=1)  # fmt: skip
+                 muon_steps=3, muon_dtype="auto", seed=1, dtype="bfloat16", compile="auto")  # fmt: skip
     fields = dict(vocab_size=66, block_size=64, **TINY_SIZES["baseline"])
     (tmp_path / "config.json").write_text(json.dumps({"model": "baseline", "model_config": fields, "knobs": knobs}))
     step = bench.step_of(tmp_path)
@@ -115,7 +115,8 @@ def test_the_step_of_a_run_is_that_of_its_saved_config(tmp_path):
     inside = dict(zip(names, (cell.cell_contents for cell in step.__closure__)))
     groups = {group["method"]: group for group in inside["optimizer"].param_groups}
     assert (groups["muon"]["lr"], groups["muon"]["momentum"], groups["muon"]["steps"]) == (0.5, 0.7, 3)
-    assert groups["adamw"]["betas"] == (0.8, 0.9)
+    assert groups["adamw"]["betas"] == (0.8, 0.9) and inside["dtype"] == "bfloat16"
+    assert inside["loss"] is inside["model"]  # a CPU compiles only what is told to
     before = inside["model"].blocks[0].mlp.w_up.weight.clone()
     step(*bench.random_batch(2, 64))
     assert not torch.equal(before, inside["model"].blocks[0].mlp.w_up.weight)
