@@ -128,7 +128,8 @@ def step_of(folder, device="cpu"):
     model = build(config["model"], config["model_config"], device)
     compiled = {"auto": device.startswith("cuda")}.get(config["knobs"]["compile"], config["knobs"]["compile"])
     _, dtype = device_and_dtype(device, config["knobs"]["dtype"])
-    return make_step(model, muon.make_optimizer(model, **options), dtype, torch.compile(model) if compiled else model)
+    loss, optimizer = torch.compile(model) if compiled else model, muon.make_optimizer(model, **options)
+    return make_step(model, optimizer, dtype, loss, config["knobs"]["micro_batch"])
 
 
 def shakespeare(args):

@@ -24,7 +24,9 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +42,8 @@ from data.shards import Shards
 
 ROOT = Path(__file__).resolve().parent
 MORE_RATES = 2  # at most, beyond the ends of the sweep
+DIVERGED = "in a row without a finite gradient"  # how train.py says it
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, 5 %, two-sided: 1, 2... of freedom
 MATCHES = ("flops", "flops_per_token", "parameters")
 
 
@@ -65,7 +69,8 @@ def numbers(text):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)  # fmt: skip
     add = parser.add_argument
     add("--models", default="baseline", help="variants, with commas; the first is what the others are compared with")
     add("--vary", metavar="KNOB=A,B,...", help="the values of one knob as variants of the model, or of MODEL.KNOB")
@@ -90,7 +95,10 @@ def parse_arguments(argv):
         parser.error(f"--seeds {args.seeds} --jobs {args.jobs} --lrs {args.lrs}: give numbers above 0")
     if bool(args.budgets) != bool(args.sizes):
         parser.error("--budgets and --sizes go together")
-    args.results = Path(args.results or Path(args.out_dir) / "comparison")
+    args.results = args.results or f"{args.out_dir}/comparison"
+    fixed = [word for word in args.more if word.partition("=")[0] in ("--seed", "--max_steps", "--out_dir")]
+    if fixed:
+        parser.error(f"{' '.join(fixed)}: compare.py sets these itself, by --seeds, --budget and --out_dir")
     return args
 
 
@@ -116,7 +124,10 @@ def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant
         added[knob], _ = flops.match(model, config | added, T, target, knob, by)
     config = resolve(ROOT / "train.py", arguments + [f"--{key}={value}" for key, value in added.items()])
     per_token = flops.training_flops_per_token(model, gpt_config(config), T)
-    steps, least = like.steps if like else round(budget / (per_token * batch_tokens)), config["warmup_steps"] + 1
+    if per_token is None:
+        raise ValueError(f"flops.py has no formula for {model!r}, only for {', '.join(flops.FORMULAS)}: add one there")
+    steps = like.tokens // batch_tokens if like else round(budget / (per_token * batch_tokens))
+    least = config["warmup_steps"] + 1
     if steps < least:
         raise ValueError(f"--budget={budget:.3g} pays for {steps} steps of {name} ({per_token:.3g} FLOPs a token, "
                          f"{batch_tokens:,} tokens a step), and warmup_steps={least - 1}: try "
@@ -138,6 +149,8 @@ def plan_all(args) -> list[Variant]:
         base, _, knob = knob.rpartition(".")
         names = [f"{name}:{knob}={value}" for name in ([base] if base else names) for value in values.split(",")]
     if args.sizes:
+        if len({name.split(":")[0] for name in names}) < len(names):
+            raise ValueError(f"--sizes draws a curve for each model: name one once, not {', '.join(names)}")
         names = [f"{name}:{size}" for name in names for size in args.sizes.split(",")]
         return [plan(args, name, budget) for budget in args.budgets for name in names]
     first = plan(args, names[0], args.budget)
@@ -162,26 +175,37 @@ def is_finished(run: Run) -> bool:
     saved = json.loads((run.folder / "config.json").read_text())
     saved = {"model": saved["model"], **saved["model_config"], **saved["knobs"]}
     want = json.loads(json.dumps(run.variant.config | options(run)))
-    differ = [f"{k}={v!r}, not {want[k]!r}" for k, v in saved.items() if k != "eot_id" and v != want[k]]  # set by data
+    differ = [f"{k}={v!r}, not {want.get(k)!r}" for k, v in saved.items() if k != "eot_id" and v != want.get(k)]
+    trained = json.loads((run.folder / "manifest.json").read_text())["data_fingerprint"]
+    if trained != Shards(run.variant.config["data"], "train").fingerprint:
+        differ.append("its data was another")
     if differ:
         raise ValueError(f"{run.folder} is of another comparison: {', '.join(differ[:3])}: try another --out_dir")
     return any(row["step"] == run.variant.steps and "val_loss" in row for row in record.read_metrics(run.folder))
 
 
-def train(run: Run, number: int, jobs: int, processes: list) -> Run:
-    """Runs train.py to its end, or goes on with it. RuntimeError where it fails."""
+def train(run: Run, slots: SimpleQueue, jobs: int, processes: list) -> Run:
+    """Runs train.py to its end, or goes on with it. RuntimeError where it fails. slots: of the jobs, those free."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, ROOT / "train.py", *run.variant.arguments]
     command += [f"--{key}={value}" for key, value in options(run).items()]
     command += ["--resume"] if record.exists(run.folder) else []
     own = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
+    slot = slots.get()
     if torch.cuda.is_available():
-        own["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        own["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[slot % len(gpus.split(","))]
     log = Path(f"{run.folder}.log")
     with log.open("w") as file:
-        processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | own))
-        code = processes[-1].wait()
-    if code or not is_finished(run):
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | own)
+        processes.append(process)
+        code = process.wait()
+    slots.put(slot)
+    if code and DIVERGED in log.read_text():  # a result, too
+        row = {"step": run.variant.steps, "tokens": run.variant.tokens, "val_loss": None, "val_bits_per_byte": None}
+        with (run.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    elif code or not is_finished(run):
         last = log.read_text().strip().splitlines()[-1:]
         raise RuntimeError(f"{run.folder} ended with code {code}; the last line of {log}: {''.join(last)}")
     return run
@@ -199,9 +223,11 @@ def train_all(runs: list[Run], jobs: int, bar: tqdm) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, on_sigterm)
-    pool = ThreadPoolExecutor(jobs)
+    pool, slots = ThreadPoolExecutor(jobs), SimpleQueue()
+    for slot in range(jobs):
+        slots.put(slot)
     try:
-        for future in as_completed([pool.submit(train, run, i, jobs, processes) for i, run in enumerate(left)]):
+        for future in as_completed([pool.submit(train, run, slots, jobs, processes) for run in left]):
             run = future.result()
             bar.write(f"{run.variant.name}, learning rate x {run.lr:g}, seed {run.seed}: {loss_of(run):.4f}")
             bar.update(run.variant.budget)
@@ -214,13 +240,15 @@ def final(run):
 
 
 def loss_of(run):
-    return final(run)["val_loss"]
+    """Its last validation loss; infinity where it diverged."""
+    loss = final(run)["val_loss"]
+    return math.inf if loss is None else loss
 
 
 # ---- what came of it -------------------------------------------------------------------------------------------------
 def curve(run):
     """[(tokens, validation loss)] of a run, without the loss before training."""
-    rows = [row for row in record.read_metrics(run.folder) if "val_loss" in row and row["step"] > 0]
+    rows = [row for row in record.read_metrics(run.folder) if row.get("val_loss") is not None and row["step"] > 0]
     return [(row["tokens"], row["val_loss"]) for row in rows]
 
 
@@ -256,14 +284,15 @@ def measure(runs, rounds):
     All variants take turns, on one device. Decoding is at batch 1 with a cache, in the dtype that sample.py would take;
     context: the tokens that are in it already.
     """
-    c = runs[0].variant.config
-    device, _ = timing.device_and_dtype(c["device"])
-    T, at_once = c["block_size"], min(c["micro_batch"] * c["block_size"], c["batch_tokens"])
-    batch = at_once // T, T, c["vocab_size"], device
-    steps = [bench.step_of(run.folder.absolute(), device) for run in runs]
-    training = timing.in_turn(steps, timing.random_batch(*batch), rounds, 1, device)
-    found = [{"train_seconds": [x * c["batch_tokens"] / at_once for x in seconds], "decode_seconds": {}}
-             for seconds in training]  # fmt: skip
+    configs = [run.variant.config for run in runs]
+    device, _ = timing.device_and_dtype(configs[0]["device"])
+    torch.set_float32_matmul_precision("high" if configs[0]["tf32"] and device.startswith("cuda") else "highest")
+    steps = []
+    for run, c in zip(runs, configs):
+        batch = c["batch_tokens"] // c["block_size"], c["block_size"], c["vocab_size"], device
+        steps.append(partial(bench.step_of(run.folder.absolute(), device), *timing.random_batch(*batch)))
+    found = [{"train_seconds": x, "decode_seconds": {}} for x in timing.in_turn(steps, (), rounds, 1, device)]
+    T = min(c["block_size"] for c in configs)
     new = max(T // 16, 1)
     for context in (T // 4, T - new):
         steps = [decoder(run.variant, context, new, device) for run in runs]
@@ -294,20 +323,27 @@ def standard_error(values):
 
 
 def verdict(row, first):
-    """How a variant's loss differs from the first one's; under two standard errors of the difference it is no win."""
+    """How a variant's loss differs from the first one's, ± standard error: a win if chance gives it once in 20 or less.
+
+    By Student's t for two means of few seeds, which asks for more than two standard errors.
+    """
+    if math.inf in row["loss"] + first["loss"]:
+        return "diverged"
     difference = statistics.mean(row["loss"]) - statistics.mean(first["loss"])
     if row is first:
         return "-"
     if len(row["loss"]) < 2 or len(first["loss"]) < 2:
         return f"{difference:+.4f} (one seed)"
     error = math.hypot(standard_error(row["loss"]), standard_error(first["loss"]))
-    word = "no difference seen" if abs(difference) < 2 * error else "better" if difference < 0 else "worse"
+    freedom = len(row["loss"]) + len(first["loss"]) - 2
+    sure = abs(difference) > error * T95[min(freedom, len(T95)) - 1]
+    word = "no difference seen" if not sure else "better" if difference < 0 else "worse"
     return f"{difference:+.4f} ± {error:.4f}: {word}"
 
 
 def with_error(values, digits=4):
-    if None in values:
-        return "n/a"
+    if None in values or math.inf in values:
+        return "n/a" if None in values else "diverged"
     error = standard_error(values)
     return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
@@ -317,6 +353,7 @@ def markdown(result: dict) -> str:
         return isoflop_markdown(result)
     rows = result["variants"]
     first, seeds = rows[0], len(rows[0]["loss"])
+    evaluated = f"{first['config']['eval_tokens']:,}" if first["config"]["eval_tokens"] else "all"
     equal = {
         "flops": "all have the same training FLOPs (attention counted over all T keys)",
         "flops_per_token": "all have the same tokens and, by their width, the same FLOPs a token",
@@ -327,7 +364,7 @@ def markdown(result: dict) -> str:
         timing.describe(result),
         f"{seeds} seed(s); {equal}, the same data in the same order, and each the learning rate that suited it best at "
         f"the first seed, of {min(len(row['sweep']) for row in rows)} or more. Mean ± standard error over seeds; "
-        f"{first['config']['eval_tokens']:,} validation tokens.\n",
+        f"{evaluated} validation tokens.\n",
         f"| variant | validation loss | bits per byte | against {first['name']} | learning rate |",
         "|---|---|---|---|---|",
     ]
@@ -471,18 +508,20 @@ def beyond(args, sweep):
 def compare(args) -> dict:
     """Does all runs; what came of them, for `markdown` and `plot`."""
     planned = plan_all(args)
-    bar = tqdm(total=0.0, unit="FLOP", unit_scale=True, smoothing=0)
-    bar.total = sum(variant.budget for variant in planned) * (len(args.lrs) + args.seeds - 1)
     sweeps = [[make_run(args, variant, lr, 1) for lr in args.lrs] for variant in planned]
     new = [run for sweep in sweeps for run in sweep]
-    while new:
-        train_all(new, args.jobs, bar)
-        new = [run for sweep in sweeps for run in beyond(args, sweep)]
-        bar.total += sum(run.variant.budget for run in new)
-    best = [min(sweep, key=loss_of) for sweep in sweeps]
-    repeats = [[make_run(args, run.variant, run.lr, seed) for seed in range(2, args.seeds + 1)] for run in best]
-    train_all([run for runs in repeats for run in runs], args.jobs, bar)
-    bar.close()
+    folders = [str(run.folder) for run in new]
+    if twice := {folder for folder in folders if folders.count(folder) > 1}:
+        raise ValueError(f"planned twice: {', '.join(sorted(twice))}: give each variant, budget and rate once")
+    total = sum(variant.budget for variant in planned) * (len(args.lrs) + args.seeds - 1)
+    with tqdm(total=total, unit="FLOP", unit_scale=True, smoothing=0) as bar:
+        while new:
+            train_all(new, args.jobs, bar)
+            new = [run for sweep in sweeps for run in beyond(args, sweep)]
+            bar.total += sum(run.variant.budget for run in new)
+        best = [min(sweep, key=loss_of) for sweep in sweeps]
+        repeats = [[make_run(args, run.variant, run.lr, seed) for seed in range(2, args.seeds + 1)] for run in best]
+        train_all([run for runs in repeats for run in runs], args.jobs, bar)
     device, dtype = timing.device_and_dtype(planned[0].config["device"], planned[0].config["dtype"])
     result = {
         "title": args.title,
@@ -494,14 +533,19 @@ def compare(args) -> dict:
         "variants": [describe(*row) for row in zip(planned, sweeps, repeats)],
     }
     if args.rounds and not args.sizes:
-        for row, found in zip(result["variants"], measure(best, args.rounds)):
-            row |= found
+        try:
+            for row, found in zip(result["variants"], measure(best, args.rounds)):
+                row |= found
+        except RuntimeError as error:  # out of memory, say: what was trained is not lost for that
+            print(f"the speed was not measured: {error}", file=sys.stderr)
     return result
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    json_, markdown_, png = (Path(f"{args.results}.{kind}") for kind in ("json", "md", "png"))
     try:
+        json_.parent.mkdir(parents=True, exist_ok=True)
         result = compare(args)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -509,10 +553,9 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    args.results.with_suffix(".md").write_text(markdown(result))
-    plot(result, args.results.with_suffix(".png"))
+    json_.write_text(json.dumps(result, indent=1) + "\n")
+    markdown_.write_text(markdown(result))
+    plot(result, png)
     print(markdown(result))
 
 

@@ -137,17 +137,22 @@ def build(variant: str, fields: dict, device: str = "cpu") -> torch.nn.Module:
     return module.GPT(module.GPTConfig(**fields)).to(device)
 
 
-def make_step(model: torch.nn.Module, optimizer=None, dtype: str = "float32", loss: Callable | None = None) -> Callable:
+def make_step(
+    model: torch.nn.Module, optimizer=None, dtype: str = "float32", loss: Callable | None = None, micro_batch: int = 0
+) -> Callable:
     """A function that does one training step of train.py on tokens x, y. loss(x, y): the model's, unless given.
+
+    micro_batch: windows at once; 0: all.
 
     Without an optimizer it is forward and backward alone.
     """
     device, loss = next(model.parameters()).device.type, model if loss is None else loss
 
     def step(x, y):
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            value = loss(x, y)
-        value.backward()
+        for part in zip(x.split(micro_batch or len(x)), y.split(micro_batch or len(y))):
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+                value = loss(*part)
+            value.backward()
         if optimizer:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

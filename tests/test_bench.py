@@ -107,7 +107,7 @@ def test_a_step_without_an_optimizer_leaves_the_weights_and_with_one_is_a_clippe
 
 def test_the_step_of_a_run_is_that_of_its_saved_config(tmp_path):
     knobs = dict(optimizer="muon", learning_rate=0.5, weight_decay=0.0, beta1=0.8, beta2=0.9, muon_momentum=0.7,
-                 muon_steps=3, muon_dtype="auto", seed=1, dtype="bfloat16", compile="auto")  # fmt: skip
+                 muon_steps=3, muon_dtype="auto", seed=1, dtype="bfloat16", compile="auto", micro_batch=1)  # fmt: skip
     fields = dict(vocab_size=66, block_size=64, **TINY_SIZES["baseline"])
     (tmp_path / "config.json").write_text(json.dumps({"model": "baseline", "model_config": fields, "knobs": knobs}))
     step = bench.step_of(tmp_path)

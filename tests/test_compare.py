@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,7 +37,7 @@ def fake(monkeypatch):
     """Runs that only write what train.py would leave behind. ran: what was run; loss: of what; fails_at: which run."""
     self = SimpleNamespace(ran=[], loss=lambda name, lr, seed: 3.0 + math.log(lr) ** 2 + 0.01 * seed, fails_at=0)
 
-    def train(run, number, jobs, processes):
+    def train(run, slots, jobs, processes):
         self.ran.append((run.variant.name, run.lr, run.seed))
         if self.fails_at == len(self.ran):
             raise RuntimeError("no luck")
@@ -46,7 +47,8 @@ def fake(monkeypatch):
         rows = [{"step": step, "tokens": step * 256, "val_bits_per_byte": None, "memory_gb": 1.0, "ms": 1.0,
                  "val_loss": self.loss(*self.ran[-1])} for step in (1, run.variant.steps)]  # fmt: skip
         run.folder.mkdir(parents=True)
-        (run.folder / "manifest.json").write_text('{"data_fingerprint": ""}')
+        fingerprint = compare.Shards(knobs["data"], "train").fingerprint
+        (run.folder / "manifest.json").write_text(json.dumps({"data_fingerprint": fingerprint}))
         (run.folder / "config.json").write_text(json.dumps(config))
         (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return run
@@ -95,12 +97,23 @@ def test_the_values_of_a_knob_become_variants_of_each_model_or_of_the_one_named(
     (["--budget", "1e6"], "--budget=1e+06 pays for 0 steps of baseline ("),
     (["--models", "baseline,mla", "--match", "parameters", "--knob", "n_layer"], "the nearest is n_layer="),
     (["--data", "nowhere"], "nowhere"),
+    (["--models", "baseline,baseline"], "planned twice"),
+    (["--models", "baseline,baseline:n_layer=1", "--budgets", "1e9", "--sizes", "n_embd=32"], "name one once"),
+    (["--seed=7"], "error: --seed=7: compare.py sets these itself"),
+    (["--lrs", "high"], "error: argument --lrs: invalid numbers value: 'high'"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(setting, tmp_path, capsys, more, message):
     with pytest.raises(SystemExit) as exit:
         compare.main([*setting, f"--out_dir={tmp_path}", *more])
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit.value.code == 2 and error.startswith("error: ") and message in error
+    assert exit.value.code == 2 and "error: " in error and message in error
+
+
+def test_a_variant_without_formulas_is_refused(setting, tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(flops.FORMULAS, "gpt2")
+    with pytest.raises(SystemExit):
+        compare.main([*setting, f"--out_dir={tmp_path}", "--models", "baseline,gpt2"])
+    assert "error: flops.py has no formula for 'gpt2', only for baseline, " in capsys.readouterr().err
 
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
@@ -141,6 +154,54 @@ def test_a_folder_of_another_comparison_is_refused_with_what_differs(setting, tm
     assert "is of another comparison: weight_decay=0.1, not 0.5: try another --out_dir" in error and len(fake.ran) == 1
 
 
+def test_a_run_on_other_data_is_no_part_of_this_comparison(setting, tmp_path, fake, capsys):
+    run(setting, tmp_path, "--lrs", "1", "--seeds", "1")
+    manifest = next(tmp_path.glob("*/*/manifest.json"))
+    manifest.write_text('{"data_fingerprint": "another"}')
+    with pytest.raises(SystemExit):
+        run(setting, tmp_path, "--lrs", "1", "--seeds", "1")
+    assert "of another comparison: its data was another" in capsys.readouterr().err
+
+
+def test_a_learning_rate_that_diverges_is_a_result_and_not_the_end(setting, tmp_path):
+    """train.py gives up after steps without a finite gradient; the comparison goes on, and does not try again."""
+    more = ["--lrs", "1,1e38", "--seeds", "1", "--optimizer=adamw", "--max_skipped=2"]
+    row = run(setting, tmp_path, *more, "--jobs=2")["variants"][0]
+    assert row["lr"] < 1e30 and row["loss"][0] < 6 and math.inf in row["sweep"].values()
+    logs = {path: path.read_bytes() for path in tmp_path.glob("*/*.log")}
+    assert run(setting, tmp_path, *more)["variants"] == [row]
+    assert {path: path.read_bytes() for path in tmp_path.glob("*/*.log")} == logs
+
+
+def test_jobs_take_turns_on_the_gpus_that_the_user_gave(setting, tmp_path, monkeypatch):
+    """Two jobs, one GPU each, and the next run takes the one that became free."""
+    seen, alive = [], []
+
+    class Process:
+        def __init__(self, command, env, **options):
+            self.gpu, self.code = env["CUDA_VISIBLE_DEVICES"], 0
+            seen.append(self.gpu)
+            alive.append(self.gpu)
+            assert len(set(alive)) == len(alive)  # never two on one
+
+        def wait(self):
+            time.sleep(0.05 if len(seen) % 2 else 0.01)
+            alive.remove(self.gpu)
+            return 0
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setattr(compare.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(compare.subprocess, "Popen", Process)
+    monkeypatch.setattr(compare, "is_finished", lambda run: run.seed < 0 or bool(seen))
+    variant = planned(setting)[0]
+    runs = [compare.Run(variant, 1.0, seed, tmp_path / "runs" / str(seed)) for seed in range(6)]
+    slots, pool = compare.SimpleQueue(), compare.ThreadPoolExecutor(2)
+    for slot in range(2):
+        slots.put(slot)
+    list(pool.map(lambda run: compare.train(run, slots, 2, []), runs))
+    assert len(seen) == 6 and set(seen) == {"4", "5"}
+
+
 def test_a_comparison_that_is_stopped_saves_its_runs_and_goes_on_with_them(setting, tmp_path):
     more = ["--models=baseline,gpt2", "--lrs=1", "--seeds=1", "--jobs=2", "--budget=8e10", "--eval_tokens=64"]
     command = [sys.executable, str(ROOT / "compare.py"), *setting, f"--out_dir={tmp_path}", *more]
@@ -173,14 +234,24 @@ def test_a_real_comparison_trains_both_variants_and_measures_their_speed(setting
     ([2.0, 2.1, 2.2], "-0.9000 ± 0.0816: better"),
     ([3.8, 4.0, 4.2], "+1.0000 ± 0.1291: worse"),
     ([2.9, 3.1, 3.0], "+0.0000 ± 0.0816: no difference seen"),
-    ([2.8, 2.9, 2.82], "-0.1600 ± 0.0653: better"),
-    ([2.9, 2.9, 2.82], "-0.1267 ± 0.0636: no difference seen"),
+    ([2.8, 2.8, 2.82], "-0.1933 ± 0.0581: better"),  # 3.3 standard errors: by Student's t of 4 degrees 2.78 are needed
+    ([2.8, 2.9, 2.82], "-0.1600 ± 0.0653: no difference seen"),  # 2.45
     ([2.0], "-1.0000 (one seed)"),
+    ([2.0, 2.1, math.inf], "diverged"),
 ])  # fmt: skip
-def test_a_difference_under_two_standard_errors_is_no_win(losses, said):
+def test_a_difference_that_chance_may_give_is_no_win(losses, said):
     first = {"loss": [2.9, 3.0, 3.1]}
     assert compare.verdict({"loss": losses}, first) == said
     assert compare.verdict(first, first) == "-"
+    assert compare.verdict({"loss": [1.0, 1.0]}, {"loss": [1.0, 1.0]}).endswith("no difference seen")
+
+
+def test_student_s_t_is_that_of_its_distribution():
+    """The density of t integrated to the table's values holds 95 %."""
+    for freedom, t in enumerate(compare.T95, 1):
+        x = np.linspace(-t, t, 200_001)
+        scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
+        assert np.trapezoid(scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2), x) == pytest.approx(0.95, abs=5e-4)
 
 
 def test_the_table_has_ratios_of_rounds_and_the_bytes_of_state(setting, tmp_path, fake):
