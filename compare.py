@@ -196,11 +196,13 @@ def train(run: Run, slots: SimpleQueue, jobs: int, processes: list) -> Run:
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         own["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[slot % len(gpus.split(","))]
     log = Path(f"{run.folder}.log")
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | own)
-        processes.append(process)
-        code = process.wait()
-    slots.put(slot)
+    try:
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | own)
+            processes.append(process)
+            code = process.wait()
+    finally:
+        slots.put(slot)
     if code and DIVERGED in log.read_text():  # a result, too
         row = {"step": run.variant.steps, "tokens": run.variant.tokens, "val_loss": None, "val_bits_per_byte": None}
         with (run.folder / "metrics.jsonl").open("a") as file:

@@ -82,6 +82,8 @@ def test_a_matched_variant_has_the_tokens_and_the_cost_of_the_first(setting, mat
     for other in others:
         cost = [compare.parameters(v) if match == "parameters" else v.flops_per_token for v in (first, other)]
         assert other.tokens == first.tokens and abs(cost[1] / cost[0] - 1) <= 0.005
+    small, large = planned(setting, "--vary", "batch_tokens=256,512", "--match", match)
+    assert 0 <= small.tokens - large.tokens < 512 and large.steps == small.steps // 2
 
 
 def test_the_values_of_a_knob_become_variants_of_each_model_or_of_the_one_named(setting):
