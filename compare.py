@@ -55,6 +55,7 @@ class Variant(NamedTuple):
     steps: int
     tokens: int
     budget: float
+    data_fingerprint: str
 
 
 class Run(NamedTuple):
@@ -115,7 +116,8 @@ def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant
     arguments = [*args.more, f"--model={model}", *(f"--{knob}" for knob in knobs)]
     arguments += [f"--data={args.data}"] if args.data else []
     config = resolve(ROOT / "train.py", arguments)
-    added = {"vocab_size": config["vocab_size"] or -(-Shards(config["data"], "train").vocab_size // 64) * 64}
+    data = Shards(config["data"], "train")
+    added = {"vocab_size": config["vocab_size"] or -(-data.vocab_size // 64) * 64}
     T, batch_tokens = config["block_size"], config["batch_tokens"]
     if like:
         by = "parameters" if args.match == "parameters" else "flops"
@@ -135,7 +137,7 @@ def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant
     added |= {"max_steps": steps, "eval_every": -(-steps // 5), "save_every": steps, "keep_last": 1}
     arguments += [f"--{key}={value}" for key, value in added.items()]
     config = resolve(ROOT / "train.py", arguments)
-    return Variant(name, config, arguments, per_token, steps, steps * batch_tokens, budget)
+    return Variant(name, config, arguments, per_token, steps, steps * batch_tokens, budget, data.fingerprint)
 
 
 def parameters(variant):
@@ -176,8 +178,8 @@ def is_finished(run: Run) -> bool:
     saved = {"model": saved["model"], **saved["model_config"], **saved["knobs"]}
     want = json.loads(json.dumps(run.variant.config | options(run)))
     differ = [f"{k}={v!r}, not {want.get(k)!r}" for k, v in saved.items() if k != "eot_id" and v != want.get(k)]
-    trained = json.loads((run.folder / "manifest.json").read_text())["data_fingerprint"]
-    if trained != Shards(run.variant.config["data"], "train").fingerprint:
+    manifest = json.loads((run.folder / "manifest.json").read_text())
+    if manifest["data_fingerprint"] != run.variant.data_fingerprint:
         differ.append("its data was another")
     if differ:
         raise ValueError(f"{run.folder} is of another comparison: {', '.join(differ[:3])}: try another --out_dir")

@@ -245,6 +245,7 @@ def make_tokenizer(spec, add_tokens, documents, folder, workers):
 
 
 def write(args, folder, size, read_all):
+    """All shards of a text into the folder, meta.json last."""
     documents = split_documents(read_all, args.val_fraction)
     workers = args.workers or min(os.cpu_count(), 1 + (size or 1 << 40) // (4 * CHUNK))
     tokenizer = make_tokenizer(args.tokenizer, args.add_tokens, documents, folder, workers)
@@ -265,6 +266,7 @@ def write(args, folder, size, read_all):
 
 
 def write_mqar(args, folder, task):
+    """The same of drawn documents."""
     validating = round(args.documents * args.val_fraction)
     splits, no_text = {}, np.zeros(task.vocab_size, np.int64)
     for split, n in (("train", args.documents - validating), ("val", validating)):

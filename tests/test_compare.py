@@ -47,8 +47,7 @@ def fake(monkeypatch):
         rows = [{"step": step, "tokens": step * 256, "val_bits_per_byte": None, "memory_gb": 1.0, "ms": 1.0,
                  "val_loss": self.loss(*self.ran[-1])} for step in (1, run.variant.steps)]  # fmt: skip
         run.folder.mkdir(parents=True)
-        fingerprint = compare.Shards(knobs["data"], "train").fingerprint
-        (run.folder / "manifest.json").write_text(json.dumps({"data_fingerprint": fingerprint}))
+        (run.folder / "manifest.json").write_text(json.dumps({"data_fingerprint": run.variant.data_fingerprint}))
         (run.folder / "config.json").write_text(json.dumps(config))
         (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return run
