@@ -8,7 +8,9 @@ python sample.py out/run --save_pretrained my-model        (a folder that transf
 
 import argparse
 import copy
+import functools
 import importlib
+import inspect
 import json
 import sys
 from itertools import chain
@@ -92,10 +94,88 @@ def hide_padding(model, tokenizer):
     model.logits = lambda x: head(x)[..., : tokenizer.vocab_size]
 
 
+class StaticStep:
+    """One token through a model with shapes and addresses that never change: what a CUDA graph can replay.
+
+    The position is a tensor, and attention runs over a whole cache under a mask. It serves every model file, whose
+    cache.append(layer, k, v) keeps tensors (..., T, D) in lists of their names. What a cache of the model's own holds
+    is taken over at its first token; from then on that cache counts tokens, and holds none.
+    """
+
+    def __init__(self, model, **compile_options):
+        static, eot_id = copy.copy(model), model.config.eot_id
+
+        def positions_and_mask(idx, cache):
+            t, s = cache.length, torch.arange(cache.start.size(1), device=idx.device)  # (1,), (S,)
+            if eot_id < 0 and not cache.padded:
+                return t, (s <= t)[None]  # (1,), (1, S)
+            start = torch.where(idx == eot_id, t, cache.start.index_select(1, t))  # (B, 1)
+            cache.start.copy_(torch.where(s < t, cache.start, torch.maximum(cache.start, start)))
+            return t - start, ((cache.start == start) & (s <= t))[:, None, None]  # (B, 1), (B, 1, 1, S)
+
+        static.positions_and_mask = positions_and_mask
+        self.new_cache, self.block_size = model.new_cache, model.config.block_size
+        self.step = torch.compile(static.forward, dynamic=False, **compile_options)
+        self.cache = self.counter = self.idx = None
+
+    def __call__(self, idx, cache, **options):
+        cache.check(*idx.shape)
+        if cache is not self.counter:
+            self.take_over(cache)
+        cache.length += 1
+        return self.step(self.idx.copy_(idx), cache=self.cache, **options)  # idx is a slice, of strides that grow
+
+    def take_over(self, cache):
+        B, max_len = cache.start.shape
+        max_len = min(1 << (max_len - 1).bit_length(), self.block_size)  # powers of 2: few sizes are ever compiled
+        if self.cache is None or self.cache.start.shape != (B, max_len) or self.cache.padded != cache.padded:
+            self.cache = self.new_cache(B, max_len, cache.start[:, -1] if cache.padded else None)
+            self.cache.__class__ = static_cache(type(cache))
+            self.cache.length, self.idx = cache.start.new_zeros(1), cache.start.new_zeros(B, 1)
+            for x in (self.idx, self.cache.length, self.cache.start, *held(self.cache)):
+                torch._dynamo.mark_static_address(x)
+        for ours, theirs in zip(held(self.cache), held(cache)):
+            ours.narrow(-2, 0, theirs.size(-2)).copy_(theirs)
+        self.cache.start.copy_(cache.start[:, -1:])
+        self.cache.start[:, : cache.start.size(1)] = cache.start
+        self.cache.length.fill_(cache.length)
+        self.counter, cache.taken = cache, True
+
+
+def held(cache):
+    """The tensors of all layers, in a fixed order."""
+    return [x for layers in vars(cache).values() if isinstance(layers, list) for x in layers]
+
+
+@functools.cache
+def static_cache(kind):
+    names = list(inspect.signature(kind.append).parameters)[2:]  # after self and layer
+
+    class StaticCache(kind):
+        def check(self, B, T):
+            pass
+
+        def append(self, layer, *new):
+            layers = [getattr(self, name)[layer] for name in names]
+            for x, y in zip(layers, new):
+                x.index_copy_(-2, self.length, y)
+            return layers if len(layers) > 1 else layers[0]
+
+    return StaticCache
+
+
 def with_compiled_step(model):
-    """The same model, whose forward is compiled where it gets one token: once for a cache of any length."""
-    fast, whole, step = copy.copy(model), model.forward, torch.compile(model.forward, dynamic=True)
-    fast.forward = lambda idx, **options: (step if idx.size(1) == 1 else whole)(idx, **options)
+    """The same model, whose forward is compiled where it gets one more token of a text; on CUDA as a CUDA graph."""
+    fast, whole, cuda = copy.copy(model), model.forward, model.embed.weight.is_cuda
+    step = StaticStep(model, mode="reduce-overhead" if cuda else "default")
+
+    def forward(idx, cache=None, **options):
+        one_more = idx.size(1) == 1 and cache is not None and cache.length > 0
+        if getattr(cache, "taken", False) and not (one_more and cache is step.counter):
+            raise RuntimeError("a compiled step continues one text, by single tokens: end it before the next")
+        return (step if one_more else whole)(idx, cache=cache, **options)
+
+    fast.forward = forward
     return fast
 
 

@@ -10,7 +10,6 @@ import bench_variants
 import flops
 import model_mla
 import timing
-from sample import with_compiled_step
 from tests.tiny import MODELS, build, cache_tensors, tokens
 from tests.tiny import TINY as TINY_SIZES
 
@@ -198,19 +197,6 @@ def test_the_first_id_that_differs_is_told(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     rows = bench.decoding_rows(build("baseline"), tokens(2, 4), new=3, rounds=1, compiled=True)
     assert [row["same"] for row in rows] == [3, 1]
-
-
-def test_only_single_tokens_go_through_the_compiled_forward(monkeypatch):
-    seen = []
-
-    def compiled(function, **options):
-        assert options == {"dynamic": True}
-        return lambda idx, **rest: seen.append(tuple(idx.shape)) or function(idx, **rest)
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    model = build("baseline")
-    ids, _ = bench.our_tokens(with_compiled_step(model), tokens(2, 5), 4)
-    assert seen == [(2, 1)] * 3 and ids == model.generate(tokens(2, 5), 4, temperature=0)
 
 
 def test_variants_measures_every_section_and_its_ratios_are_those_of_the_numbers(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 import checkpoint
 import sample
 from data.tokenizers import CHAT_TOKENS, load_tokenizer
-from tests.tiny import TINY, module
+from tests.tiny import EOT, MODELS, TINY, build, module, tokens
 
 
 def make_run(folder, add_tokens=(), name="baseline", block_size=64, step=3):
@@ -67,6 +67,44 @@ def test_a_compiled_step_changes_nothing_and_is_taken_for_each_token_but_the_fir
     monkeypatch.setattr(torch, "compile", compiled)
     arguments = (run[0], "--prompt", "héllo", "--temperature", 0, "--max_new_tokens", 6)
     assert text_of(capsys, *arguments, "--compile") == text_of(capsys, *arguments) and lengths == [1] * 5
+
+
+@pytest.mark.parametrize("eot_id", [-1, EOT])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_compiled_step_generates_what_the_model_does_and_caches_alike_share_one(name, eot_id, monkeypatch):
+    graphs, compiler = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        torch, "compile", lambda f, mode, dynamic: compiler(f, backend=backend, fullgraph=True, dynamic=dynamic)
+    )
+    model = build(name, eot_id=eot_id)
+    fast, short, long = sample.with_compiled_step(model), tokens(1, 4)[0].tolist(), [5, EOT, 7, 8, 9, 10, 11]
+    for prompts, new, num_samples, compiled in (
+        ([short], 5, 1, 1),
+        ([long], 9, 1, 1),  # 16 tokens again: what the first text left in the cache is not seen
+        ([short, long], 6, 1, 2),  # padding
+        ([long], 30, 1, 3),
+        ([[3]], 12, 2, 4 if eot_id < 0 else 3),  # one token is a prefill too: its continuations begin with it
+    ):
+        texts = [
+            net.generate(prompts, new, num_samples, generator=torch.Generator().manual_seed(1)) for net in (model, fast)
+        ]
+        assert texts[0] == texts[1] and len(graphs) == compiled
+
+
+def test_a_compiled_step_refuses_a_second_text_before_the_first_has_ended(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+    fast = sample.with_compiled_step(build("baseline"))
+    first, second = (fast.stream(tokens(1, 4), 5) for _ in range(2))
+    for texts in (first, first, second, second):
+        next(texts)
+    with pytest.raises(RuntimeError, match="one text"):
+        next(first)
 
 
 def test_the_cache_changes_nothing(run, capsys):
