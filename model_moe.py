@@ -264,7 +264,7 @@ class MoE(nn.Module):
 
     def forward(self, x):
         """x (B, T, C) -> y (B, T, C) and what `auxiliary_loss` wants. No shape depends on data: no loop, no waiting."""
-        (B, T, C), c, kind = x.shape, self.config, x.device.type
+        c, T = self.config, x.size(1)
         # 1. route
         logits, scores, experts, gates = self.router(x)
         chosen = torch.zeros_like(scores, dtype=torch.long).scatter(-1, experts, 1)  # (B, T, E)
@@ -281,11 +281,19 @@ class MoE(nn.Module):
             gates = gates.masked_fill(dropped, 0.0)
             share = (scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)).mean(dim=1)  # (B, E)
             routing = chosen.sum(dim=1), share, logits.logsumexp(dim=-1).square().mean(), dropped.sum()
+        y = self.mixture(x, experts, gates, chosen)
+        if self.shared is not None:
+            shared = self.shared(x)
+            y = y + (shared if self.shared_router is None else self.shared_router(x).sigmoid() * shared)
+        return y, routing
+
+    def mixture(self, x, experts, gates, chosen):
+        """The experts' outputs, weighted and summed: x (B, T, C), experts and gates (B, T, K), chosen (B, T, E)."""
+        (B, T, C), (K, E), kind = x.shape, (experts.size(-1), chosen.size(-1)), x.device.type
         # 3. dispatch: copies of the tokens, sorted by expert, each expert's padded to whole blocks of b rows. With the
         # mean load as b, that is 2 E blocks at most. grouped_mm needs no padding.
         rows = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-        (N, K), E = (B * T, c.n_expert_per_token), c.n_expert
-        grouped = has_grouped_mm(rows, self.training, C, c.n_expert_inner)
+        N, grouped = B * T, has_grouped_mm(rows, self.training, C, self.config.n_expert_inner)
         b = 1 if grouped else -(-N * K // E)
         n = N * K if b == 1 else E + (N * K - E) // b  # blocks: with the fewest full ones there can be
         experts, chosen = experts.view(N, K), chosen.view(N, E)
@@ -302,11 +310,7 @@ class MoE(nn.Module):
         h = self.w_down(F.silu(self.w_gate(h, group)) * self.w_up(h, group), group)
         # 5. combine
         h = h.view(n * b, C).index_select(0, place).view(B, T, K, C)
-        y = (h * gates.to(h.dtype)[..., None]).sum(dim=2)
-        if self.shared is not None:
-            shared = self.shared(x)
-            y = y + (shared if self.shared_router is None else self.shared_router(x).sigmoid() * shared)
-        return y, routing
+        return (h * gates.to(h.dtype)[..., None]).sum(dim=2)
 
 
 class Block(nn.Module):
