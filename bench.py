@@ -4,6 +4,7 @@
     python bench.py train          training tokens/s, against gpt2 and transformers (train config/x.py: of a config)
     python bench.py decode         prefill and decoding, against transformers (decode config/x.py: of a config)
     python bench.py variants       what a mixture of experts, latent attention and delta layers cost and save
+    python bench.py kernels        each Triton kernel against PyTorch, torch.compile and other libraries, on a GPU
     python bench.py loader         the loader's share of a step, and its memory over a large shard
 
 Machines differ and get busy, so nothing is said in absolute times alone: what is compared runs in turn, round by round,
@@ -11,6 +12,7 @@ and the median of the rounds' ratios counts.
 """
 
 import argparse
+import copy
 import dataclasses
 import importlib
 import json
@@ -28,7 +30,9 @@ import torch.nn.functional as F
 
 import configurator
 import flops
+import kernels
 import muon
+from bench_kernels import bench_kernels, kernels_markdown
 from bench_variants import variants, variants_markdown
 from sample import with_compiled_step
 from timing import (
@@ -230,6 +234,10 @@ def training_rows(models, batch, rounds, tokens, device="cpu"):
         model = build(variant, fields, device)
         per_token = flops.training_flops_per_token(variant, model.config, batch[1])
         entrants.append((variant, model, model, settings if variant == list(models)[-1] else settings[:1], per_token))
+    if device.startswith("cuda"):
+        fused = copy.deepcopy(model)
+        kernels.install(fused)
+        entrants.append((f"{variant} with kernels", fused, fused, settings, per_token))
     theirs = as_transformers(model)
     if theirs is not None:
 
@@ -471,6 +479,7 @@ MARKDOWN = {
     "training_speed": train_markdown,
     "decoding_speed": decode_markdown,
     "variants": variants_markdown,
+    "kernels": kernels_markdown,
     "loader": loader_markdown,
 }
 
@@ -503,7 +512,8 @@ def main(argv: list[str] | None = None) -> None:
         text = "config files, and --key=value of any knob of train.py or its model: measure that model"
         command.add_argument("config", nargs="*", help=text)
     variants_ = add("variants", lambda args: write(args.out, "variants", variants(args)), "costs and savings of ideas")
-    for command, rounds in ((train_, 9), (decode_, 9), (variants_, 5)):
+    kernels_ = add("kernels", lambda args: write(args.out, "kernels", bench_kernels(args)), "each Triton kernel")
+    for command, rounds in ((train_, 9), (decode_, 9), (variants_, 5), (kernels_, 5)):
         command.add_argument("--rounds", type=int, default=rounds)
     command = add("loader", loader, "the loader's share of a step, and its memory")
     command.add_argument("--steps", type=int, default=200)

@@ -120,15 +120,17 @@ def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None =
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def bandwidth(device: str = "cpu", megabytes: int = 256) -> tuple[float, str]:
-    """Bytes/s of memory and where the number is from: the data sheet, or the best of 10 copies that fit no cache."""
+def bandwidth(device: str = "cpu") -> tuple[float, str]:
+    """Bytes/s of memory and where the number is from: the data sheet, or a copy."""
     gpu = flops.known_gpu(flops.device_name(device))
-    if gpu:
-        return gpu[3], "data sheet"
+    return (gpu[3], "data sheet") if gpu else (copy_bandwidth(device), "measured copy")
+
+
+def copy_bandwidth(device: str = "cpu", megabytes: int = 256) -> float:
+    """Bytes/s, read and written, of the best of 10 copies that fit no cache."""
     source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    best = min(seconds(target.copy_, (source,), device=device) for _ in range(10))
-    return 2 * source.nbytes / best, "measured copy"  # read and written
+    return 2 * source.nbytes / min(seconds(target.copy_, (source,), device=device) for _ in range(10))
 
 
 def build(variant: str, fields: dict, device: str = "cpu") -> torch.nn.Module:

@@ -48,6 +48,7 @@ device = "auto"  # cuda, cuda:1, mps or cpu; auto: the first of these that is th
 dtype = "auto"  # bfloat16, float16 (with a loss scaler) or float32; auto: the best that the device is fast at
 tf32 = True  # float32 matmuls in TF32 on GPUs that have it
 compile: bool | str = "auto"  # True, False; auto: on CUDA
+kernels = False  # Triton kernels in place of PyTorch's (kernels.py), on CUDA
 parallel = "auto"  # none or ddp; auto: ddp under torchrun
 resume = False  # go on from the newest whole checkpoint in out_dir
 overwrite = False  # delete the run that is in out_dir
@@ -176,6 +177,9 @@ try:
     raw_model = variant.GPT(variant.GPTConfig(**fields)).to(device)
 except ValueError as error:
     die(error)
+if kernels:
+    swapped = importlib.import_module("kernels").install(raw_model)
+    say(f"kernels: {', '.join(f'{n} x {kernel}' for kernel, n in swapped.items())}")
 if gradient_checkpointing:
     for block in raw_model.blocks:
         block.forward = partial(recompute, block.forward, use_reentrant=False)

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import bench
+import bench_kernels
 import bench_variants
 import flops
+import kernels
+import kernels_delta
 import model_mla
 import timing
 from tests.tiny import MODELS, build, cache_tensors, tokens
@@ -28,7 +31,7 @@ SMALL_VARIANTS = {
 @pytest.mark.parametrize("name", bench.MARKDOWN)
 def test_the_committed_table_is_the_one_drawn_from_the_committed_numbers(name):
     files = sorted((bench.ROOT / "results").glob(f"{name}*.json"))
-    assert files
+    assert files or name == "kernels"  # which wait for a GPU
     for file in files:
         assert file.with_suffix(".md").read_text() == bench.MARKDOWN[name](json.loads(file.read_text()))
 
@@ -89,7 +92,8 @@ def test_token_times_begin_at_the_prompt_and_leave_prefill_out_of_the_time_a_tok
 
 def test_bandwidth_is_the_data_sheets_where_the_gpu_is_known_and_else_that_of_a_copy(monkeypatch):
     monkeypatch.setattr(timing, "seconds", lambda *_, **__: 0.5)
-    assert timing.bandwidth("cpu", megabytes=1) == (2 * 2**20 / 0.5, "measured copy")
+    assert timing.copy_bandwidth("cpu", megabytes=1) == 2 * 2**20 / 0.5
+    assert timing.bandwidth("cpu")[1] == "measured copy"
     monkeypatch.setattr(timing.flops, "device_name", lambda device: "NVIDIA H200")
     assert timing.bandwidth("cuda") == (4.8e12, "data sheet")
 
@@ -197,6 +201,54 @@ def test_the_first_id_that_differs_is_told(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     rows = bench.decoding_rows(build("baseline"), tokens(2, 4), new=3, rounds=1, compiled=True)
     assert [row["same"] for row in rows] == [3, 1]
+
+
+SMALL_KERNELS = dict(
+    rows=(16, 8, 24), heads=(1, 8, 2, 16), attention=[(1, 2, 1, 8, 16, 0), (1, 2, 1, 8, 16, 3)], loss=(6, 8, 97),
+    moe=(8, 16, 8, 4, 2), delta=[(1, 2, 8, 16)], matmul=32, times=1, checked=2,
+)  # fmt: skip
+
+
+def test_kernels_measures_each_of_them_in_turn_after_its_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_kernels, "SIZES", SMALL_KERNELS)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+
+    def broken(q, k, v, causal, window):
+        raise RuntimeError("no such kernel here\nand a long story")
+
+    real = bench_kernels.attention
+
+    def attention(*sizes):
+        case = real(*sizes)
+        case.others = {"broken": broken}
+        return case
+
+    monkeypatch.setattr(bench_kernels, "attention", attention)
+    bench.main(["--out", str(tmp_path), "--device", "cpu", "kernels", "--rounds", "2"])
+    result, table = result_of(tmp_path, "kernels")
+    names = [case["name"] for case in result["cases"]]
+    public = [name[:-4] for module in (kernels, kernels_delta) for name in vars(module) if name.endswith("_ref")]
+    assert set(names) == set(public) and names.count("flash_attention") == 2
+    for case in result["cases"]:
+        ours, theirs = case["errors"]
+        assert 0 <= ours < 1e-5 and 0 <= theirs < 1e-5
+        rows = case["rows"]
+        assert all(len(rows[who][key]) == 2 for who in ("kernel", "eager", "compiled") for key in ("forward", "both"))
+        assert case["work"][0] > 0 and f"## {case['name']}, {case['size']}" in table
+    attention = next(case for case in result["cases"] if case["name"] == "flash_attention")
+    assert (
+        attention["rows"]["broken"] == {"error": "no such kernel here"} and "| broken | no such kernel here |" in table
+    )
+    assert attention["work"] == [4 * 2 * 16 * 36, 3.5 * 4 * 2 * 16 * 36]  # 8 * 9 / 2 = 36 pairs
+    ratio = statistics.median(a / b for a, b in zip(rows["eager"]["forward"], rows["kernel"]["forward"]))
+    assert f"| {ratio:.2f} |" in next(line for line in table.splitlines()[::-1] if line.startswith("| eager"))
+
+
+def test_kernels_are_not_measured_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    with pytest.raises(SystemExit) as caught:
+        bench.main(["--device", "cpu", "kernels"])
+    assert caught.value.code == 2 and "measured on a CUDA device" in capsys.readouterr().err
 
 
 def test_variants_measures_every_section_and_its_ratios_are_those_of_the_numbers(tmp_path, monkeypatch):
