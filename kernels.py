@@ -10,6 +10,7 @@ the function to call. N rows of C numbers, b bytes each; other letters as in the
 4.3 TB/s or 790 TFLOP/s, which one H200 reaches. The gated delta rule is in kernels_delta.py.
 """
 
+import functools
 import os
 import sys
 from collections import Counter
@@ -30,15 +31,19 @@ except ImportError:  # every function is its twin
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU as Python: for tests
 DTYPES = (torch.float32, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))  # bf16 is wrong there
+SAID = set()  # (kernel, why it did not run)
 PROGRAMS = 4 * 132  # of kernels that loop over rows: four for each multiprocessor of an H100 or H200
 
 
 def operator(function):
     """A custom operator of this function; what it is given must be contiguous, what it returns is new."""
-    return torch.library.custom_op(f"nanollm::{function.__name__.strip('_')}", function, mutates_args=())
 
+    @functools.wraps(function)
+    def on_its_device(x, *rest):  # Triton launches on the current device, wherever the tensors are
+        with torch.cuda.device_of(x):
+            return function(x, *rest)
 
-SAID = set()
+    return torch.library.custom_op(f"nanollm::{function.__name__.strip('_')}", on_its_device, mutates_args=())
 
 
 @torch.compiler.assume_constant_result  # else the print would break torch.compile's graph
@@ -49,16 +54,15 @@ def refuse(name, reason):
     return False
 
 
-def runs(name: str, *tensors: Tensor, dtypes=DTYPES, but: str = "") -> bool:
+def runs(name: str, *tensors: Tensor, but: str = "") -> bool:
     """Whether a kernel can take these tensors; if not, why is printed once. but: what else speaks against it."""
     device = tensors[0].device.type
     if triton is None:
         return refuse(name, "Triton is not installed")
     if device != "cuda" and not (INTERPRETED and device == "cpu"):
         return refuse(name, f"no kernel for device {device}")
-    for x in tensors:
-        if x.dtype not in dtypes:
-            return refuse(name, f"no kernel for {x.dtype}")
+    if odd := [x.dtype for x in tensors if x.dtype not in DTYPES]:
+        return refuse(name, f"no kernel for {odd[0]}")
     return refuse(name, but) if but else True
 
 
@@ -73,12 +77,11 @@ def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
 
 
 @jit
-def rms_norm_kernel(X, R, W, Y, H, RSTD, N, C: tl.constexpr, eps, ADD: tl.constexpr,
-                    ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def rms_norm_kernel(X, R, W, Y, H, RSTD, N, C: tl.constexpr, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     at, mask = rows.to(tl.int64)[:, None] * C + cols[None, :], (rows < N)[:, None] & (cols < C)[None, :]
     x = tl.load(X + at, mask, 0.0).to(tl.float32)
-    if ADD:
+    if R is not None:
         x = (x + tl.load(R + at, mask, 0.0).to(tl.float32)).to(H.dtype.element_ty)
         tl.store(H + at, x, mask)
         x = x.to(tl.float32)  # the norm of the sum as it is kept, rounded
@@ -89,8 +92,7 @@ def rms_norm_kernel(X, R, W, Y, H, RSTD, N, C: tl.constexpr, eps, ADD: tl.conste
 
 
 @jit
-def rms_norm_backward_kernel(DY, DH, H, W, RSTD, DX, DW, N, C: tl.constexpr, ADD: tl.constexpr,
-                             ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def rms_norm_backward_kernel(DY, DH, H, W, RSTD, DX, DW, N, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     cols = tl.arange(0, BLOCK)
     w, dw = tl.load(W + cols, cols < C, 0.0).to(tl.float32), tl.zeros((BLOCK,), tl.float32)
     for first in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
@@ -102,7 +104,7 @@ def rms_norm_backward_kernel(DY, DH, H, W, RSTD, DX, DW, N, C: tl.constexpr, ADD
         dw += tl.sum(dy * x, axis=0)
         dy *= w[None, :]
         dx = (dy - x * (tl.sum(dy * x, axis=1) / C)[:, None]) * rstd
-        if ADD:
+        if DH is not None:
             dx += tl.load(DH + at, mask, 0.0).to(tl.float32)
         tl.store(DX + at, dx, mask)
     tl.store(DW + tl.program_id(0) * C + cols, dw, cols < C)
@@ -110,12 +112,12 @@ def rms_norm_backward_kernel(DY, DH, H, W, RSTD, DX, DW, N, C: tl.constexpr, ADD
 
 @operator
 def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    C, add = x.size(-1), residual is not None
+    C, shape = x.size(-1), 0 if residual is None else x.shape
     N, BLOCK = x.numel() // C, triton.next_power_of_2(C)
-    y, h, rstd = torch.empty_like(x), x.new_empty(x.shape if add else 0), x.new_empty(N, dtype=torch.float32)
+    y, h, rstd = torch.empty_like(x), x.new_empty(shape), x.new_empty(N, dtype=torch.float32)
     ROWS = max(1, 4096 // BLOCK)
     grid = (triton.cdiv(N, ROWS),)
-    rms_norm_kernel[grid](x, residual, weight, y, h, rstd, N, C, eps, add, ROWS, BLOCK, num_warps=4)
+    rms_norm_kernel[grid](x, residual, weight, y, h, rstd, N, C, eps, ROWS, BLOCK, num_warps=4)
     return y, h, rstd
 
 
@@ -132,15 +134,11 @@ def _rms_norm_backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor,
     ROWS = max(1, 4096 // BLOCK)
     programs = min(triton.cdiv(N, ROWS), PROGRAMS)
     dx, dw = torch.empty_like(h), h.new_empty(programs, C, dtype=torch.float32)
-    rms_norm_backward_kernel[(programs,)](
-        dy, dh, h, weight, rstd, dx, dw, N, C, dh is not None, ROWS, BLOCK, num_warps=4
-    )
+    rms_norm_backward_kernel[(programs,)](dy, dh, h, weight, rstd, dx, dw, N, C, ROWS, BLOCK, num_warps=4)
     return dx, dw.sum(dim=0).to(weight.dtype)
 
 
-@_rms_norm_backward.register_fake
-def _(dy, dh, h, weight, rstd):
-    return torch.empty_like(h), torch.empty_like(weight)
+_rms_norm_backward.register_fake(lambda dy, dh, h, weight, _: (torch.empty_like(h), torch.empty_like(weight)))
 
 
 def _rms_norm_setup(ctx, inputs, output):
