@@ -22,8 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 FORMAT = 1
 FILES = ("config.json", "model.safetensors", "trainer.safetensors", "trainer.json")
@@ -88,6 +90,10 @@ def save(out_dir, step: int, model, optimizer, config: dict, trainer: dict, keep
         for key, value in optimizer.state.get(p, {}).items():
             (moments if torch.is_tensor(value) else numbers)[f"{plain(name)}.{key}"] = value
     tensors = {"model.safetensors": weights(model), "trainer.safetensors": moments}
+    tensors = {file: {k: t.full_tensor() if isinstance(t, DTensor) else t for k, t in part.items()}
+               for file, part in tensors.items()}  # fmt: skip
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return None
     trainer = {"step": step, **trainer, "optimizer": {"class": type(optimizer).__name__, "state": numbers}}
     need = sum(tensor.nbytes for part in tensors.values() for tensor in part.values()) + 2**16  # of JSON
     # 2. write it beside, then put it in place
@@ -217,13 +223,18 @@ def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
             name, _, key = name.rpartition(".")
             p = parameters[name]
             if torch.is_tensor(value):
+                if isinstance(p, DTensor) and value.shape == p.shape:
+                    value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
                 like = p if value.shape == p.shape else value  # the strides of the parameter: the same kernels run
                 device = "cpu" if key == "step" and not step_on_device else p.device
                 value = torch.empty_like(like, dtype=value.dtype, device=device, requires_grad=False).copy_(value)
             optimizer.state[p][key] = value
     with torch.no_grad():
         for name, tensor in weights(model).items():
-            tensor.copy_(stored[name])
+            value = stored[name]
+            if isinstance(tensor, DTensor):
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor.copy_(value)
     return trainer
 
 

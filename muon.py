@@ -8,12 +8,17 @@ Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces a
     W <- (1 - lr * weight_decay) * W - lr * scale * O         scale = 0.2 * sqrt(max(rows, columns))
 With that scale an entry of the update is as large as AdamW's typically is (Liu et al. 2025, arXiv 2502.16982), so one
 learning rate and one weight decay serve both methods.
+
+Parameters may be DTensors whose dim 0 is cut over processes (FSDP). Their state is cut like them, and each matrix is
+made whole on one process, which orthogonalizes it for all.
 """
 
 from collections.abc import Callable
-from math import sqrt
+from functools import partial
+from math import prod, sqrt
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 # Odd quintics a*x + b*x^3 + c*x^5 that push singular values towards 1, one a step; the last one repeats.
@@ -121,6 +126,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=step)
         states = [self.state[p] for p in params]
         averages, squares, steps = ([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq", "step"))
+        params, grads, averages, squares = map(local, (params, grads, averages, squares))
         (beta1, beta2), weight_decay = group["betas"], group["weight_decay"]
         if weight_decay and (group["cautious_decay"] or not group["decay_with_lr"]):
             self._decay(group, params, torch._foreach_lerp(averages, grads, 1 - beta1))  # has the update's signs
@@ -133,29 +139,35 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        buffers, whole = [self.state[p]["momentum_buffer"] for p in params], params
+        params, grads, buffers = map(local, (params, grads, buffers))
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+        directions = by_owners(whole, updates, partial(self._directions, group))
+        self._decay(group, params, directions)
+        torch._foreach_add_(params, directions, alpha=-group["lr"])
 
+    @staticmethod
+    def _directions(group, updates):
+        """The updates, orthogonalized and scaled."""
         # 1. matrices of one shape, lying or standing, of 2-D and 3-D parameters, become one stack (B, rows, columns)
         stacks = {}
-        for p, u in zip(params, updates):
-            scale = SCALES[group["scale"]](*(p.shape if p.ndim == 2 else (p.size(2), p.size(1))))  # of fan-out, fan-in
+        for i, u in enumerate(updates):
+            scale = SCALES[group["scale"]](*(u.shape if u.ndim == 2 else (u.size(2), u.size(1))))  # of fan-out, fan-in
             u = u.reshape(-1, *u.shape[-2:])
             u = u.mT if u.size(1) > u.size(2) else u
-            stacks.setdefault((u.shape[1:], scale), []).append((p, u))
+            stacks.setdefault((u.shape[1:], scale), []).append((i, u))
         # 2. orthogonalize each stack and cut it up again
-        p, ordered, directions = params[0], [], []
-        dtype = torch.bfloat16 if p.device.type == "cuda" else torch.promote_types(p.dtype, torch.float32)
+        directions = list(updates)
         for (_, scale), pairs in stacks.items():
-            stack = torch.cat([u for _, u in pairs]).to(group["dtype"] or dtype)
-            stack = orthogonalize(stack, group["polynomial"], group["steps"]).to(p.dtype).mul_(scale)
-            for (p, _), o in zip(pairs, stack.split([len(u) for _, u in pairs])):
-                ordered.append(p)
-                directions.append((o.mT if p.size(-2) > p.size(-1) else o).view_as(p))
-        # 3. decay, then move
-        self._decay(group, ordered, directions)
-        torch._foreach_add_(ordered, directions, alpha=-group["lr"])
+            stack = torch.cat([u for _, u in pairs])
+            dtype = torch.bfloat16 if stack.is_cuda else torch.promote_types(stack.dtype, torch.float32)
+            stack = stack.to(group["dtype"] or dtype)
+            stack = orthogonalize(stack, group["polynomial"], group["steps"]).to(updates[0].dtype).mul_(scale)
+            for (i, _), o in zip(pairs, stack.split([len(u) for _, u in pairs])):
+                u = updates[i]
+                directions[i] = (o.mT if u.size(-2) > u.size(-1) else o).view_as(u)
+        return directions
 
     @staticmethod
     def _decay(group, params, updates):
@@ -164,6 +176,47 @@ class MuonAdamW(torch.optim.Optimizer):
             torch._foreach_sub_(params, [shrink * p * (p * u >= 0) for p, u in zip(params, updates)])
         else:
             torch._foreach_mul_(params, 1 - shrink)
+
+
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """What this process holds of them: of plain tensors all."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+
+
+def by_owners(params: list[Tensor], updates: list[Tensor], change: Callable) -> list[Tensor]:
+    """change(updates), where `updates` are this process's rows of the `params`, and `change` wants whole matrices.
+
+    The matrices are dealt out to the processes: their rows go to the owner by one exchange, and come back by another.
+    3-D stacks are cut between their matrices, and stay where they are.
+    """
+    if not hasattr(params[0], "to_local"):
+        return change(updates)
+    group = params[0].device_mesh.get_group()
+    ranks, me = range(dist.get_world_size(group)), dist.get_rank(group)
+    stacks = [i for i, p in enumerate(params) if p.ndim == 3]
+    order = sorted((i for i, p in enumerate(params) if p.ndim == 2), key=lambda i: params[i].shape)
+    dealt = [order[r :: len(ranks)] for r in ranks]  # sorted, so that each gets as many of a shape
+
+    def cut(i):  # as torch.chunk, and so FSDP, does: 5 rows are 3 + 2 over 2 processes, 2 + 2 + 1 + 0 over 4
+        n, size = params[i].size(0), -(-params[i].size(0) // len(ranks))
+        return [min(max(n - r * size, 0), size) for r in ranks]
+
+    def exchange(parts, shapes):  # tensors for each process; shapes of those from each -> these
+        sent = torch.cat([updates[0].new_empty(0), *(t.flatten() for part in parts for t in part)])
+        sizes = [[prod(shape) for shape in part] for part in shapes]
+        received = sent.new_empty(sum(map(sum, sizes)))
+        sent_sizes = [sum(t.numel() for t in part) for part in parts]
+        dist.all_to_all_single(received, sent, [sum(part) for part in sizes], sent_sizes, group)
+        pieces = iter(received.split([size for part in sizes for size in part]))
+        return [[next(pieces).view(shape) for shape in part] for part in shapes]
+
+    shapes = [[(cut(i)[r], params[i].size(1)) for i in dealt[me]] for r in ranks]
+    rows = exchange([[updates[i] for i in part] for part in dealt], shapes)
+    changed = change([torch.cat(matrix) for matrix in zip(*rows)] + [updates[i] for i in stacks])
+    parts = [o.split(cut(i)) for i, o in zip(dealt[me], changed)]
+    rows = exchange([[part[r] for part in parts] for r in ranks], [[updates[i].shape for i in part] for part in dealt])
+    result = dict(zip(stacks, changed[len(parts) :])) | dict(zip(sum(dealt, []), sum(rows, [])))
+    return [result[i] for i in range(len(params))]
 
 
 def param_groups(model: nn.Module, optimizer: str = "muon", weight_decay: float = 0.1) -> list[dict]:

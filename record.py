@@ -12,9 +12,11 @@ import math
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,14 @@ class Log:
             self.wandb.finish()
         if self.writer:
             self.writer.close()
+
+
+def spiked(history: Sequence[float], value: float) -> bool:
+    """Whether a value lies far above the last ones: 6 standard deviations, and a tenth."""
+    if len(history) < 20:
+        return False
+    mean, spread = statistics.fmean(history), statistics.stdev(history)
+    return value > mean + max(6 * spread, 0.1 * mean)
 
 
 def plot(out: Path, title: str) -> None:

@@ -15,7 +15,6 @@ import os
 import resource
 import shlex
 import signal
-import statistics
 import sys
 import time
 from collections import deque
@@ -49,7 +48,10 @@ dtype = "auto"  # bfloat16, float16 (with a loss scaler) or float32; auto: the b
 tf32 = True  # float32 matmuls in TF32 on GPUs that have it
 compile: bool | str = "auto"  # True, False; auto: on CUDA
 kernels = False  # Triton kernels in place of PyTorch's (kernels.py), on CUDA
-parallel = "auto"  # none or ddp; auto: ddp under torchrun
+parallel = "auto"  # under torchrun: ddp, or fsdp where weights fill the memory; auto: ddp there, else none
+reshard = True  # fsdp: gather a block's weights again for its backward; False: keep them till then
+cpu_offload = False  # fsdp: weights and optimizer state in the CPU's memory: slow, for what fits nowhere else
+timeout = 30  # seconds that a process waits for another before it gives up
 resume = False  # go on from the newest whole checkpoint in out_dir
 overwrite = False  # delete the run that is in out_dir
 # how much
@@ -94,21 +96,22 @@ config = configure(globals())
 
 
 def die(message):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2) if dist.is_initialized() else sys.exit(2)  # gloo's threads may abort a process that ends otherwise
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 main = rank == 0
 say = tqdm.write if main else lambda *_: None
-for key, allowed in {"parallel": "auto none ddp", "dtype": "auto bfloat16 float16 float32", "wandb": " online offline",
-                     "schedule": "cosine wsd constant", "decay_shape": "linear cosine sqrt",
+for key, allowed in {"parallel": "auto none ddp fsdp", "dtype": "auto bfloat16 float16 float32",
+                     "schedule": "cosine wsd constant", "decay_shape": "linear cosine sqrt", "wandb": " online offline",
                      "optimizer": "muon adamw", "muon_dtype": "auto bfloat16 float32", "compile": "auto True False",
                      "muon_polynomial": "polar_express quintic"}.items():  # fmt: skip
     if str(config[key]) not in allowed.split(" "):
         die(f"{key}={config[key]}: try one of {', '.join(allowed.split())}")
-at_least = {1: "max_steps batch_tokens micro_batch block_size muon_steps max_skipped eval_every save_every log_every",
+at_least = {1: "max_steps batch_tokens micro_batch block_size muon_steps max_skipped eval_every save_every log_every "
+               "timeout",
             0: "seed vocab_size warmup_steps lr_batch_tokens grad_clip eval_tokens keep_last"}  # fmt: skip
 for least, keys in at_least.items():
     for key in keys.split():
@@ -121,11 +124,15 @@ if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 if world_size > 1 and parallel == "none":
     die(f"parallel=none, but torchrun started {world_size} processes: try parallel=ddp")
-parallel = "ddp" if world_size > 1 else "none"
-if parallel == "ddp":
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+parallel = parallel if parallel != "auto" else "ddp" if world_size > 1 else "none"
+if parallel != "none" and "RANK" not in os.environ:
+    die(f"parallel={parallel} is for processes that torchrun starts:  torchrun --standalone --nproc_per_node=2 "
+        + shlex.join(sys.argv))  # fmt: skip
+if parallel != "fsdp" and (cpu_offload or not reshard):
+    die(f"cpu_offload=True and reshard=False are for parallel=fsdp, and this is parallel={parallel}")
+if parallel != "none":
+    processes = importlib.import_module("parallel")
+    device = processes.setup(device, timeout)
 try:
     device_type = torch.empty(0, device=device).device.type
 except (RuntimeError, AssertionError) as error:
@@ -136,12 +143,15 @@ if dtype == "auto":
     dtype = "float32"
     if device_type == "cuda":
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+if parallel == "fsdp" and dtype == "float16":
+    die("dtype=float16 needs a loss scaler, which parallel=fsdp has not: try bfloat16, float32 or parallel=ddp")
 if compile == "auto":
     compile = device_type == "cuda"
 torch.set_float32_matmul_precision("high" if tf32 and device_type == "cuda" else "highest")
 autocast = torch.autocast(device_type, getattr(torch, dtype)) if dtype != "float32" else nullcontext()
 name = flops.device_name(device)
-say(f"{world_size} x {name}, {dtype}, {'compiled' if compile else 'eager'}")
+say(f"{world_size} x {name}, {dtype}, {'compiled' if compile else 'eager'}"
+    + (f", {parallel}" if parallel != "none" else ""))  # fmt: skip
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 try:
@@ -174,7 +184,8 @@ fields = {field.name: config[field.name] for field in dataclasses.fields(variant
 if document_mask:
     fields["eot_id"] = train_data.eot_id
 try:
-    raw_model = variant.GPT(variant.GPTConfig(**fields)).to(device)
+    model_config = variant.GPTConfig(**fields)
+    raw_model = processes.empty(variant.GPT, model_config) if parallel == "fsdp" else variant.GPT(model_config)
 except ValueError as error:
     die(error)
 if kernels:
@@ -183,7 +194,11 @@ if kernels:
 if gradient_checkpointing:
     for block in raw_model.blocks:
         block.forward = partial(recompute, block.forward, use_reentrant=False)
-net = torch.compile(raw_model) if compile else raw_model
+if parallel == "fsdp":
+    processes.shard(raw_model, variant.GPT, device, getattr(torch, dtype), reshard, cpu_offload, compile)
+else:
+    raw_model.to(device)
+net = torch.compile(raw_model) if compile and parallel != "fsdp" else raw_model
 if parallel == "ddp":
     ids = [torch.device(device).index] if device_type == "cuda" else None
     net = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)  # counts are each process's own
@@ -249,12 +264,13 @@ try:
         if state["scaler"]:  # it is empty where dtype was not float16
             scaler.load_state_dict(state["scaler"])
         say(f"resuming from {path}")
-    if parallel == "ddp":
+    if parallel != "none":
         dist.barrier()  # nobody writes before all have read
     if main:
         if held and not resume:
             record.delete(out)
-        hardware = {"device": name, "processes": world_size, "dtype": dtype, "compile": compile, "peak_flops": peak}
+        hardware = {"device": name, "processes": world_size, "parallel": parallel, "dtype": dtype, "compile": compile,
+                    "peak_flops": peak}  # fmt: skip
         work = {"parameters": parameters, "flops_per_token": flops_per_token, "tokens": batch_tokens * max_steps}
         facts = {"seed": seed, **identity, "hardware": hardware, **work, "optimizer": muon.group_table(opt)}
         record.describe(out, saved_config, train_data.meta, facts)
@@ -264,12 +280,12 @@ except (OSError, ValueError, checkpoint.CheckpointError) as error:
 
 
 def save(is_best=False):
-    """Rank 0 writes a checkpoint. On a full disk a run that has steps left goes on: what was saved before stays."""
-    if not main:
-        return
+    """All take part, rank 0 writes. On a full disk a run that has steps left goes on: what was saved before stays."""
     trainer = {"tokens": tokens, "best": best, "skipped": skipped, "scaler": scaler.state_dict(), "identity": identity}
     try:
         folder = checkpoint.save(out, step, raw_model, opt, saved_config, trainer, keep_last, is_best)
+        if not main:
+            return
         say(f"step {step:>6} | saved {folder}{', the best so far' if is_best else ''}")
         record.plot(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters")
     except (OSError, checkpoint.CheckpointError) as error:
@@ -282,6 +298,8 @@ def evaluate():
     """(loss, bits per byte of text) over the first eval_tokens of the validation split, without auxiliary losses."""
     raw_model.eval()
     batches = eval_batches(val_data, block_size, eval_tokens, micro_batch, rank, world_size, device)
+    if parallel == "fsdp":
+        batches = processes.in_step(raw_model, batches, block_size, device)
     report = loss_report(all_sum(loss_sums(raw_model, batches, bytes_of, autocast)))
     raw_model.train()
     return report["loss"], report["bits_per_byte"]
@@ -290,7 +308,7 @@ def evaluate():
 def all_sum(values):
     """Sums of a few numbers over all processes."""
     values = torch.as_tensor(values, dtype=torch.float64)
-    if parallel == "ddp":
+    if parallel != "none":
         values = values.to(device) if device_type == "cuda" else values
         dist.all_reduce(values)
     return values.tolist()
@@ -306,14 +324,6 @@ def memory_gb():
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-def spiked(history, value):
-    """Whether a value lies far above the last ones: 6 standard deviations, and a tenth."""
-    if len(history) < 20:
-        return False
-    mean, spread = statistics.fmean(history), statistics.stdev(history)
-    return value > mean + max(6 * spread, 0.1 * mean)
 
 
 # ---- loop -----------------------------------------------------------------------------------------------------------
@@ -358,7 +368,7 @@ while True:
         if step > 0 and step != saved_at:
             save()
         command = shlex.join([a for a in sys.argv if a not in ("--resume", "--overwrite")] + ["--resume"])
-        launcher = "torchrun ..." if parallel == "ddp" else "python"
+        launcher = "torchrun ..." if parallel != "none" else "python"
         say(f"{stopping[0] if stopping else 'signal'}: stopped after step {step}; go on with  {launcher} {command}")
         break
     # 3. gradient: the mean over all targets of the step, whatever micro-batch or process they are in
@@ -366,6 +376,8 @@ while True:
     total_loss = torch.zeros((), device=device)
     for i, (x, y) in enumerate(batches):
         last = i == len(batches) - 1
+        if parallel == "fsdp":
+            processes.before_backward(net, last, reshard)
         with net.no_sync() if parallel == "ddp" and not last else nullcontext():
             with autocast:
                 loss = net(x, y) * ((y >= 0).sum() * world_size / max(targets, 1))
@@ -373,7 +385,8 @@ while True:
         total_loss += loss.detach()
     # 4. update
     scaler.unscale_(opt)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    norm = (norm.full_tensor() if parallel == "fsdp" else norm).item()
     lr = lr_at(step)
     for group in opt.param_groups:
         group["lr"] = lr
@@ -394,7 +407,8 @@ while True:
     speed = batch_tokens / seconds
     mfu = speed * flops_per_token / (peak * world_size) if peak else None
     memory = memory_gb()
-    spikes = [name for name, past, value in (("loss", losses, loss), ("grad_norm", norms, norm)) if spiked(past, value)]
+    watched = (("loss", losses, loss), ("grad_norm", norms, norm))
+    spikes = [name for name, past, value in watched if record.spiked(past, value)]
     load = getattr(raw_model, "expert_load", None) if step % log_every == 0 else None  # of a mixture of experts
     extra = raw_model.metrics() | ({} if load is None else {"expert_load": load.tolist()})
     log(step=step, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds, tokens_per_second=speed, mfu=mfu,
@@ -406,6 +420,8 @@ while True:
         say(f"step {step:>6} | gradient norm {norm}, loss {loss:.4f}: skipped, {in_a_row} in a row, {skipped} in all")
     if spikes:
         say(f"step {step:>6} | SPIKE in {' and '.join(spikes)}: loss {loss:.4f}, gradient norm {norm:.3g}")
+    if timer is None and parallel != "none":
+        processes.set_timeout(timeout)
     timer, timed = (time.perf_counter(), 0) if timer is None else (timer, timed + 1)  # the first step compiles
     if step % log_every == 0 or step == max_steps:
         eta = (max_steps - step) * (time.perf_counter() - timer) / timed if timed else 0
@@ -421,7 +437,5 @@ bar.close()
 if main:
     metrics.close()
 say(f"{time.perf_counter() - begin:.0f} s; see {out}/loss.png, and sample with  python sample.py {out}")
-if parallel == "ddp":
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads may abort a process that ends otherwise
+if parallel != "none":
+    processes.finish()

@@ -571,7 +571,8 @@ def test_the_manifest_says_what_a_repetition_needs(work, base):
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", manifest["git_commit"]) or not (ROOT / ".git").exists()
     assert manifest["command"][1].endswith("train.py") and "--max_steps=30" in manifest["command"]
     assert manifest["versions"]["torch"] == torch.__version__ and manifest["host"]["cores"] == os.cpu_count()
-    assert manifest["hardware"] == dict(device="cpu", processes=1, dtype="float32", compile=False, peak_flops=None)
+    hardware = dict(device="cpu", processes=1, parallel="none", dtype="float32", compile=False, peak_flops=None)
+    assert manifest["hardware"] == hardware
     assert manifest["seed"] == 1 and manifest["data_fingerprint"] == "data 0" and len(manifest["tokenizer"]) == 64
     assert manifest["parameters"] == sum(t.numel() for t in weights(base.folder, 30).values())
     assert manifest["flops_per_token"] > 6 * manifest["parameters"] and manifest["tokens"] == 30 * 256

@@ -1,0 +1,414 @@
+"""Many processes: the same numbers as one, with a share of the memory. They are forked here, and talk through gloo."""
+
+import ctypes
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import muon
+import parallel
+from tests import test_train
+from tests.test_train import KNOBS, close, fail, finish, finished, together, train, weights
+from tests.tiny import BLOCK, EOT, MODELS, ROOT, TINY, VOCAB, module
+
+FORK = get_context("forkserver")  # forks of a process that has imported torch
+FORK.set_forkserver_preload(["tests.test_parallel"])
+work = test_train.work  # the fixture: a folder with data
+PROVED = ("baseline", "moe", "mla", "hybrid")
+# Each sequence's balance alone, since that over a micro-batch depends on what else is in it.
+OPTIONS = {"moe": dict(balance_over="sequence", bias_rate=0.01)}
+
+
+# ---- in many processes, and in one ----------------------------------------------------------------------------------
+def in_process(function, rank, world_size, folder, *args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    try:
+        torch.save(function(*args), f"{folder}/{rank}.pt")
+        if function is not given_up:
+            dist.barrier()  # nobody goes while another needs it
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def everywhere(world_size, function, *args):
+    """What function(*args) returns on each of so many processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [FORK.Process(target=in_process, args=(function, rank, world_size, folder, *args), daemon=True)
+                     for rank in range(world_size)]  # fmt: skip
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0] * world_size
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def build(name, how, dtype=torch.float32, reshard=True, cpu_offload=False, compile=False, **options):
+    sizes = dict(vocab_size=VOCAB, block_size=BLOCK, **TINY[name]) | OPTIONS.get(name, {}) | options
+    GPT, config = module(name).GPT, module(name).GPTConfig(**sizes)
+    torch.manual_seed(3)
+    if how != "fsdp":
+        return GPT(config)
+    model = parallel.empty(GPT, config)
+    parallel.shard(model, GPT, "cpu", dtype, reshard, cpu_offload, compile)
+    return model
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def curve(name, how, optimizer="muon", steps=20, micro=2, spoil=None, **options):
+    """Training of a tiny model, 8 windows a step, which each process takes in `micro` parts. rows: steps x (loss,
+    gradient norm); weights: in the end; held: bytes of parameters and optimizer state on this process. spoil=(step,
+    rank): the loss is NaN there."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model = build(name, how, **options)
+    net = DistributedDataParallel(model, broadcast_buffers=False) if how == "ddp" else model
+    # eps: a gradient that is zero but for rounding, like that of a key's bias, moves no weight.
+    opt = muon.make_optimizer(model, optimizer, 5e-3, eps=1e-4)
+    generator, rows, positions = torch.Generator().manual_seed(7), [], torch.arange(33)
+    half = "dtype" in options
+    for step in range(steps):
+        windows = (torch.randint(EOT, (8, 1), generator=generator) + positions * (1 + positions % 3)) % EOT
+        batches = windows[rank * 8 // world_size : (rank + 1) * 8 // world_size].chunk(micro)
+        total = torch.zeros((), dtype=torch.float64)
+        for i, batch in enumerate(batches):
+            last = i == micro - 1
+            if how == "fsdp":
+                parallel.before_backward(model, last, options.get("reshard", True))
+            with net.no_sync() if how == "ddp" and not last else nullcontext():
+                with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+                    loss = net(batch[:, :-1], batch[:, 1:]) * len(batch) * world_size / 8
+                (loss * math.nan if spoil == (step, rank) else loss).backward()
+            total += loss.item() / world_size
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.4)).item()
+        if math.isfinite(norm):
+            opt.step()
+        opt.zero_grad()
+        if hasattr(model, "after_step"):
+            model.after_step()
+        if world_size > 1:
+            dist.all_reduce(total)
+        rows.append([total.item(), norm])
+    tensors = [*model.parameters(), *(value for state in opt.state.values() for value in state.values())]
+    assert {t.dtype for t in tensors} == {torch.float32}
+    final = {key: whole(t).clone() for key, t in model.state_dict().items()}
+    return {"rows": rows, "weights": final, "held": sum(t.nbytes for t in muon.local(tensors))}
+
+
+def curves(*cases):
+    return [curve(*case) for case in cases]
+
+
+LAYOUTS = [(2, "ddp", "adamw"), (2, "fsdp", "muon"), (2, "fsdp", "adamw"), (4, "ddp", "muon"), (4, "fsdp", "muon")]
+CASES = [(processes, (name, how, optimizer)) for name in PROVED for processes, how, optimizer in LAYOUTS]
+
+
+@pytest.fixture(scope="module")
+def one():
+    """{(name, optimizer): curve} of one process."""
+    return {(name, optimizer): curve(name, "none", optimizer) for name in PROVED for optimizer in ("muon", "adamw")}
+
+
+@pytest.fixture(scope="module")
+def many():
+    """{(world_size, case): the curves of each process}"""
+    results = {}
+    for world_size in (2, 4):
+        cases = [case for size, case in CASES if size == world_size]
+        each = everywhere(world_size, curves, *cases)
+        results |= {(world_size, case): found for case, found in zip(cases, zip(*each))}
+    return results
+
+
+# ---- the same numbers -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("world_size", "case"), CASES)
+def test_losses_gradient_norms_and_weights_of_20_steps_equal_those_of_one_process(one, many, world_size, case):
+    expected = one[case[0], case[2]]
+    for result in many[world_size, case]:
+        torch.testing.assert_close(torch.tensor(result["rows"]), torch.tensor(expected["rows"]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(result["weights"], expected["weights"], atol=1e-4, rtol=0)
+    losses = [loss for loss, _ in expected["rows"]]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.03
+
+
+@pytest.mark.parametrize(("world_size", "case"), [c for c in CASES if c[1][1] == "fsdp"])
+def test_a_process_holds_its_share_of_weights_and_optimizer_state_and_little_more(one, many, world_size, case):
+    whole = one[case[0], case[2]]["held"]
+    held = [result["held"] for result in many[world_size, case]]
+    assert max(held) < 1.2 * whole / world_size and sum(held) < 1.05 * whole  # 6 experts over 4 are 2 + 2 + 2 + 0
+
+
+def same_curve(a, b, tolerance=1e-5):
+    torch.testing.assert_close(torch.tensor(a["rows"]), torch.tensor(b["rows"]), atol=tolerance, rtol=0)
+
+
+def test_experts_balanced_over_all_processes_train_like_those_of_one():
+    options = dict(micro=1, balance_over="global", steps=8)
+    one = curve("moe", "none", **options)
+    for result in everywhere(2, partial(curve, "moe", "fsdp", **options)):
+        same_curve(result, one)
+        assert torch.equal(result["weights"]["blocks.1.mlp.router.bias"], one["weights"]["blocks.1.mlp.router.bias"])
+
+
+def counted(**options):
+    """A step, and how often weights were gathered and gradients reduced in it."""
+    counts = {}
+    with ExitStack() as stack:
+        for name in ("foreach_all_gather", "foreach_reduce"):
+            spy = patch.object(_fsdp_param_group, name, wraps=getattr(_fsdp_param_group, name))
+            counts[name] = stack.enter_context(spy)
+        return curve("baseline", "fsdp", steps=1, n_layer=3, micro=4, **options) | {
+            "counts": [count.call_count for count in counts.values()]
+        }
+
+
+def test_accumulation_reduces_gradients_once_a_step_and_gathers_weights_once_with_reshard_off():
+    one = curve("baseline", "none", steps=1, n_layer=3, micro=8)
+    for options, gathers in (({}, 4 * (4 + 2)), ({"reshard": False}, 4)):  # 3 blocks and the rest; 2 for the backward
+        for result in everywhere(2, partial(counted, **options)):
+            same_curve(result, one)
+            assert result["counts"] == [gathers, 4]
+
+
+def test_offloaded_to_the_cpu_it_trains_the_same():
+    one = curve("baseline", "none", steps=5)
+    for result in everywhere(2, partial(curve, "baseline", "fsdp", steps=5, cpu_offload=True)):
+        same_curve(result, one)
+
+
+def compiled():
+    counter = torch._dynamo.testing.CompileCounter()
+    with patch.object(torch, "compile", partial(torch.compile, backend=counter)):
+        result = curve("baseline", "fsdp", steps=5, n_layer=12, compile=True)
+    return {**result, "graphs": counter.frame_count}
+
+
+def test_compiled_a_block_at_a_time_it_trains_the_same_and_equal_blocks_share_a_graph():
+    one = curve("baseline", "none", steps=5, n_layer=12)
+    for result in everywhere(2, compiled):
+        same_curve(result, one)
+        assert 1 <= result["graphs"] <= 4
+
+
+def test_bfloat16_computes_in_half_precision_keeps_float32_weights_and_stays_close():
+    one = curve("baseline", "none")
+    for result in everywhere(2, partial(curve, "baseline", "fsdp", dtype=torch.bfloat16)):
+        same_curve(result, one, 0.05)
+        assert result["rows"] != one["rows"]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_gradient_that_is_nan_on_one_process_skips_the_step_on_all(how):
+    before = everywhere(2, partial(curve, "baseline", how, steps=3))
+    after = everywhere(2, partial(curve, "baseline", how, steps=4, spoil=(3, 1)))
+    for a, b in zip(before, after):
+        assert math.isnan(b["rows"][3][1])
+        assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
+    on = everywhere(2, partial(curve, "baseline", how, steps=4))
+    assert not torch.equal(on[0]["weights"]["embed.weight"], before[0]["weights"]["embed.weight"])
+
+
+# ---- the start ------------------------------------------------------------------------------------------------------
+def begun(how):
+    result = {}
+    for name in MODELS:
+        model = build(name, how)
+        result[name] = {key: whole(t).clone() for key, t in model.state_dict().items()}
+        result[name] |= {f"{key} (buffer)": t.clone() for key, t in model.named_buffers()}
+        result[name]["next random number"] = torch.rand(1)
+    return result
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_start_in_shares_has_the_weights_of_one_process_bit_for_bit(world_size):
+    one = begun("none")
+    for result in everywhere(world_size, begun, "fsdp"):
+        torch.testing.assert_close(result, one, atol=0, rtol=0, equal_nan=False)
+
+
+def memory_of_a_start():
+    """Bytes in use whenever a whole weight is, beyond those before, and the bytes of all weights."""
+
+    def used():
+        ctypes.CDLL(None).malloc_trim(0)  # what is free, and only kept for later
+        return 1024 * int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+    def watched(model):
+        for name, whole in weights_of(model):
+            yield name, whole
+            peaks.append(used())
+
+    weights_of, peaks = parallel.whole_weights, []
+    build("baseline", "fsdp")  # what is imported or allocated once
+    before = used()
+    with patch.object(parallel, "whole_weights", watched):
+        model = build("baseline", "fsdp", n_layer=12, n_embd=512, n_inner=2048, n_head=8, n_kv_head=8, head_dim=64)
+    return {"peak": max(peaks) - before, "whole": sum(p.numel() * 4 for p in model.parameters())}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc, and /proc")
+def test_a_start_in_shares_never_holds_the_whole_model():
+    for result in everywhere(2, memory_of_a_start):
+        assert result["whole"] > 190e6 and result["peak"] < result["whole"] / 2 + 12e6
+
+
+# ---- Muon -----------------------------------------------------------------------------------------------------------
+SHAPES = [(5, 7), (7, 5), (6, 4), (5, 7), (1, 9), (3, 4, 5), (4, 6), (1, 5, 3), (8, 8), (5, 7), (2, 3)]
+
+
+def optimized(shapes, sharded, **options):
+    """Parameters and momentum after 3 steps, and how many matrices were orthogonalized here."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        cut = partial(distribute_tensor, device_mesh=mesh, placements=[Shard(0)])
+        weights, gradients = list(map(cut, weights)), [list(map(cut, step)) for step in gradients]
+    params, count = [torch.nn.Parameter(weight) for weight in weights], 0
+    opt = muon.MuonAdamW(params, lr=0.1, **options)
+
+    def orthogonalize(x, *args):
+        nonlocal count
+        count += len(x)
+        return exact(x, *args)
+
+    exact = muon.orthogonalize
+    with patch.object(muon, "orthogonalize", orthogonalize):
+        for step in gradients:
+            for p, g in zip(params, step):
+                p.grad = g
+            opt.step()
+    states = [opt.state[p] for p in params]
+    kept = [t for state in states for key, t in state.items() if key != "step"]
+    if sharded:
+        assert all(t.placements == (Shard(0),) for t in kept)
+    return {"params": [whole(p).detach() for p in params], "state": [whole(t) for t in kept], "count": count}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("options", [{}, {"cautious_decay": True, "nesterov": False}])
+def test_muon_on_shares_equals_muon_on_whole_matrices_and_divides_the_work(world_size, options):
+    """Among them: rows that do not divide, fewer rows than processes, stacks with fewer matrices than processes."""
+    for shapes in (SHAPES, [(5, 7)], [(3, 4, 5)]):
+        one = optimized(shapes, False, method="muon", **options)
+        results = everywhere(world_size, partial(optimized, shapes, True, method="muon", **options))
+        for result in results:
+            torch.testing.assert_close(result["params"], one["params"], atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(result["state"], one["state"], atol=1e-6, rtol=1e-6)
+        counts = [result["count"] for result in results]
+        assert sum(counts) == one["count"] and max(counts) < one["count"] or len(shapes) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"cautious_decay": True}])
+def test_adamw_on_shares_equals_adamw_on_whole_tensors(options):
+    shapes = [(5, 7), (3,), (1,), (2, 3, 4), (9, 2, 2, 2)]
+    one = optimized(shapes, False, **options)
+    for result in everywhere(4, partial(optimized, shapes, True, **options)):
+        torch.testing.assert_close(result["params"], one["params"], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(result["state"], one["state"], atol=1e-6, rtol=1e-6)
+
+
+# ---- train.py -------------------------------------------------------------------------------------------------------
+RUN = dict(
+    micro_batch=2, eval_tokens=900, eval_every=3
+)  # 29 windows to evaluate: 7 batches on a process, 8 on the other
+
+
+@pytest.fixture(scope="module")
+def alone(work):
+    return train(work, "alone", **RUN)
+
+
+def test_train_py_sharded_logs_evaluates_and_saves_what_one_process_does(work, alone):
+    results = [finish(*run) for run in together(work, 2, out_dir="fsdp", parallel="fsdp", **RUN)]
+    assert [result.code for result in results] == [0, 0], results
+    assert "2 x cpu, float32, eager, fsdp" in results[0].out and not results[1].out
+    run = finished(work / "fsdp")
+    for key in ("loss", "grad_norm", "val_loss", "val_bits_per_byte"):
+        assert close(*([row[key] for row in r.rows if key in row] for r in (run, alone))), key
+    torch.testing.assert_close(weights(run.folder, 6), weights(alone.folder, 6), atol=1e-5, rtol=0)
+
+
+def test_torchrun_trains_in_shares_with_everything_on_and_ends_well(work, alone):
+    knobs = {"data": "data", "out_dir": "shares"} | KNOBS | RUN
+    argv = [f"--{key}={value}" for key, value in knobs.items()]
+    argv += ["--parallel=fsdp", "--reshard=False", "--cpu_offload", "--gradient_checkpointing"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    run = subprocess.run([*command, *argv], cwd=work, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("step      6/6") == 1
+    assert close(finished(work / "shares").losses, alone.losses)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        (dict(parallel="fsdp"), "torchrun --standalone --nproc_per_node=2 "),
+        (dict(parallel="ddp"), "torchrun --standalone --nproc_per_node=2 "),
+        (dict(cpu_offload=True), "cpu_offload=True and reshard=False are for parallel=fsdp, and this is parallel=none"),
+        (dict(reshard=False), "cpu_offload=True and reshard=False are for parallel=fsdp, and this is parallel=none"),
+        (dict(timeout=0), "timeout=0: try 1 or more"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_to_do(work, knobs, said):
+    assert said in fail(work, "refused", **knobs)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        (dict(dtype="float16"), "dtype=float16 needs a loss scaler, which parallel=fsdp has not: try bfloat16"),
+        (
+            dict(batch_tokens=288),
+            "batch_tokens=288 is not a multiple of block_size=32 times 2 processes: try 256 or 320",
+        ),
+        (dict(parallel="none"), "parallel=none, but torchrun started 2 processes: try parallel=ddp"),
+    ],
+)
+def test_many_processes_are_refused_with_one_line_each(work, knobs, said):
+    for run in together(work, 2, out_dir="refused", **{"parallel": "fsdp"} | knobs):
+        result = finish(*run)
+        assert result.code == 2 and said in result.err and result.err.count("\n") == 1, result.err
+
+
+def given_up():
+    """How long this process waits for one that never comes."""
+    parallel.set_timeout(2)
+    began = time.time()
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match="(?i)timed out"):
+            dist.all_reduce(torch.zeros(()))
+    else:
+        time.sleep(5)
+    return time.time() - began
+
+
+def test_a_process_that_waits_longer_than_the_timeout_for_another_gives_up():
+    first, _ = everywhere(2, given_up)
+    assert 2 <= first < 4
