@@ -8,6 +8,7 @@ out/run/  config.json, config.py    the resolved config; the second is one to gi
           .lock                     held by the run at work here (guard.py)
 """
 
+import gc
 import json
 import math
 import os
@@ -176,3 +177,4 @@ def plot(out: Path, title: str) -> None:
         figure.colorbar(image, label="choices of an expert / mean of its layer", extend="max")
         figure.savefig(out / "experts.png", dpi=120)
         plt.close(figure)
+    gc.collect()  # a figure is in cycles of references: Python would keep dozens of them before it looks
