@@ -85,10 +85,7 @@ class Run:
         for pid in (self.process.pid, *ranks):
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        while any(
-            Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text() for pid in ranks
-        ):
-            time.sleep(0.01)
+        self.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
 
     def resumed(self):
         """The steps from which it went on so far."""
@@ -98,13 +95,13 @@ class Run:
     def until(self, condition, seconds=300):
         end = time.time() + seconds
         while not condition():
-            if time.time() > end or self.process.poll():
-                sys.exit(f"error: {self.process.poll()=}: see {self.log}")
+            if time.time() > end:
+                sys.exit(f"error: waited {seconds} s in vain: see {self.log}")
             time.sleep(0.005)
 
 
 def inject(run, fault, rng):
-    """Does it, and sees to it that the run goes on; (steps that were done in vain, seconds until a new one was done)."""
+    """Does it, and has the run go on: (steps that were done in vain, seconds until a new one was done)."""
     known, began = len(run.resumed()), time.time()
     if fault == "a save":
         run.until(lambda: list(run.folder.glob("*.tmp")))
