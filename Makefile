@@ -10,7 +10,7 @@ RUN := .venv/bin/python
 
 quickstart: .venv/installed
 	$(RUN) data/prepare.py stdlib --tokenizer bpe:4096
-	$(RUN) train.py config/quickstart.py $$(test -e out/quickstart/manifest.json && echo --resume)
+	$(RUN) train.py config/quickstart.py --resume=auto
 	$(RUN) sample.py out/quickstart --prompt "class Reader:" --num_samples 3 --temperature 0.6 --top_p 0.95 --repetition_penalty 1.1
 	@echo "the loss is drawn in out/quickstart/loss.png"
 

@@ -199,19 +199,21 @@ def train(run: Run, slots: SimpleQueue, jobs: int, processes: list) -> Run:
         own["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[slot % len(gpus.split(","))]
     log = Path(f"{run.folder}.log")
     try:
-        with log.open("w") as file:
+        with log.open("a") as file:  # an orphan of a killed comparison may still write to it
+            begin = file.tell()
             process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | own)
             processes.append(process)
             code = process.wait()
     finally:
         slots.put(slot)
-    if code and DIVERGED in log.read_text():  # a result, too
+    printed = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
+    if code and DIVERGED in "".join(printed):  # a result, too
         row = {"step": run.variant.steps, "tokens": run.variant.tokens, "val_loss": None, "val_bits_per_byte": None}
         with (run.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
     elif code or not is_finished(run):
-        last = log.read_text().strip().splitlines()[-1:]
-        raise RuntimeError(f"{run.folder} ended with code {code}; the last line of {log}: {''.join(last)}")
+        last = [line for line in printed if line.startswith("error: ")][-1:] or printed[-1:]
+        raise RuntimeError(f"{run.folder} ended with code {code}; in {log}: {''.join(last)}")
     return run
 
 

@@ -5,8 +5,10 @@ out/run/  config.json, config.py    the resolved config; the second is one to gi
           data.json                 the data's meta.json: its tokenizer for sample.py
           metrics.jsonl, loss.png   a line a step, and a line an evaluation; experts.png where there are experts
           step-*, latest, best      checkpoints (checkpoint.py)
+          .lock                     held by the run at work here (guard.py)
 """
 
+import gc
 import json
 import math
 import os
@@ -54,6 +56,13 @@ def write(path, text):
     temporary.replace(path)
 
 
+def source(model: str) -> dict[str, Path]:
+    """The code of a run, {name: file}: ours, and of the variants the one that it trains."""
+    root, variant = Path(__file__).parent, Path(sys.modules[f"model_{model}"].__file__)
+    ours = [path for path in root.glob("*.py") if not path.name.startswith("model_")]
+    return {path.name: path for path in [*ours, variant]} | {f"data/{p.name}": p for p in root.glob("data/*.py")}
+
+
 def describe(out: Path, config: dict, meta: dict, facts: dict) -> None:
     """Writes what a run is. config: as checkpoint.save takes it; meta: the data's; facts: more for the manifest."""
     root = Path(__file__).parent
@@ -72,18 +81,16 @@ def describe(out: Path, config: dict, meta: dict, facts: dict) -> None:
     write(out / "config.json", json.dumps(config, indent=1) + "\n")
     write(out / "config.py", config_source({"model": config["model"]} | config["knobs"] | config["model_config"]))
     write(out / "data.json", json.dumps(meta) + "\n")
-    variant = Path(sys.modules[f"model_{config['model']}"].__file__)
-    ours = [path for path in root.glob("*.py") if not path.name.startswith("model_")]
-    for file in [*ours, variant, *root.glob("data/*.py")]:
-        target = out / "source" / ("data" if file.parent == root / "data" else "") / file.name
+    for name, file in source(config["model"]).items():
+        target = out / "source" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
 
 
 def read_metrics(out: Path) -> list[dict]:
     """The lines of metrics.jsonl, without one that a crash cut short."""
-    rows = []
-    for line in (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else ():
+    rows, path = [], out / "metrics.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -180,3 +187,4 @@ def plot(out: Path, title: str) -> None:
         figure.colorbar(image, label="choices of an expert / mean of its layer", extend="max")
         figure.savefig(out / "experts.png", dpi=120)
         plt.close(figure)
+    gc.collect()  # a figure is in cycles of references: Python would keep dozens of them before it looks

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import checkpoint
 import flops
+import guard
 import muon
 import record
 from configurator import configure
@@ -48,11 +49,12 @@ dtype = "auto"  # bfloat16, float16 (with a loss scaler) or float32; auto: the b
 tf32 = True  # float32 matmuls in TF32 on GPUs that have it
 compile: bool | str = "auto"  # True, False; auto: on CUDA
 kernels = False  # Triton kernels in place of PyTorch's (kernels.py), on CUDA
+deterministic = False  # the same bits each time, on a GPU as well; slower, and an error where an operation cannot
 parallel = "auto"  # under torchrun: ddp, or fsdp where weights fill the memory; auto: ddp there, else none
 reshard = True  # fsdp: gather a block's weights again for its backward; False: keep them till then
 cpu_offload = False  # fsdp: weights and optimizer state in the CPU's memory: slow, for what fits nowhere else
 timeout = 30  # seconds that a process waits for another before it gives up
-resume = False  # go on from the newest whole checkpoint in out_dir
+resume: bool | str = False  # go on from the newest whole checkpoint in out_dir; auto: or begin where there is no run
 overwrite = False  # delete the run that is in out_dir
 # how much
 max_steps = 1000
@@ -107,6 +109,7 @@ say = tqdm.write if main else lambda *_: None
 for key, allowed in {"parallel": "auto none ddp fsdp", "dtype": "auto bfloat16 float16 float32",
                      "schedule": "cosine wsd constant", "decay_shape": "linear cosine sqrt", "wandb": " online offline",
                      "optimizer": "muon adamw", "muon_dtype": "auto bfloat16 float32", "compile": "auto True False",
+                     "resume": "auto True False",
                      "muon_polynomial": "polar_express quintic"}.items():  # fmt: skip
     if str(config[key]) not in allowed.split(" "):
         die(f"{key}={config[key]}: try one of {', '.join(allowed.split())}")
@@ -120,6 +123,12 @@ for least, keys in at_least.items():
 for package in ("wandb", "tensorboard"):
     if config[package] and not find_spec(package):
         die(f"{package}={config[package]}, but this package is not here:  pip install {package}")
+if overwrite and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    die("--overwrite would delete the run at each restart that --max-restarts allows: try --resume=auto")
+if deterministic:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 if world_size > 1 and parallel == "none":
@@ -167,6 +176,8 @@ try:
 except (OSError, ValueError) as error:
     die(error)
 tokenizer = tokenizer_from_dict(train_data.meta["tokenizer"]) if train_data.meta["tokenizer"] else None
+identity = {"data": data, "data_fingerprint": train_data.fingerprint, "tokenizer": tokenizer and tokenizer.fingerprint,
+            "shards": [train_data.contents, val_data.contents]}  # fmt: skip
 vocab_size = vocab_size or -(-train_data.vocab_size // 64) * 64
 if vocab_size < train_data.vocab_size:
     die(f"vocab_size={vocab_size} is smaller than that of {data}, {train_data.vocab_size}: try 0")
@@ -184,6 +195,7 @@ fields = {field.name: config[field.name] for field in dataclasses.fields(variant
 if document_mask:
     fields["eot_id"] = train_data.eot_id
 try:
+    guard.check_ranks(world_size, device, config=config, data=identity, code=guard.code_of(model))
     model_config = variant.GPTConfig(**fields)
     raw_model = processes.empty(variant.GPT, model_config) if parallel == "fsdp" else variant.GPT(model_config)
 except ValueError as error:
@@ -238,15 +250,16 @@ out = Path(out_dir)
 knobs = {key: value for key, value in config.items() if key not in (*fields, "model", "resume", "overwrite")}
 saved_config = {"model": model, "model_config": fields, "knobs": knobs}
 step, tokens, best, skipped = 0, 0, math.inf, 0
-identity = {"data": data, "data_fingerprint": train_data.fingerprint, "tokenizer": tokenizer and tokenizer.fingerprint}
+machine = {"processes": world_size, "device": name, "torch": torch.__version__}
 try:
-    path = checkpoint.newest(out, say) if resume else None
-    held = path or record.exists(out)
+    held = resume and checkpoint.folders(out) or record.exists(out)
+    if resume is True and not held:
+        die(f"--resume given but no checkpoint in {out}")
+    lock = guard.lock(out, rank, world_size, device)
     if held and not (resume or overwrite):
         die(f"{out} already holds a run: go on with --resume, delete it with --overwrite, or choose another --out_dir")
-    if resume and not held:
-        die(f"--resume given but no checkpoint in {out}")
-    if resume and not path:
+    path = checkpoint.newest(out, say) if resume else None
+    if resume and held and not path:
         say(f"no checkpoint in {out} yet: beginning again")
     if path:
         old_config, state = checkpoint.load_config(path), json.loads((path / "trainer.json").read_text())
@@ -257,10 +270,13 @@ try:
         before = state["identity"]
         if before["tokenizer"] != identity["tokenizer"]:
             die(f"{data} has another tokenizer than the data of {path}: give that data, or another out_dir")
-        if before["data"] == data and before["data_fingerprint"] != identity["data_fingerprint"]:
+        if before["data"] == data and before != identity:
             die(f"{data} changed since {path} was written: restore it, or begin another run in another out_dir")
         checkpoint.restore(path, raw_model, opt)
         step, tokens, best, skipped = (state[key] for key in ("step", "tokens", "best", "skipped"))
+        for key, then in state.get("machine", {}).items():
+            if then != machine[key]:
+                say(f"changed since the checkpoint: {key}: {then} -> {machine[key]}: equal to rounding, not to the bit")
         if state["scaler"]:  # it is empty where dtype was not float16
             scaler.load_state_dict(state["scaler"])
         say(f"resuming from {path}")
@@ -281,7 +297,10 @@ except (OSError, ValueError, checkpoint.CheckpointError) as error:
 
 def save(is_best=False):
     """All take part, rank 0 writes. On a full disk a run that has steps left goes on: what was saved before stays."""
-    trainer = {"tokens": tokens, "best": best, "skipped": skipped, "scaler": scaler.state_dict(), "identity": identity}
+    if changed := train_data.changed() + val_data.changed():
+        die(f"{changed[0]} was written to while this run read it: restore it, and go on with --resume")
+    trainer = {"tokens": tokens, "best": best, "skipped": skipped, "scaler": scaler.state_dict(), "identity": identity,
+               "machine": machine}  # fmt: skip
     try:
         folder = checkpoint.save(out, step, raw_model, opt, saved_config, trainer, keep_last, is_best)
         if not main:
@@ -336,7 +355,7 @@ def on_signal(number, frame):
     stopping.append(signal.Signals(number).name)
 
 
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # the last is SLURM's before it takes the machine
     signal.signal(number, on_signal)
 bar = tqdm(
     total=max_steps, initial=step, disable=not (main and sys.stderr.isatty()), dynamic_ncols=True, smoothing=0.05
@@ -367,7 +386,7 @@ while True:
     if stop:
         if step > 0 and step != saved_at:
             save()
-        command = shlex.join([a for a in sys.argv if a not in ("--resume", "--overwrite")] + ["--resume"])
+        command = shlex.join([a for a in sys.argv if a.split("=")[0] not in ("--resume", "--overwrite")] + ["--resume"])
         launcher = "torchrun ..." if parallel != "none" else "python"
         say(f"{stopping[0] if stopping else 'signal'}: stopped after step {step}; go on with  {launcher} {command}")
         break
@@ -412,7 +431,8 @@ while True:
     load = getattr(raw_model, "expert_load", None) if step % log_every == 0 else None  # of a mixture of experts
     extra = raw_model.metrics() | ({} if load is None else {"expert_load": load.tolist()})
     log(step=step, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds, tokens_per_second=speed, mfu=mfu,
-        memory_gb=memory, tokens=tokens, skipped=skipped, spikes=spikes, **extra)  # fmt: skip
+        memory_gb=memory, resident_gb=guard.resident_gb(), tokens=tokens, skipped=skipped, spikes=spikes,
+        **extra)  # fmt: skip
     if math.isfinite(norm):
         losses.append(loss)
         norms.append(norm)

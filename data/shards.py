@@ -68,6 +68,12 @@ def open_shard(path: Path) -> tuple[mmap.mmap, np.ndarray]:
     return mapped, np.frombuffer(mapped, dtype, offset=HEADER_BYTES)
 
 
+def stamp(path):
+    """(which file this is, its size, when it was written to); zeros where there is none."""
+    found = os.stat(path) if path.exists() else os.stat_result((0,) * 10)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def give_back(mapped, begin, size):
     """Unmaps pages (they stay in the system's cache), or the process would grow to the size of the data."""
     around = 1 << 16  # Linux maps the pages around the one that is read, too: 64 kB, aligned
@@ -88,6 +94,7 @@ class Shards:
         if not self.paths:
             raise FileNotFoundError(f"{self.folder} holds no *{split}*.bin: make it with  python data/prepare.py")
         self._maps, self._tokens = zip(*map(open_shard, self.paths))
+        self._stamps = [stamp(path) for path in self.paths]
         self._ends = np.cumsum([len(tokens) for tokens in self._tokens]).tolist()
         self.meta = self._read_meta()
         self.vocab_size, self.eot_id = self.meta["vocab_size"], self.meta["eot_id"]
@@ -115,6 +122,25 @@ class Shards:
         for path, mapped in zip(self.paths, self._maps):
             digest.update(f"{path.name} {len(mapped)} ".encode() + mapped[: 2 * HEADER_BYTES])
         return digest.hexdigest()
+
+    @cached_property
+    def contents(self) -> str:
+        """A hash of what the files do hold, whatever meta.json says: names, sizes, and 64 kB at 8 places of each."""
+        digest, part = hashlib.sha256(), 1 << 16
+        for path, mapped in zip(self.paths, self._maps):
+            digest.update(f"{path.name} {len(mapped)} ".encode())
+            for begin in range(0, len(mapped), max(len(mapped) // 8, part)):
+                digest.update(mapped[begin : begin + part])
+                give_back(mapped, begin, part)
+        return digest.hexdigest()
+
+    def changed(self) -> list[str]:
+        """The files that were written to after they were opened: what was read of them since may be anything.
+
+        One that was replaced by rename is not among them: the old file is still what is read.
+        """
+        now = [stamp(path) for path in self.paths]
+        return [str(p) for p, a, b in zip(self.paths, self._stamps, now) if a[0] == b[0] and a != b]
 
     def __len__(self):
         return self._ends[-1]

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -218,6 +220,22 @@ def test_a_comparison_that_is_stopped_saves_its_runs_and_goes_on_with_them(setti
     for log, step, row in zip(logs, stopped, rows, strict=True):
         assert f"resuming from {log.with_suffix('')}/step-{step:08d}" in log.read_text()
         assert 0 < step * 256 < row["tokens"] == row["curves"][0][-1][0]
+
+
+def test_an_orphan_of_a_killed_comparison_is_named_by_the_next(setting, tmp_path):
+    command = [sys.executable, str(ROOT / "compare.py"), *setting, f"--out_dir={tmp_path}", "--lrs=1", "--seeds=1"]
+    command += ["--budget=1e12", "--eval_tokens=64"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    until(lambda: any(path.stat().st_size > 3000 for path in tmp_path.glob("*/*/metrics.jsonl")))
+    process.kill()
+    process.communicate()
+    (lock,) = tmp_path.glob("*/*/.lock")
+    orphan = int(lock.read_text().split()[1])
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and f"is in use by process {orphan} on " in done.stderr.splitlines()[-1]
+    finally:
+        os.kill(orphan, signal.SIGKILL)
 
 
 def test_a_real_comparison_trains_both_variants_and_measures_their_speed(setting, tmp_path):

@@ -244,7 +244,7 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(work, base):
     assert sorted(p.name for p in folder.glob("step-*")) == ["step-00000028", "step-00000030"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_the_step_saves_and_names_the_command_that_resumes(work, number):
     out = f"signal {number.name}"
     process, log = start(work, "--overwrite", out_dir=out, max_steps=10**6, schedule="constant")
@@ -542,11 +542,12 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss_and_keep_last_ke
 
 
 def test_every_step_has_every_field(base):
-    fields = "step loss lr grad_norm ms tokens_per_second mfu memory_gb tokens skipped spikes".split()
+    fields = "step loss lr grad_norm ms tokens_per_second mfu memory_gb resident_gb tokens skipped spikes".split()
     assert [list(row) for row in base.steps] == [fields] * 30
     for n, row in enumerate(base.steps, 1):
         assert (row["step"], row["tokens"], row["mfu"], row["spikes"]) == (n, 256 * n, None, [])
         assert abs(row["tokens_per_second"] - 256 / row["ms"] * 1000) < 1e-3 and 0.05 < row["memory_gb"] < 10
+        assert 0.05 < row["resident_gb"] <= row["memory_gb"] * 1.05
     assert [row["step"] for row in base.evaluations] == [0, 10, 20, 30]
     assert base.losses[-1] < base.losses[0] - 1
     line = re.search(r"step     30/30 \| loss (.*)", base.out)[1]
@@ -658,7 +659,7 @@ def test_a_damaged_shard_is_refused_by_name(work):
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(work, base):
     def digest():
-        files = sorted(path for path in base.folder.rglob("*") if path.is_file())
+        files = sorted(path for path in base.folder.rglob("*") if path.is_file() and path.name != ".lock")
         return [(path, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
 
     before = digest()

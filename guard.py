@@ -1,0 +1,81 @@
+"""What keeps a run safe from another in its folder, from ranks that are not alike, and from leaks that nobody sees."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import record
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what a disk says that has none
+
+
+def lock(out: Path, rank: int = 0, world_size: int = 1, device: str = "cpu"):
+    """Takes a run's folder until rank 0's process ends, in whatever way: the kernel gives a lock back, none is stale.
+
+    ValueError, on every rank, where another run has it or nothing can be written. All ranks call it, and keep what it
+    returns. Over hosts it holds where the disk passes flock on: NFS does, Lustre where it is mounted with -o flock.
+    """
+    file, refusal = None, ""
+    try:
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            file = open(out / ".lock", "a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(f"WARNING: this disk has no locks: nothing keeps a second run out of {out}", file=sys.stderr)
+            os.register_at_fork(after_in_child=file.close)  # or a child would hold it longer than this process lives
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+    except BlockingIOError:
+        file.seek(0)
+        refusal = f"{out} is in use by {file.read()}: wait for that run, stop it, or choose another out_dir"
+    except OSError as error:
+        refusal = f"{out} cannot be written to ({error.strerror}): choose another out_dir"
+    if refusal := on_all_ranks(refusal, world_size, device)[0]:
+        raise ValueError(refusal)
+    return file
+
+
+def on_all_ranks(value, world_size: int, device: str = "cpu") -> list:
+    """What each rank gives, up to 64 kB as JSON. All ranks call it."""
+    if world_size == 1:
+        return [value]
+    text = json.dumps(value).encode().ljust(1 << 16)  # spaces behind it mean nothing
+    mine = torch.tensor(list(text), dtype=torch.uint8, device=device)
+    found = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(found, mine)
+    return [json.loads(bytes(theirs.tolist())) for theirs in found]
+
+
+def check_ranks(world_size: int, device: str, **facts: dict) -> None:
+    """ValueError, on every rank, where a rank's facts, {what: {key: value}}, are not those of rank 0."""
+    first, *others = on_all_ranks(facts, world_size, device)
+    for rank, theirs in enumerate(others, 1):
+        for what in first:
+            a, b = first[what], theirs[what]
+            if odd := [f"{key}={b.get(key)!r}, not {a.get(key)!r}" for key in {**a, **b} if a.get(key) != b.get(key)]:
+                raise ValueError(f"rank {rank} has a different {what} than rank 0: {'; '.join(odd[:3])}")
+
+
+def code_of(model: str) -> dict[str, str]:
+    """What decides how a run computes: the version of torch, and a hash of each file of ours."""
+    files = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, path in record.source(model).items()}
+    return {"torch": torch.__version__, **files}
+
+
+def resident_gb() -> float | None:
+    """Memory that this process has at present: what grows over a run is a leak. None where the system has no /proc."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9 if status.exists() else None
