@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +41,19 @@ class Case:
     work: tuple[float, float]  # bytes or FLOPs of forward, and of forward and backward
     others: dict[str, Callable] = field(default_factory=dict)
     compiled: bool = True  # measure torch.compile of the twin
+    fixed: int = 0  # so many of the last arguments get no gradient
+
+
+def installed(name):
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
 
 
 def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
     b, eps = dtype.itemsize, 1e-6
-    liger = import_module("liger_kernel.transformers.functional") if find_spec("liger_kernel") else None
-    fla = import_module("fla.ops.gated_delta_rule") if find_spec("fla") else None
+    liger, fla = (installed(name) for name in ("liger_kernel.transformers.functional", "fla.ops.gated_delta_rule"))
 
     def new(*shape, scale=1.0):  # random: on zeros a GPU runs faster
         return (torch.randn(shape, device=device) * scale).to(dtype)
@@ -72,22 +78,26 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("rope", size, lambda s: (new(B, T // s, H, D), *rotation(s)), "B", (2 * numbers * b, 4 * numbers * b))
     yield Case(
         "norm_rope", size, lambda s: (new(B, T // s, H, D), new(D), eps, *rotation(s)), "B",
-        (2 * numbers * b, 5 * numbers * b),
+        (2 * numbers * b, 5 * numbers * b), fixed=2,
     )  # fmt: skip
     rows = N // 2
+
+    def copied(gate, up):  # its backward writes over both
+        return liger.liger_swiglu(gate.clone(), up.clone())
+
     yield Case(
         "swiglu", f"{rows:,} x {width:,}", lambda s: (new(rows // s, width), new(rows // s, width)), "B",
-        (3 * rows * width * b, 8 * rows * width * b), {"Liger": liger.liger_swiglu} if liger else {},
+        (3 * rows * width * b, 8 * rows * width * b), {"Liger, with copies": copied} if liger else {},
     )  # fmt: skip
     for B, H, G, T, D, window in SIZES["attention"]:
         yield attention(new, B, H, G, T, D, window)
     N, C, V = SIZES["loss"]
-    chunked = getattr(F, "linear_cross_entropy", None)
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)  # without them it is not chunked
     yield Case(
         "linear_cross_entropy", f"{N:,} x {C:,} x {V:,}",
         lambda s, N=N, C=C: (new(N // s, C), new(V, C, scale=C**-0.5), torch.randint(V, (N // s,), device=device)),
-        "FLOP", (6 * N * C * V, 6 * N * C * V),  # its forward computes the gradients too
-        ({"F.linear_cross_entropy": chunked} if chunked else {})
+        "FLOP", (2 * N * C * V, 6 * N * C * V),
+        ({"F.linear_cross_entropy": partial(F.linear_cross_entropy, options=options())} if options else {})
         | ({"Liger": liger.liger_fused_linear_cross_entropy} if liger else {}),
     )  # fmt: skip
     N, C, width, E, K = SIZES["moe"]
@@ -103,6 +113,7 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
                (6 * N * K * C * width, 18 * N * K * C * width))  # fmt: skip
     for B, H, T, D in SIZES["delta"]:
         yield delta(new, device, fla, B, H, T, D)
+    yield delta(lambda *shape: new(*shape).float(), device, fla, B, H, T, D)  # as model_hybrid.py calls it
 
 
 def attention(new, B, H, G, T, D, window):
@@ -128,7 +139,7 @@ def delta(new, device, fla, B, H, T, D):
     flops = B * H * T * (6 * D * D + 2 * 64 * 5 * D)  # in chunks of 64 tokens
 
     def arguments(s):
-        q, k = (F.normalize(new(B, T // s, H, D).float(), dim=-1).to(new(1).dtype) for _ in range(2))
+        q, k = (F.normalize(new(B, T // s, H, D), dim=-1) for _ in range(2))
         q, k, v = (x.transpose(1, 2) for x in (q * D**-0.5, k, new(B, T // s, H, D)))  # (B, H, T, D)
         decay, beta = (F.logsigmoid(new(B, H, T // s).float() + 3), torch.rand(B, H, T // s, device=device))
         first = torch.zeros(1, 1, T // s, dtype=torch.bool, device=device)
@@ -140,7 +151,8 @@ def delta(new, device, fla, B, H, T, D):
         return y.transpose(1, 2), state
 
     others = {"flash-linear-attention": theirs} if fla else {}
-    size, compiled = f"{B} x {T:,}, {H} heads of {D}", T <= 8192  # its loop over chunks is unrolled: minutes
+    size = f"{B} x {T:,}, {H} heads of {D}" + (", fp32" if new(1).dtype == torch.float32 else "")
+    compiled = T <= 8192  # the twin's loop over chunks is unrolled, which takes minutes
     return Case("gated_delta_rule", size, arguments, "FLOP", (flops, 3.5 * flops), others, compiled)
 
 
@@ -149,12 +161,12 @@ def pair(case):
     return getattr(module, case.name), getattr(module, case.name + "_ref")
 
 
-def leaves_of(arguments, dtype=None):
+def leaves_of(case, arguments, dtype=None):
     """The arguments, with floating tensors as leaves (in dtype), and these leaves alone."""
-    moved = [
-        x.detach().to(dtype or x.dtype).requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
-        for x in arguments
-    ]
+    last, moved = len(arguments) - case.fixed, []
+    for i, x in enumerate(arguments):
+        floating = torch.is_tensor(x) and x.is_floating_point()
+        moved.append(x.detach().to(dtype or x.dtype).requires_grad_(i < last) if floating else x)
     return moved, [x for x in moved if torch.is_tensor(x) and x.requires_grad]
 
 
@@ -166,23 +178,19 @@ def outputs_of(function, arguments):
 def forward_backward(function, arguments, leaves, dy):
     """Outputs, and the gradients of leaves; None of those that the function does not differentiate."""
     outputs = outputs_of(function, arguments)
-    return *outputs, *torch.autograd.grad(
-        outputs, leaves, [d.to(y.dtype) for d, y in zip(dy, outputs)], allow_unused=True
-    )
+    dy = [d.to(y.dtype) for d, y in zip(dy, outputs)]
+    return *outputs, *torch.autograd.grad(outputs, leaves, dy, allow_unused=True)
 
 
-def errors(case):
-    """Of kernel and twin, against the twin in fp64: the largest ||x - truth|| / ||truth|| of outputs and gradients."""
-    arguments, leaves = leaves_of(case.arguments(SIZES["checked"]))
-    kernel, twin = pair(case)
-    dy = [torch.randn_like(y) for y in outputs_of(kernel, arguments)]
-    truth = forward_backward(twin, *leaves_of(arguments, torch.float64), dy)
-    found = []
-    for function in (kernel, twin):
-        got = forward_backward(function, arguments, leaves, dy)
-        pairs = [(x, y) for x, y in zip(got, truth) if x is not None]
-        found.append(max(((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item() for x, y in pairs))
-    return found
+def error(case, function):
+    """The largest ||x - truth|| / ||truth|| of outputs and gradients, where the truth is the twin in fp64."""
+    torch.manual_seed(0)
+    arguments, leaves = leaves_of(case, case.arguments(SIZES["checked"]))
+    dy = [torch.randn_like(y) for y in outputs_of(pair(case)[1], arguments)]
+    truth = forward_backward(pair(case)[1], *leaves_of(case, arguments, torch.float64), dy)
+    got = forward_backward(function, arguments, leaves, dy)
+    pairs = [(x, y) for x, y in zip(got, truth) if x is not None]
+    return max(((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item() for x, y in pairs)
 
 
 def bench_kernels(args):
@@ -197,27 +205,32 @@ def bench_kernels(args):
     result["matmul"] = 2 * len(a) ** 3 / min(seconds(torch.matmul, (a, a), 10, device) for _ in range(5))
     for case in cases(device, getattr(torch, dtype)):
         print(f"{case.name} {case.size}...", file=sys.stderr)
-        result["cases"].append(measure(case, args.rounds, device))
+        try:
+            result["cases"].append(measure(case, args.rounds, device))
+        except Exception as reason:  # the kernel itself: what the others measured is not lost
+            print(f"{case.name} {case.size} failed: {reason}", file=sys.stderr)
     return result
 
 
 def measure(case, rounds, device):
+    """A row for each that can do it. Forward alone keeps nothing for a backward."""
+    torch._dynamo.reset()
     kernel, twin = pair(case)
-    runs = (
-        {"kernel": kernel, "eager": twin} | ({"compiled": torch.compile(twin)} if case.compiled else {}) | case.others
-    )
-    found = {"name": case.name, "size": case.size, "unit": case.unit, "work": case.work, "errors": errors(case)}
-    arguments, leaves = leaves_of(case.arguments(1))
-    dy, found["rows"], forward, both = [torch.randn_like(y) for y in outputs_of(kernel, arguments)], {}, {}, {}
+    runs = {"kernel": kernel, "eager": twin}
+    runs |= ({"compiled": torch.compile(twin, dynamic=False)} if case.compiled else {}) | case.others
+    found = {"name": case.name, "size": case.size, "unit": case.unit, "work": case.work, "rows": {}}
+    arguments, leaves = leaves_of(case, case.arguments(1))
+    dy, forward, both = [torch.randn_like(y) for y in outputs_of(kernel, arguments)], {}, {}
     for name, function in runs.items():
-        forward[name] = partial(function, *arguments)
-        both[name] = partial(forward_backward, function, arguments, leaves, dy)
+        once = partial(forward_backward, function, arguments, leaves, dy)
         try:
-            both[name]()  # compiles
-            found["rows"][name] = {"peak_bytes": peak_memory(both[name], device)}
-        except RuntimeError as error:  # no room for it, or a backend that does not take this
-            found["rows"][name] = {"error": str(error).splitlines()[0]}
-            del forward[name], both[name]
+            row = {"error": error(case, function)}
+            once()  # compiles
+            row["peak_bytes"] = peak_memory(once, device)
+        except Exception as reason:  # no room for it, or a library that does not take this: the others go on
+            found["rows"][name] = {"failed": (str(reason) or repr(reason)).splitlines()[0]}
+            continue
+        found["rows"][name], forward[name], both[name] = row, torch.no_grad()(partial(function, *arguments)), once
     for key, functions in (("forward", forward), ("both", both)):
         took = in_turn(list(functions.values()), (), rounds, SIZES["times"], device)
         for name, measured in zip(functions, took):
@@ -233,29 +246,28 @@ def kernels_markdown(result):
         f"In {result['dtype']}; {result['rounds']} rounds in which all take turns, {result['times']} calls each; "
         "medians and ranges of milliseconds. Speed: the bytes or FLOPs that the operation must move or do in that "
         f"time; share: of what a copy ({copy / 1e9:,.0f} GB/s) or a large matmul ({matmul / 1e12:,.1f} TFLOP/s) "
-        "reached in this run. x: how many times as fast the kernel is. Errors: the largest relative one of outputs and "
-        "gradients, against fp64.\n",
+        "reached in this run. x: how many times as fast the kernel is. Error: the largest relative one of outputs and "
+        f"gradients, against fp64, on {SIZES['checked']} times fewer tokens.\n",
     ]  # fmt: skip
     for case in result["cases"]:
-        ours, theirs = (f"{x:.1e}" for x in case["errors"])
         lines += [
             f"## {case['name']}, {case['size']}\n",
-            f"Error {ours}; PyTorch's {theirs}.\n",
-            "| | forward ms | speed | share | x | forward and backward ms | speed | share | x | peak MB |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| | forward ms | speed | share | x | forward and backward ms | speed | share | x | peak MB | error |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         ceiling, scale, unit = (copy, 1e9, "GB/s") if case["unit"] == "B" else (matmul, 1e12, "TFLOP/s")
         for name, row in case["rows"].items():
-            if "error" in row:
-                lines.append(f"| {name} | {row['error']}" + " |" * 9)
+            if "failed" in row:
+                lines.append(f"| {name} | {row['failed']}" + " |" * 10)
                 continue
             cells = [name]
             for key, work in zip(("forward", "both"), case["work"]):
                 speed = work / statistics.median(row[key])
-                times = statistics.median(ratios(row[key], case["rows"]["kernel"][key]))
+                ours = case["rows"]["kernel"].get(key)
+                times = f"{statistics.median(ratios(row[key], ours)):.2f}" if ours else "n/a"
                 cells += [middle([1e3 * x for x in row[key]], "{:.3f}".format), f"{speed / scale:,.1f} {unit}",
-                          f"{speed / ceiling:.0%}", f"{times:.2f}"]  # fmt: skip
-            cells.append(f"{row['peak_bytes'] / 1e6:,.1f}")
+                          f"{speed / ceiling:.0%}", times]  # fmt: skip
+            cells += [f"{row['peak_bytes'] / 1e6:,.1f}", f"{row['error']:.1e}"]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
     kernels.install(model)        puts them into a model of this project; kernels.uninstall(model) takes them out
 
 Every operation is a function `name` with a twin `name_ref`, the same in PyTorch: definition, reference and fallback.
-Kernels run in fp32, fp16 and bf16 on CUDA; elsewhere, or where a shape does not fit, the twin does, and says so once.
+Kernels run in fp32, fp16 and bf16 on GPUs since the H100; else, or for other shapes, the twin does, and says so once.
 
 A section: twin, kernels, launches (custom operators: for torch.compile opaque calls with known shapes), gradient, and
 the function to call. N rows of C numbers, b bytes each; other letters as in the model files. "Floor": the least time at
@@ -32,7 +32,8 @@ except ImportError:  # every function is its twin
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU as Python: for tests
 DTYPES = (torch.float32, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))  # bf16 is wrong there
 SAID = set()  # (kernel, why it did not run)
-PROGRAMS = 4 * 132  # of kernels that loop over rows: four for each multiprocessor of an H100 or H200
+# An H100 and an H200 have 132 multiprocessors of 227 KB of shared memory.
+SHARED, PROGRAMS = 227 * 1024, 4 * 132  # what a program may use at most; programs of kernels that loop over rows
 
 
 def operator(function):
@@ -54,16 +55,16 @@ def refuse(name, reason):
     return False
 
 
-def runs(name: str, *tensors: Tensor, but: str = "") -> bool:
-    """Whether a kernel can take these tensors; if not, why is printed once. but: what else speaks against it."""
-    device = tensors[0].device.type
-    if triton is None:
-        return refuse(name, "Triton is not installed")
-    if device != "cuda" and not (INTERPRETED and device == "cpu"):
-        return refuse(name, f"no kernel for device {device}")
+def runs(name: str, *tensors: Tensor, fits: bool = True) -> bool:
+    """Whether the kernel can take these tensors; if not, why is printed once. fits: what its docstring asks of them."""
+    device = tensors[0].device
+    if triton is None or device.type != ("cpu" if INTERPRETED else "cuda"):
+        return refuse(name, f"no kernel for device {device.type}" if triton else "Triton is not installed")
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin < SHARED:
+        return refuse(name, "this GPU has less shared memory than an H100, for which the blocks are chosen")
     if odd := [x.dtype for x in tensors if x.dtype not in DTYPES]:
         return refuse(name, f"no kernel for {odd[0]}")
-    return refuse(name, but) if but else True
+    return fits or refuse(name, "no kernel for these shapes or this mix of dtypes")
 
 
 # ---- RMSNorm, alone or after the residual sum ------------------------------------------------------------------------
@@ -116,8 +117,7 @@ def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) ->
     N, BLOCK = x.numel() // C, triton.next_power_of_2(C)
     y, h, rstd = torch.empty_like(x), x.new_empty(shape), x.new_empty(N, dtype=torch.float32)
     ROWS = max(1, 4096 // BLOCK)
-    grid = (triton.cdiv(N, ROWS),)
-    rms_norm_kernel[grid](x, residual, weight, y, h, rstd, N, C, eps, ROWS, BLOCK, num_warps=4)
+    rms_norm_kernel[(triton.cdiv(N, ROWS),)](x, residual, weight, y, h, rstd, N, C, eps, ROWS, BLOCK, num_warps=4)
     return y, h, rstd
 
 
@@ -129,12 +129,11 @@ def _(x, residual, weight, eps):
 
 @operator
 def _rms_norm_backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    N, C = rstd.numel(), h.size(-1)
-    BLOCK = triton.next_power_of_2(C)
-    ROWS = max(1, 4096 // BLOCK)
+    N, C, BLOCK = rstd.numel(), h.size(-1), triton.next_power_of_2(h.size(-1))
+    ROWS, warps = max(1, 4096 // BLOCK), 4 if BLOCK <= 4096 else 8
     programs = min(triton.cdiv(N, ROWS), PROGRAMS)
     dx, dw = torch.empty_like(h), h.new_empty(programs, C, dtype=torch.float32)
-    rms_norm_backward_kernel[(programs,)](dy, dh, h, weight, rstd, dx, dw, N, C, ROWS, BLOCK, num_warps=4)
+    rms_norm_backward_kernel[(programs,)](dy, dh, h, weight, rstd, dx, dw, N, C, ROWS, BLOCK, num_warps=warps)
     return dx, dw.sum(dim=0).to(weight.dtype)
 
 
@@ -155,18 +154,20 @@ _rms_norm.register_autograd(_rms_norm_gradient, setup_context=_rms_norm_setup)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension: x (..., C), weight (C,) -> (..., C), in fp32 inside.
+    """x / rms(x) * weight over the last dimension: x (..., C), weight (C,) -> (..., C), in fp32 inside; C up to 8192.
 
     Forward 2 N C b bytes, backward 3 N C b; floor of N = 131,072, C = 1024 in bf16 at 4.3 TB/s: 0.125 and 0.187 ms.
     """
-    if not runs("rms_norm", x, weight, but="" if x.size(-1) <= 16384 else "rows over 16,384 wide"):
+    fits = weight.shape == x.shape[-1:] and len(weight) <= 8192
+    if not runs("rms_norm", x, weight, fits=fits):
         return rms_norm_ref(x, weight, eps)
     return _rms_norm(x.contiguous(), None, weight, eps)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """h = x + residual -> rms_norm(h), h: both (..., C), in one pass. Forward and backward 4 N C b bytes."""
-    if not runs("add_rms_norm", x, residual, weight, but="" if x.size(-1) <= 16384 else "rows over 16,384 wide"):
+    fits = x.shape == residual.shape and x.dtype == residual.dtype and weight.shape == x.shape[-1:]
+    if not runs("add_rms_norm", x, residual, weight, fits=fits and len(weight) <= 8192):
         return add_rms_norm_ref(x, residual, weight, eps)
     return _rms_norm(x.contiguous(), residual.contiguous(), weight, eps)[:2]
 
@@ -279,8 +280,8 @@ def norm_rope(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Te
     """
     (B, T, _, D), given = x.shape, (x, cos, sin) if weight is None else (x, cos, sin, weight)
     fits = D % 2 == 0 and D <= 256 and cos.shape == sin.shape and cos.shape[-3:] == (T, 1, D // 2)
-    fits = fits and cos.numel() in (T * D // 2, B * T * D // 2)
-    if not runs("norm_rope", *given, but="" if fits else f"head_dim={D}, angles {tuple(cos.shape)}"):
+    fits = fits and cos.numel() in (T * D // 2, B * T * D // 2) and (weight is None or weight.shape == (D,))
+    if not runs("norm_rope", *given, fits=fits):
         return norm_rope_ref(x, weight, eps, cos, sin)
     weight = None if weight is None else weight.contiguous()
     return _rope(x.contiguous(), weight, cos.contiguous(), sin.contiguous(), eps, 1.0)
@@ -333,8 +334,7 @@ _swiglu.register_autograd(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both of one shape: N values. Forward 3 N b bytes, backward 5 N b (silu is computed again)."""
-    same = gate.shape == up.shape and gate.dtype == up.dtype
-    if not runs("swiglu", gate, up, but="" if same else "gate and up differ in shape or dtype"):
+    if not runs("swiglu", gate, up, fits=gate.shape == up.shape and gate.dtype == up.dtype):
         return swiglu_ref(gate, up)
     return _swiglu(gate.contiguous(), up.contiguous())
 
@@ -519,7 +519,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window
     B, H, T, D = q.shape
     fits = k.shape == v.shape == (B, k.size(1), T, D) and H % k.size(1) == 0 and D in (16, 32, 64, 128)
     fits = fits and q.dtype == k.dtype == v.dtype and (start is None or start.shape == (B, T))
-    if not runs("flash_attention", q, k, v, but="" if fits else "not T = S, H a multiple of G, D of 16, 32, 64 or 128"):
+    if not runs("flash_attention", q, k, v, fits=fits):
         return flash_attention_ref(q, k, v, causal, window, start, scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     start = None if start is None else start.int().contiguous()
@@ -773,7 +773,7 @@ def moe(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, experts: Tensor
 
     x (N, C), w_gate and w_up (E, C, I), w_down (E, I, C), all cast to x's type; experts (N, K) int64, gates (N, K), 0
     for a dropped choice -> (N, C). Forward 6 N K C I FLOPs, backward 12 N K C I; floor of N = 32,768, E = 128,
-    C = 2048, I = 768, K = 8 in bf16 at 790 TFLOP/s: 3.1 and 6.3 ms. Kept for backward: x and 3 N K I b bytes.
+    C = 2048, I = 768, K = 8 in bf16: 3.1 and 6.3 ms. Kept for backward: x, cast weights, and 3 N K I b bytes.
     """
     if not runs("moe", x, w_gate, w_up, w_down, gates):
         return moe_ref(x, w_gate, w_up, w_down, experts, gates)
@@ -809,10 +809,11 @@ def _mixture(self, x, experts, gates, chosen):
 
 def _positions_and_start(self, idx, cache):
     """Instead of a mask (B, 1, T, T) where each token's document begins (B, T), in int32, which tells as much."""
-    positions, mask = type(self).positions_and_mask(self, idx, cache)
-    if mask is None or cache is not None:
-        return positions, mask
-    return positions, (torch.arange(idx.size(1), device=idx.device) - positions).int()
+    if cache is not None or self.config.eot_id < 0 or idx.size(1) > self.config.block_size:
+        return type(self).positions_and_mask(self, idx, cache)
+    t = torch.arange(idx.size(1), device=idx.device)
+    start = torch.where(idx == self.config.eot_id, t, 0).cummax(dim=1).values
+    return t - start, start.int()
 
 
 def _attention(q, k, v, mask=None, is_causal=False, scale=None, enable_gqa=False):

@@ -262,8 +262,7 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: T
     T = 8192, 16 heads of 128 in bf16. But chunks follow each other: 128 steps, however fast the GPU.
     """
     exact = {x.dtype for x in (log_decay, beta, state)} == {torch.float32} and q.dtype == k.dtype == v.dtype
-    but = "" if exact and max(q.size(-1), v.size(-1)) <= 128 else "heads over 128 wide, or mixed types"
-    if not runs("gated_delta_rule", q, k, v, but=but):
+    if not runs("gated_delta_rule", q, k, v, fits=exact and max(q.size(-1), v.size(-1)) <= 128):
         return gated_delta_rule_ref(q, k, v, log_decay, beta, first, state)
     q, k, v, log_decay, beta = (x.transpose(1, 2).contiguous() for x in (q, k, v, log_decay, beta))
     document = first[:, 0].cumsum(dim=-1, dtype=torch.int32).expand(len(q), -1).contiguous()  # (B, T)

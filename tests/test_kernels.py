@@ -6,9 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 import kernels
 from tests import hopper, test_models
@@ -38,6 +40,8 @@ def run(*arguments, cwd=ROOT, **environment):
 
 
 def test_every_kernel_compiles_for_hopper_without_spills_and_the_matrix_kernels_use_its_tensor_cores():
+    if triton.__version__ != "3.7.1":
+        pytest.skip("the compiler's output is that of triton 3.7.1")
     printed = run("-m", "tests.hopper", "--json")
     assert printed.returncode == 0, printed.stderr[-2000:]
     rows = json.loads(printed.stdout)
@@ -55,6 +59,17 @@ def test_a_copy_in_an_empty_folder_runs_without_triton_and_says_so_once(tmp_path
     code = "import torch, kernels; x = torch.ones(2, 8); [kernels.swiglu(x, x) for _ in range(3)]; print('ran')"
     ran = run("-c", code, cwd=tmp_path)
     assert ran.stdout == "ran\n" and ran.stderr == "kernels.swiglu: Triton is not installed: PyTorch instead\n"
+
+
+def test_a_gpu_with_less_shared_memory_than_hoppers_runs_the_twin(monkeypatch, capsys):
+    properties = SimpleNamespace(shared_memory_per_block_optin=163 * 1024)
+    monkeypatch.undo()  # of what forbids it
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    assert not kernels.runs("moe", on_gpu) and "less shared memory than an H100" in capsys.readouterr().err
+    properties.shared_memory_per_block_optin = 227 * 1024
+    assert kernels.runs("moe", on_gpu)
 
 
 def test_on_a_cpu_the_twin_runs_also_when_compiled():

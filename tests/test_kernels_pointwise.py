@@ -42,11 +42,16 @@ def test_add_rms_norm_where_only_the_norm_or_only_the_sum_is_used(which):
     check(ours, twin, inputs + weight if which == 0 else inputs)  # the sum does not depend on the weight
 
 
-def test_rms_norm_falls_back_to_the_twin_for_wide_rows_and_fp64():
-    for x in (random(2, 16385), random(2, 8).double()):
+def test_rms_norm_falls_back_to_the_twin_for_wide_rows_fp64_and_what_would_broadcast():
+    for x in (random(2, 8193), random(2, 8).double()):
         w = torch.ones(x.size(-1), dtype=x.dtype)
         assert torch.equal(kernels.rms_norm(x, w, 1e-6), kernels.rms_norm_ref(x, w, 1e-6))
         assert torch.equal(kernels.add_rms_norm(x, x, w, 1e-6)[0], kernels.add_rms_norm_ref(x, x, w, 1e-6)[0])
+    x, w = random(3, 8), random(8)
+    for residual in (random(8), random(3, 8).half()):
+        for a, b in zip(kernels.add_rms_norm(x, residual, w, 0.0), kernels.add_rms_norm_ref(x, residual, w, 0.0)):
+            assert torch.equal(a, b)
+    assert torch.equal(kernels.rms_norm(x, w[:1], 1e-6), kernels.rms_norm_ref(x, w[:1], 1e-6))
 
 
 def test_rms_norm_operators_pass_opcheck_and_compile():
