@@ -54,7 +54,7 @@ def write(tmp, files):
     return {name: entry for future in hashing for name, entry in future.result().items()}
 
 
-in_flight = []  # (the future of its thread, what ends it) of the save that is begun and not finished: one at most
+in_flight = []  # (the future of its thread, its further stages) of the save that is not finished: one at most
 
 
 def save(
@@ -85,23 +85,30 @@ def save(
         except (OSError, SafetensorError) as e:
             raise CheckpointError(on_first(atomic.give_up, folder, step, need, e)) from e
 
-    def end():
-        files = {name: entry for part in attempt(writing) for name, entry in part.items()}
-        attempt(start_on_first(atomic.commit, folder, step, files, best))
-        on_first(atomic.prune, folder, keep_last, keep_every)
+    def stages():  # yields what has to be done on all processes before it goes on
+        yield (job := start(write, Path(f"{folder}.tmp"), files))
+        listed = {name: entry for part in attempt(job) for name, entry in part.items()}
+        yield (job := start_on_first(atomic.commit, folder, step, listed, best))
+        attempt(job)
+        yield (job := start_on_first(atomic.prune, folder, keep_last, keep_every))
+        results(job)
         return folder
 
     attempt(start_on_first(atomic.prepare, folder, need, texts))
-    writing = start(write, Path(f"{folder}.tmp"), files)
-    in_flight.append((writing, end))
+    saving = stages()
+    in_flight.append((next(saving), saving))
     return finish() if wait else None
 
 
 def finish(wait: bool = True) -> Path | None:
-    """Ends the save in flight once every process has written its part: its folder. None where there is none in flight,
-    or where it takes longer and wait=False. CheckpointError if it failed. For the time between steps, and the end."""
-    if in_flight and (wait or all_done(in_flight[0][0])):
-        return in_flight.pop()[1]()
+    """Takes the save in flight as far as it gets, with wait to its end: its folder when it is in place; None before,
+    and where none is in flight. CheckpointError if it failed. For the time between steps, and the end of a run."""
+    while in_flight and (wait or all_done(in_flight[0][0])):
+        _, saving = in_flight.pop()
+        try:
+            in_flight.append((next(saving), saving))
+        except StopIteration as end:
+            return end.value
 
 
 def newest(out_dir: str | Path, log: Callable = print) -> Path | None:

@@ -302,10 +302,10 @@ def test_rows_that_are_missing_are_refused_even_where_nobody_verified(chain, tmp
     assert "embed.weight is float32 [195, 32] in the checkpoint, float32 [259, 32] in the model" in message
 
 
-def slow_writer(monkeypatch):
-    """An event without which nothing is written."""
-    go, real = threading.Event(), checkpoint.save_file
-    monkeypatch.setattr(checkpoint, "save_file", lambda *args: go.wait() and real(*args))
+def hold(patch, owner, name):
+    """An event for which a function waits from now on, for 20 seconds at most."""
+    go, real = threading.Event(), getattr(owner, name)
+    patch.setattr(owner, name, lambda *args: (go.wait(20), real(*args))[1])
     return go
 
 
@@ -316,7 +316,7 @@ def check_asynchronous(out, layout, rank):
         train(net, optimizer, [1])
         save(out, 1, model, optimizer)
         for step in (2, 3):  # the second time in the first one's memory
-            go = slow_writer(patch)
+            go = hold(patch, checkpoint, "save_file")
             trainer = {"tokens": step}
             optimizer.state[next(net.parameters())]["count"] = step
             before = digest(model, optimizer)
@@ -326,7 +326,12 @@ def check_asynchronous(out, layout, rank):
             assert digest(model, optimizer) != before
             assert checkpoint.finish(wait=False) is None
             assert newest(out, lambda line: None).name == f"step-{step - 1:08d}"
+            placing = hold(patch, atomic, "commit")
             go.set()
+            for _ in range(20):  # nor does anybody wait while it is put in place
+                assert checkpoint.finish(wait=False) is None
+                time.sleep(0.01)
+            placing.set()
             assert checkpoint.finish().name == f"step-{step:08d}" == newest(out).name == os.readlink(out / "latest")
             assert checkpoint.finish() is checkpoint.finish(wait=False) is None
             again, _, other = make("baseline", layout, seed=1)
@@ -334,7 +339,7 @@ def check_asynchronous(out, layout, rank):
             assert digest(again, other) == before
             patch.undo()
         # a second save ends the first
-        go = slow_writer(patch)
+        go = hold(patch, checkpoint, "save_file")
         save(out, 4, model, optimizer, wait=False)
         threading.Timer(0.2, go.set).start()
         before = digest(model, optimizer)
