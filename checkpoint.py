@@ -7,34 +7,28 @@
                             manifest.json        size and sha256 of each file: written last
     out_dir/{latest,best}   relative links to such folders
 
-One is written as step-N.tmp, flushed, then renamed; one to be deleted is first renamed to step-N.old. So what is called
-step-N was whole once, and the manifest tells whether it still is (it finds damage, not a forger).
+Of sharded parameters each process writes its rows, to model-00001-of-00004.safetensors and so on (sharding.py); any
+layout restores what any other saved. How folders come and go: atomic.py.
+With many processes all of them call save, finish, newest, resolve and restore, and an error on one is raised on all.
 """
 
 import dataclasses
-import hashlib
 import importlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
+from safetensors.torch import save_file
 
-FORMAT = 1
-FILES = ("config.json", "model.safetensors", "trainer.safetensors", "trainer.json")
-STEP = "step-" + 8 * "[0-9]"  # padded, so that names sort like numbers
+import atomic
+from atomic import STEP, TEXTS, CheckpointError, entries, folders, fsync, verify  # noqa: F401 (some for others)
+from sharding import Stored, all_done, gather, on_first, own_files, results, start, start_on_first
+
 SIZE = re.compile(r"n_\w+|\w+_dim|(?!block_)\w+_size")  # fields that make another model; block_size may be extended
-
-
-class CheckpointError(RuntimeError):
-    """What was wrong with which checkpoint, for the user to read."""
 
 
 def plain(name):
@@ -49,130 +43,85 @@ def weights(model):
     return dict(unique.values())
 
 
-def folders(out_dir, suffix=""):
-    return sorted(Path(out_dir).glob(STEP + suffix), reverse=True)  # newest first
+def write(tmp, files):
+    """Writes {file name: (tensors, metadata)}; returns their entries when they are on the disk."""
+    hashing = []  # beside flushing, and writing the next one
+    for name, (tensors, metadata) in files.items():
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp / name, metadata or None)
+        shutil.copymode(tmp / "config.json", tmp / name)  # safetensors lets nobody else read its files
+        hashing.append(start(entries, tmp, [name]))
+        fsync(tmp / name)
+    return {name: entry for future in hashing for name, entry in future.result().items()}
 
 
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+in_flight = []  # (the future of its thread, its further stages) of the save that is not finished: one at most
 
 
-def fsync(path):
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def write(folder, step, tensors, texts):
-    """Makes `folder`, on the disk when this returns: {file name: {name: tensor}} and {file name: JSON-able}."""
-    folder.mkdir()
-    for name, value in texts.items():
-        (folder / name).write_text(json.dumps(value, indent=1) + "\n")
-    for name, value in tensors.items():
-        save_file({key: tensor.detach().contiguous() for key, tensor in value.items()}, folder / name)
-        shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody else read its files
-    files = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in FILES}
-    manifest = {"format": FORMAT, "step": step, "torch": torch.__version__, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in (*folder.iterdir(), folder):
-        fsync(path)
-
-
-def save(out_dir, step: int, model, optimizer, config: dict, trainer: dict, keep_last: int = 5, best=False) -> Path:
-    """Saves a step, points `latest` (and `best`) at it, then deletes all but the best and the last keep_last (0: none).
-    config and trainer (tokens seen, best loss...) go to JSON. On a full disk CheckpointError, and nothing is lost."""
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    # 1. what to write
-    moments, numbers = {}, {}
+def save(
+    out_dir, step: int, model, optimizer, config: dict, trainer: dict, keep_last=5, best=False, keep_every=0, wait=True
+) -> Path | None:
+    """Saves a step, points `latest` (and `best`) at it, then deletes all but the best, the last keep_last (0: none is
+    deleted) and each keep_every-th step's (0: none's). config and trainer (tokens seen, best loss...) go to JSON.
+    wait=False: returns None when the state is copied to host memory; a thread writes it, and a later finish ends it.
+    On a full disk CheckpointError, and nothing is lost. A save in flight is finished first; if it fails, this is not
+    begun."""
+    finish()
+    folder = Path(out_dir) / f"step-{step:08d}"
+    on_first(lambda: folder.parent.mkdir(parents=True, exist_ok=True))
+    # 1. what to write; weights first: to ask for a model's state takes FSDP's parameters back into their shards
+    tensors, moments, numbers = weights(model), {}, {}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             (moments if torch.is_tensor(value) else numbers)[f"{plain(name)}.{key}"] = value
-    tensors = {"model.safetensors": weights(model), "trainer.safetensors": moments}
-    tensors = {file: {k: t.full_tensor() if isinstance(t, DTensor) else t for k, t in part.items()}
-               for file, part in tensors.items()}  # fmt: skip
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return None
     trainer = {"step": step, **trainer, "optimizer": {"class": type(optimizer).__name__, "state": numbers}}
-    need = sum(tensor.nbytes for part in tensors.values() for tensor in part.values()) + 2**16  # of JSON
+    texts = {name: json.dumps(value, indent=1) for name, value in zip(TEXTS, (config, trainer))}
+    files = own_files({"model": tensors, "trainer": moments}, copy=not wait)
+    need = sum(gather(sum(t.nbytes for part, _ in files.values() for t in part.values()))) + 2**16  # of JSON
+
     # 2. write it beside, then put it in place
-    for leftover in folders(out_dir, ".tmp"):
-        shutil.rmtree(leftover)
-    folder = out_dir / f"step-{step:08d}"
-    tmp = out_dir / f"{folder.name}.tmp"
-    try:
-        if need > shutil.disk_usage(out_dir).free:
-            raise OSError("No space left on device")
-        write(tmp, step, tensors, {"config.json": config, "trainer.json": trainer})
-        if folder.exists():
-            shutil.rmtree(f"{folder}.old", ignore_errors=True)  # of a crash between these renames
-            folder.rename(f"{folder}.old")
-        tmp.rename(folder)
-        fsync(out_dir)
-        for name in ("latest", "best") if best else ("latest",):
-            link = out_dir / f"{name}.tmp"
-            link.unlink(missing_ok=True)
-            link.symlink_to(folder.name)
-            link.rename(out_dir / name)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(tmp, ignore_errors=True)
-        reason = "No space left on device" if "No space left on device" in str(e) else e
-        room = f"need ~{need / 1e6:.1f} MB, free {shutil.disk_usage(out_dir).free / 1e6:.1f} MB"
-        before = [f"previous checkpoint {path.name} is intact" for path in folders(out_dir)] + ["there is none before"]
-        raise CheckpointError(f"checkpoint at step {step} failed: {reason} ({room}); {before[0]}") from e
-    # 3. only with its successor in place: what was replaced, or left by a crash while deleting, and then the oldest
-    for path in folders(out_dir, ".old"):
-        shutil.rmtree(path)
-    kept = [path for path in folders(out_dir) if path.name <= folder.name]
-    for path in kept[keep_last or len(kept) :]:
-        if path.name != (out_dir / "best").resolve().name:
-            shutil.rmtree(path.rename(f"{path}.old"))
-    return folder
+    def attempt(job):
+        try:
+            return results(job)
+        except (OSError, SafetensorError) as e:
+            raise CheckpointError(on_first(atomic.give_up, folder, step, need, e)) from e
+
+    def stages():  # yields what has to be done on all processes before it goes on
+        yield (job := start(write, Path(f"{folder}.tmp"), files))
+        listed = {name: entry for part in attempt(job) for name, entry in part.items()}
+        yield (job := start_on_first(atomic.commit, folder, step, listed, best))
+        attempt(job)
+        yield (job := start_on_first(atomic.prune, folder, keep_last, keep_every))
+        results(job)
+        return folder
+
+    attempt(start_on_first(atomic.prepare, folder, need, texts))
+    saving = stages()
+    in_flight.append((next(saving), saving))
+    return finish() if wait else None
 
 
-def verify(path: Path) -> str:
-    """Why the checkpoint in folder `path` is not what its manifest says; "" where it is whole."""
-    for name in ("manifest.json", *FILES):
-        if (path / name).is_symlink():
-            return f"{name} is a symbolic link: refused"
-        if not (path / name).is_file():
-            return f"incomplete: {name} missing"
-    try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        if manifest["format"] != FORMAT:
-            return f"manifest.json: format {manifest['format']}, and this program reads format {FORMAT}"
-        if odd := sorted(manifest["files"].keys() ^ set(FILES)):  # so no name leads out of the folder
-            return f"manifest.json: {odd[0]!r} refused: it must list {', '.join(FILES)}"
-        for name, (size, digest) in manifest["files"].items():
-            if (path / name).stat().st_size != size:
-                return f"{name}: {(path / name).stat().st_size} bytes, manifest says {size} (truncated)"
-            if sha256(path / name) != digest:
-                return f"{name}: sha256 mismatch (corrupted)"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json: not a manifest (corrupted)"
-    return ""
+def finish(wait: bool = True) -> Path | None:
+    """Takes the save in flight as far as it gets, with wait to its end: its folder when it is in place; None before,
+    and where none is in flight. CheckpointError if it failed. For the time between steps, and the end of a run."""
+    while in_flight and (wait or all_done(in_flight[0][0])):
+        _, saving = in_flight.pop()
+        try:
+            in_flight.append((next(saving), saving))
+        except StopIteration as end:
+            return end.value
 
 
 def newest(out_dir: str | Path, log: Callable = print) -> Path | None:
-    """A run's newest whole checkpoint, None where it has none at all; CheckpointError if all are damaged."""
-    for path in folders(out_dir, ".tmp"):
-        log(f"skipping {path.name}: incomplete: saving was interrupted")
-    found = folders(out_dir) + folders(out_dir, ".old")  # a crash while a step is saved again may leave only its .old
-    for path in sorted(found, key=lambda path: path.stem, reverse=True):
-        if not (reason := verify(path)):
-            return path
-        log(f"skipping {path.name}: {reason}")
-    if found:
-        count = f"{len(found)} found, {len(found)} rejected"
-        raise CheckpointError(f"no valid checkpoint in {out_dir} ({count}); pass --overwrite to discard them")
+    """A run's newest whole checkpoint, None where it has none at all; CheckpointError if all are damaged.
+    Process 0 verifies, and tells the others what it found."""
+    return on_first(atomic.find, out_dir, log)
 
 
 def resolve(path: str | Path, log: Callable = print) -> Path:
     """The folder, verified, of a checkpoint's folder or link; of a run's folder its newest whole checkpoint."""
     if found := newest(path, log):
         return found
-    if reason := verify(Path(path)):
+    if reason := on_first(verify, Path(path)):
         raise CheckpointError(f"no checkpoint in {path}: {reason}")
     return Path(path).resolve()
 
@@ -180,13 +129,6 @@ def resolve(path: str | Path, log: Callable = print) -> Path:
 def load_config(path: str | Path) -> dict:
     """The `config` that was given to save, from the checkpoint's folder."""
     return json.loads((Path(path) / "config.json").read_text())
-
-
-def read_tensors(path):
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(f"{path}: {e} (truncated or damaged)") from None
 
 
 def fitting_weights(path, model):
@@ -198,8 +140,9 @@ def fitting_weights(path, model):
         if keys := [key for key in new if (key == "model" or SIZE.fullmatch(key)) and old[key] != new[key]]:
             text = "; ".join(f"checkpoint {key}={old[key]}, config {key}={new[key]}" for key in keys)
             raise CheckpointError(f"{path} is of another model: {text}")
-    stored = read_tensors(path / "model.safetensors")
-    old, new = ({k: f"{str(t.dtype)[6:]} {[*t.shape]}" for k, t in part.items()} for part in (stored, weights(model)))
+    stored = Stored(path, "model")
+    parts = ({name: stored.like(name) for name in stored.parts}, weights(model))
+    old, new = ({k: f"{str(t.dtype)[6:]} {[*t.shape]}" for k, t in part.items()} for part in parts)
     if odd := [key for key in {**new, **old} if old.get(key) != new.get(key)]:
         text = [f"{k} is {old.get(k, 'missing')} in the checkpoint, {new.get(k, 'missing')} in the model" for k in odd]
         raise CheckpointError(f"{path} does not fit the model in {len(odd)} tensors: {'; '.join(text[:8])}")
@@ -215,26 +158,21 @@ def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     if optimizer is not None:
         if saved["class"] != type(optimizer).__name__:
             raise CheckpointError(f"{path} has the state of {saved['class']}, config says {type(optimizer).__name__}")
-        state = {**read_tensors(path / "trainer.safetensors"), **saved["state"]}
+        moments = Stored(path, "trainer")
         parameters = {plain(name): p for name, p in model.named_parameters()}
         step_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
         optimizer.state.clear()
-        for name, value in state.items():
-            name, _, key = name.rpartition(".")
+        for whole, value in {**{name: moments.like(name) for name in moments.parts}, **saved["state"]}.items():
+            name, _, key = whole.rpartition(".")
             p = parameters[name]
             if torch.is_tensor(value):
-                if isinstance(p, DTensor) and value.shape == p.shape:
-                    value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-                like = p if value.shape == p.shape else value  # the strides of the parameter: the same kernels run
+                like = p if value.shape == p.shape else value  # as p is in strides (the same kernels run) and shards
                 device = "cpu" if key == "step" and not step_on_device else p.device
-                value = torch.empty_like(like, dtype=value.dtype, device=device, requires_grad=False).copy_(value)
+                value = torch.empty_like(like, dtype=value.dtype, device=device, requires_grad=False)
+                moments.copy_to(value, whole)
             optimizer.state[p][key] = value
-    with torch.no_grad():
-        for name, tensor in weights(model).items():
-            value = stored[name]
-            if isinstance(tensor, DTensor):
-                value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-            tensor.copy_(value)
+    for name, tensor in weights(model).items():
+        stored.copy_to(tensor, name)
     return trainer
 
 

@@ -215,6 +215,15 @@ def test_the_last_n_and_the_best_are_kept_and_links_are_relative(tmp_path):
     assert len(names(tmp_path / "all")) == 4
 
 
+def test_every_nth_step_is_kept_besides_the_last_and_the_best(tmp_path):
+    model = Toy()
+    for step in range(1, 11):
+        save(tmp_path, step, model, adamw(model), CONFIG, {}, keep_last=2, best=step == 2, keep_every=4)
+    assert names(tmp_path) == ["best", "latest", *(f"step-{n:08d}" for n in (2, 4, 8, 9, 10))]
+    save(tmp_path, 11, model, adamw(model), CONFIG, {}, keep_last=1)  # 0: none is kept for its number
+    assert names(tmp_path) == ["best", "latest", "step-00000002", "step-00000011"]
+
+
 def test_a_relative_run_folder_keeps_its_best_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = Toy()
@@ -528,7 +537,8 @@ def test_a_really_full_disk_leaves_the_checkpoints_before_it(tmp_path, monkeypat
 
 
 def crash_after(calls, out):
-    """In a child process: saves step 20 twice, kill -9 before the given system call on files. True if it was killed."""
+    """In a child process: saves step 20 twice, once in a thread, kill -9 before the given system call on
+    files. True if it was killed."""
     pid = os.fork()
     if pid == 0:
         count = 0
@@ -547,8 +557,9 @@ def crash_after(calls, out):
             setattr(os, name, counted(getattr(os, name)))
         checkpoint.save_file = counted(checkpoint.save_file)
         model = Toy()
-        for loss in (2.0, 1.0):
-            save(out, 20, model, adamw(model), CONFIG, {"loss": loss}, keep_last=1, best=True)
+        for wait in (True, False):
+            save(out, 20, model, adamw(model), CONFIG, {"loss": 1.0}, keep_last=1, best=True, wait=wait)
+        checkpoint.finish()
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
@@ -591,9 +602,9 @@ def test_kill_at_a_random_moment_never_loses_what_save_had_confirmed(tmp_path):
         assert last in (confirmed, confirmed + 1)
 
 
-def test_nothing_is_unpickled():
-    source = (ROOT / "checkpoint.py").read_text()
-    assert not re.search(r"torch\.(save|load)|import pickle|pickle\.", source)
+@pytest.mark.parametrize("name", ["checkpoint.py", "sharding.py", "atomic.py"])
+def test_nothing_is_unpickled(name):
+    assert not re.search(r"torch\.(save|load)|import pickle|pickle\.", (ROOT / name).read_text())
 
 
 def test_a_foreign_file_of_the_right_name_is_not_run(tmp_path):
