@@ -12,7 +12,6 @@ import importlib
 import json
 import math
 import os
-import resource
 import shlex
 import signal
 import sys
@@ -20,7 +19,6 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -91,6 +89,8 @@ eval_every = 250  # steps; also at the end
 eval_tokens = 262144  # the same ones every time; 0: the whole validation split
 save_every = 1000  # steps; also at the end and where the validation loss is the best so far
 keep_last = 3  # checkpoints, besides the best; 0: all
+keep_every = 0  # of the older ones those of each so many steps; 0: none
+async_save = False  # write a copy while training goes on: a save costs less of a step, and the state's size of memory
 log_every = 10  # steps between printed lines; metrics.jsonl gets every step
 wandb = ""  # online or offline: log there too
 tensorboard = False  # write out_dir/tensorboard too
@@ -106,39 +106,17 @@ def die(message):
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 main = rank == 0
 say = tqdm.write if main else lambda *_: None
-for key, allowed in {"parallel": "auto none ddp fsdp", "dtype": "auto bfloat16 float16 float32",
-                     "schedule": "cosine wsd constant", "decay_shape": "linear cosine sqrt", "wandb": " online offline",
-                     "optimizer": "muon adamw", "muon_dtype": "auto bfloat16 float32", "compile": "auto True False",
-                     "resume": "auto True False",
-                     "muon_polynomial": "polar_express quintic"}.items():  # fmt: skip
-    if str(config[key]) not in allowed.split(" "):
-        die(f"{key}={config[key]}: try one of {', '.join(allowed.split())}")
-at_least = {1: "max_steps batch_tokens micro_batch block_size muon_steps max_skipped eval_every save_every log_every "
-               "timeout",
-            0: "seed vocab_size warmup_steps lr_batch_tokens grad_clip eval_tokens keep_last"}  # fmt: skip
-for least, keys in at_least.items():
-    for key in keys.split():
-        if config[key] < least:
-            die(f"{key}={config[key]}: try {least} or more")
-for package in ("wandb", "tensorboard"):
-    if config[package] and not find_spec(package):
-        die(f"{package}={config[package]}, but this package is not here:  pip install {package}")
-if overwrite and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-    die("--overwrite would delete the run at each restart that --max-restarts allows: try --resume=auto")
+try:
+    guard.check_knobs(config, world_size)
+except ValueError as error:
+    die(error)
 if deterministic:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-if world_size > 1 and parallel == "none":
-    die(f"parallel=none, but torchrun started {world_size} processes: try parallel=ddp")
 parallel = parallel if parallel != "auto" else "ddp" if world_size > 1 else "none"
-if parallel != "none" and "RANK" not in os.environ:
-    die(f"parallel={parallel} is for processes that torchrun starts:  torchrun --standalone --nproc_per_node=2 "
-        + shlex.join(sys.argv))  # fmt: skip
-if parallel != "fsdp" and (cpu_offload or not reshard):
-    die(f"cpu_offload=True and reshard=False are for parallel=fsdp, and this is parallel={parallel}")
 if parallel != "none":
     processes = importlib.import_module("parallel")
     device = processes.setup(device, timeout)
@@ -296,21 +274,29 @@ except (OSError, ValueError, checkpoint.CheckpointError) as error:
 
 
 def save(is_best=False):
-    """All take part, rank 0 writes. On a full disk a run that has steps left goes on: what was saved before stays."""
+    """All take part; afterwards, or with async_save some steps later, the checkpoint is on the disk."""
     if changed := train_data.changed() + val_data.changed():
         die(f"{changed[0]} was written to while this run read it: restore it, and go on with --resume")
     trainer = {"tokens": tokens, "best": best, "skipped": skipped, "scaler": scaler.state_dict(), "identity": identity,
                "machine": machine}  # fmt: skip
+    on_disk(checkpoint.finish)  # the one before
+    wait = not async_save or step >= max_steps or stop > 0
+    on_disk(checkpoint.save, out, step, raw_model, opt, saved_config, trainer, keep_last, is_best, keep_every, wait)
+
+
+def on_disk(call, *arguments):
+    """Part of a save. On a full disk a run that has steps left goes on: what was saved before stays."""
     try:
-        folder = checkpoint.save(out, step, raw_model, opt, saved_config, trainer, keep_last, is_best)
-        if not main:
-            return
-        say(f"step {step:>6} | saved {folder}{', the best so far' if is_best else ''}")
-        record.plot(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters")
+        if folder := call(*arguments):
+            is_best = (out / "best").resolve().name == folder.name
+            say(f"step {step:>6} | saved {folder}{', the best so far' if is_best else ''}")
+            if main:
+                record.plot(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters")
     except (OSError, checkpoint.CheckpointError) as error:
-        if step >= max_steps or stopping:
+        if step >= max_steps or stop > 0:
             die(error)
-        print(f"WARNING: {error}", file=sys.stderr)
+        if main:
+            print(f"WARNING: {error}", file=sys.stderr)
 
 
 def evaluate():
@@ -338,15 +324,8 @@ def log(**row):
         metrics.write(row)
 
 
-def memory_gb():
-    """The most that was in use so far: of the GPU's memory, or of this process's."""
-    if device_type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-
-
 # ---- loop -----------------------------------------------------------------------------------------------------------
-stopping = []  # signals received
+stopping, stop = [], 0  # signals received: here, and by all processes together
 
 
 def on_signal(number, frame):
@@ -366,6 +345,7 @@ begin, timer, timed = time.perf_counter(), None, 0
 raw_model.train()
 while True:
     # 1. evaluate and save
+    on_disk(checkpoint.finish, False)  # what is in flight, if it is there by now
     is_best = False
     if (step % eval_every == 0 or step >= max_steps) and step != evaluated_at:
         loss, bits = evaluate()
@@ -425,7 +405,7 @@ while True:
     # 5. log
     speed = batch_tokens / seconds
     mfu = speed * flops_per_token / (peak * world_size) if peak else None
-    memory = memory_gb()
+    memory = guard.peak_gb(device_type)
     watched = (("loss", losses, loss), ("grad_norm", norms, norm))
     spikes = [name for name, past, value in watched if record.spiked(past, value)]
     load = getattr(raw_model, "expert_load", None) if step % log_every == 0 else None  # of a mixture of experts
@@ -453,6 +433,7 @@ while True:
         die(f"{in_a_row} steps in a row without a finite gradient: stopped. The last good checkpoint is "
             f"{checkpoint.newest(out, say)}: try a lower learning_rate, or dtype=bfloat16 or float32")  # fmt: skip
 
+on_disk(checkpoint.finish)
 bar.close()
 if main:
     metrics.close()
