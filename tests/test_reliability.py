@@ -297,7 +297,9 @@ def test_a_shard_that_is_written_to_under_a_run_stops_it_before_the_next_save(wo
 
 def test_a_shard_replaced_by_rename_spoils_no_run_and_is_refused_at_its_resume(work, whole):
     shutil.copytree(work / "data", work / "renamed")
-    process, log = start(work, model="fault", sleep=0.05, out_dir="renamed run", **LONG | dict(data="renamed"))
+    process, log = start(
+        work, model="fault", sleep=0.05, out_dir="renamed run", **LONG | dict(data="renamed", save_every=20)
+    )
     until(lambda: last_step(work / "renamed run") >= 8)
     write_data(work / "other", 5)
     shutil.copy(work / "other" / "train_000000.bin", work / "renamed" / "new")  # and meta.json stays what it was

@@ -281,17 +281,20 @@ def test_two_processes_stop_after_the_same_step_where_one_gets_the_signal(work):
     assert finished(work / "two").steps[-1]["step"] == step
 
 
-def test_torchrun_trains_and_stops_on_a_signal_and_one_process_goes_on(work):
-    knobs = dict(data="data", out_dir="torchrun", schedule="constant") | KNOBS
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_torchrun_trains_and_stops_on_a_signal_and_one_process_goes_on(work, number):
+    out_dir = f"torchrun {number.name}"
+    knobs = dict(data="data", out_dir=out_dir, schedule="constant") | KNOBS
     argv = [f"--{key}={value}" for key, value in knobs.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", ROOT / "train.py"]  # fmt: skip
     process = subprocess.Popen([*command, *argv, "--max_steps=1000000"], cwd=work, stdout=-1, stderr=-1, text=True)
-    until(lambda: wrote(work / "torchrun", 2000))
-    process.terminate()
+    until(lambda: wrote(work / out_dir, 2000))
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    step = int(re.search(r"SIGTERM: stopped after step (\d+)", out)[1])
-    assert checkpoint.newest(work / "torchrun").name == f"step-{step:08d}"
-    more = train(work, "torchrun", "--resume", schedule="constant", max_steps=step + 2)
+    step = int(re.search(rf"{number.name}: stopped after step (\d+)", out)[1])
+    assert checkpoint.newest(work / out_dir).name == f"step-{step:08d}"
+    more = train(work, out_dir, "--resume", schedule="constant", max_steps=step + 2)
     assert [row["step"] for row in more.steps] == list(range(1, step + 3))
 
 
