@@ -42,7 +42,7 @@ from tests.test_train import (
 )  # fmt: skip
 from tests.tiny import MODELS, ROOT, TINY, build
 
-PROCESSES = 2 if (ROOT / "parallel.py").exists() else 1  # a restart of several needs its process group
+PROCESSES = 2
 LONG = dict(max_steps=40, save_every=5, keep_last=0, eval_every=20, micro_batch=8)
 SLOW = LONG | dict(model="fault", sleep=0.03)
 
