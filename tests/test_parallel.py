@@ -317,7 +317,7 @@ def test_muon_on_shares_equals_muon_on_whole_matrices_and_divides_the_work(world
             torch.testing.assert_close(result["params"], one["params"], atol=1e-6, rtol=1e-6)
             torch.testing.assert_close(result["state"], one["state"], atol=1e-6, rtol=1e-6)
         counts = [result["count"] for result in results]
-        assert sum(counts) == one["count"] and (shapes == SHAPES or max(counts) - min(counts) <= 1)
+        assert sum(counts) == one["count"] and (shapes == SHAPES or max(counts) - min(counts) <= 3)  # steps
 
 
 @pytest.mark.parametrize("options", [{}, {"cautious_decay": True}])
