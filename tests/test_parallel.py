@@ -1,7 +1,6 @@
 """Many processes: the same numbers as one, with a share of the memory. They are forked here, and talk through gloo."""
 
 import ctypes
-import math
 import os
 import re
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -81,10 +81,9 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def curve(name, how, optimizer="muon", steps=20, micro=2, spoil=None, **options):
+def curve(name, how, optimizer="muon", steps=20, micro=2, **options):
     """Training of a tiny model, 8 windows a step, which each process takes in `micro` parts. rows: steps x (loss,
-    gradient norm); weights: in the end; held: bytes of parameters and optimizer state on this process. spoil=(step,
-    rank): the loss is NaN there."""
+    gradient norm); weights: in the end; held: bytes of parameters and optimizer state on this process."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = build(name, how, **options)
     net = DistributedDataParallel(model, broadcast_buffers=False) if how == "ddp" else model
@@ -92,7 +91,7 @@ def curve(name, how, optimizer="muon", steps=20, micro=2, spoil=None, **options)
     opt = muon.make_optimizer(model, optimizer, 5e-3, eps=1e-4)
     generator, rows, positions = torch.Generator().manual_seed(7), [], torch.arange(33)
     half = "dtype" in options
-    for step in range(steps):
+    for _ in range(steps):
         windows = (torch.randint(EOT, (8, 1), generator=generator) + positions * (1 + positions % 3)) % EOT
         batches = windows[rank * 8 // world_size : (rank + 1) * 8 // world_size].chunk(micro)
         total = torch.zeros((), dtype=torch.float64)
@@ -103,11 +102,10 @@ def curve(name, how, optimizer="muon", steps=20, micro=2, spoil=None, **options)
             with net.no_sync() if how == "ddp" and not last else nullcontext():
                 with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
                     loss = net(batch[:, :-1], batch[:, 1:]) * len(batch) * world_size / 8
-                (loss * math.nan if spoil == (step, rank) else loss).backward()
+                loss.backward()
             total += loss.item() / world_size
         norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.4)).item()
-        if math.isfinite(norm):
-            opt.step()
+        opt.step()
         opt.zero_grad()
         if hasattr(model, "after_step"):
             model.after_step()
@@ -215,22 +213,19 @@ def test_compiled_a_block_at_a_time_it_trains_the_same_and_equal_blocks_share_a_
         assert 1 <= result["graphs"] <= 4
 
 
-def test_bfloat16_computes_in_half_precision_keeps_float32_weights_and_stays_close():
+def gathered(dtype):
+    model, seen = build("baseline", "fsdp", dtype=dtype), []
+    model.norm.register_forward_hook(lambda module, *_: seen.append(str(module.weight.dtype)))
+    model(torch.zeros(1, 8, dtype=torch.long))
+    return seen
+
+
+def test_bfloat16_gathers_half_the_bytes_keeps_float32_shares_and_stays_close():
     one = curve("baseline", "none")
     for result in everywhere(2, partial(curve, "baseline", "fsdp", dtype=torch.bfloat16)):
         same_curve(result, one, 0.05)
         assert result["rows"] != one["rows"]
-
-
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_a_gradient_that_is_nan_on_one_process_skips_the_step_on_all(how):
-    before = everywhere(2, partial(curve, "baseline", how, steps=3))
-    after = everywhere(2, partial(curve, "baseline", how, steps=4, spoil=(3, 1)))
-    for a, b in zip(before, after):
-        assert math.isnan(b["rows"][3][1])
-        assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
-    on = everywhere(2, partial(curve, "baseline", how, steps=4))
-    assert not torch.equal(on[0]["weights"]["embed.weight"], before[0]["weights"]["embed.weight"])
+    assert everywhere(2, gathered, torch.bfloat16) == [["torch.bfloat16"]] * 2
 
 
 # ---- the start ------------------------------------------------------------------------------------------------------
@@ -315,14 +310,14 @@ def optimized(shapes, sharded, **options):
 @pytest.mark.parametrize("options", [{}, {"cautious_decay": True, "nesterov": False}])
 def test_muon_on_shares_equals_muon_on_whole_matrices_and_divides_the_work(world_size, options):
     """Among them: rows that do not divide, fewer rows than processes, stacks with fewer matrices than processes."""
-    for shapes in (SHAPES, [(5, 7)], [(3, 4, 5)]):
+    for shapes in (SHAPES, [(5, 7)] * 5 + [(7, 2)], [(4, 4, 5)]):
         one = optimized(shapes, False, method="muon", **options)
         results = everywhere(world_size, partial(optimized, shapes, True, method="muon", **options))
         for result in results:
             torch.testing.assert_close(result["params"], one["params"], atol=1e-6, rtol=1e-6)
             torch.testing.assert_close(result["state"], one["state"], atol=1e-6, rtol=1e-6)
         counts = [result["count"] for result in results]
-        assert sum(counts) == one["count"] and max(counts) < one["count"] or len(shapes) == 1
+        assert sum(counts) == one["count"] and (shapes == SHAPES or max(counts) - min(counts) <= 3)  # steps
 
 
 @pytest.mark.parametrize("options", [{}, {"cautious_decay": True}])
@@ -353,6 +348,21 @@ def test_train_py_sharded_logs_evaluates_and_saves_what_one_process_does(work, a
     for key in ("loss", "grad_norm", "val_loss", "val_bits_per_byte"):
         assert close(*([row[key] for row in r.rows if key in row] for r in (run, alone))), key
     torch.testing.assert_close(weights(run.folder, 6), weights(alone.folder, 6), atol=1e-5, rtol=0)
+    a, b = (load_file(r.folder / "step-00000006" / "trainer.safetensors") for r in (run, alone))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_gradient_that_is_not_finite_on_one_process_skips_the_step_on_all(work, how):
+    knobs = dict(model="odd", micro_batch=8, bad_from=3, bad_to=3, save_every=1, keep_last=0, parallel=how)
+    factor = {0: 1.0, 1: 1e39}.get
+    results = [finish(*run) for run in together(work, 2, out_dir=f"nan {how}", factor=factor, **knobs)]
+    assert [result.code for result in results] == [0, 0], results
+    run = finished(work / f"nan {how}")
+    assert [row["skipped"] for row in run.steps] == [0, 0, 1, 1, 1, 1]
+    before, after, later = (weights(run.folder, n) for n in (2, 3, 4))
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert not any(torch.equal(before[k], later[k]) for k in before)
 
 
 def test_torchrun_trains_in_shares_with_everything_on_and_ends_well(work, alone):

@@ -151,12 +151,14 @@ def fail(work, out_dir, *argv, **knobs):
 
 
 def together(work, processes, *argv, **knobs):
-    """The same run in several processes, as torchrun would start them: what `start` returns, for each."""
+    """The same run in several processes, as torchrun would start them: what `start` returns, for each. A knob that is
+    a function is called with the rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return [start(work, *argv, environment={"RANK": str(rank), "LOCAL_RANK": str(rank), **common}, **knobs)
+    return [start(work, *argv, environment={"RANK": str(rank), "LOCAL_RANK": str(rank), **common},
+                  **{key: value(rank) if callable(value) else value for key, value in knobs.items()})
             for rank in range(processes)]  # fmt: skip
 
 
