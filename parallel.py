@@ -10,6 +10,7 @@ a forward is everybody's: all processes must run the same number of them. Parame
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from types import SimpleNamespace
@@ -42,7 +43,21 @@ def setup(device: str, timeout: float) -> str:
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
+    sys.excepthook = left_alone
+    warnings.filterwarnings("ignore", ".*broadcast_buffers")  # DDP's: deprecated in torch 2.13, alone in 2.11
     return device
+
+
+def left_alone(kind, error, trace) -> None:
+    """What is said where another process is gone or stuck: one line, not a stack from each that is left."""
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        reason = next(iter(str(error).splitlines()), kind.__name__)
+        print(f"error: process {dist.get_rank()} waited for another one that died, or is stuck: {reason}; go on with "
+              "--resume", file=sys.stderr)  # fmt: skip
+    else:
+        sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def set_timeout(seconds: float) -> None:

@@ -188,6 +188,33 @@ def test_torchrun_goes_on_by_itself_after_kill_9_of_any_rank(work):
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+@pytest.mark.parametrize("fault, parallel", [(signal.SIGKILL, "ddp"), (signal.SIGSTOP, "fsdp")])
+def test_a_rank_that_dies_or_hangs_ends_the_others_within_the_timeout_by_one_line(work, fault, parallel):
+    folder = work / f"{fault.name} {parallel}"
+    knobs = {"data": "data"} | KNOBS | SLOW | dict(out_dir=folder.name, parallel=parallel, timeout=3, max_steps=4000)
+    command = [sys.executable, ROOT / "train.py", *(f"--{key}={value}" for key, value in knobs.items())]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    environment = os.environ | {"PYTHONPATH": str(work)} | common
+    ranks = [
+        subprocess.Popen(command, cwd=work, env=environment | {"RANK": rank}, stdout=-1, stderr=-1, text=True)
+        for rank in "01"
+    ]
+    try:
+        until(lambda: last_step(folder) >= 3)
+        ranks[1].send_signal(fault)
+        begin = time.time()
+        _, err = ranks[0].communicate(timeout=30)  # 3 s, on a machine that may be busy
+        assert ranks[0].returncode == 1 and time.time() - begin < 20
+        assert err.startswith("error: process 0 waited for another one that died, or is stuck:")
+        assert err.count("\n") == 1 and err.endswith("go on with --resume\n")
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
 def test_overwrite_under_max_restarts_is_refused_since_each_restart_would_delete_the_run(work):
     result = finish(*start(work, "--overwrite", out_dir="over", environment={"TORCHELASTIC_MAX_RESTARTS": "3"}))
     assert result.code == 2 and "--overwrite would delete the run at each restart" in result.err
