@@ -5,6 +5,7 @@
     python bench.py decode         prefill and decoding, against transformers (decode config/x.py: of a config)
     python bench.py variants       what a mixture of experts, latent attention and delta layers cost and save
     python bench.py kernels        each Triton kernel against PyTorch, torch.compile and other libraries, on a GPU
+    python bench.py parallel       FSDP beside DDP, a save beside writing its bytes, how soon a resumed run goes on
     python bench.py loader         the loader's share of a step, and its memory over a large shard
 
 Machines differ and get busy, so nothing is said in absolute times alone: what is compared runs in turn, round by round,
@@ -33,6 +34,7 @@ import flops
 import kernels
 import muon
 from bench_kernels import bench_kernels, kernels_markdown
+from bench_parallel import parallel, parallel_markdown
 from bench_variants import variants, variants_markdown
 from sample import with_compiled_step
 from timing import (
@@ -480,6 +482,7 @@ MARKDOWN = {
     "decoding_speed": decode_markdown,
     "variants": variants_markdown,
     "kernels": kernels_markdown,
+    "parallel": parallel_markdown,
     "loader": loader_markdown,
 }
 
@@ -513,8 +516,10 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("config", nargs="*", help=text)
     variants_ = add("variants", lambda args: write(args.out, "variants", variants(args)), "costs and savings of ideas")
     kernels_ = add("kernels", lambda args: write(args.out, "kernels", bench_kernels(args)), "each Triton kernel")
-    for command, rounds in ((train_, 9), (decode_, 9), (variants_, 5), (kernels_, 5)):
+    parallel_ = add("parallel", lambda args: write(args.out, "parallel", parallel(args)), "processes and checkpoints")
+    for command, rounds in ((train_, 9), (decode_, 9), (variants_, 5), (kernels_, 5), (parallel_, 3)):
         command.add_argument("--rounds", type=int, default=rounds)
+    parallel_.set_defaults(data="data/stdlib")
     command = add("loader", loader, "the loader's share of a step, and its memory")
     command.add_argument("--steps", type=int, default=200)
     args, knobs = parser.parse_known_args(argv)

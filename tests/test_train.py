@@ -26,12 +26,12 @@ import torch._dynamo  # what an optimizer imports when it is made
 import torch.nn.functional as F
 import torch.nn.parallel
 import torch.utils.checkpoint
-from safetensors.torch import load_file
 
 import checkpoint
 import model_baseline
 from data.shards import Loader, Shards, write_shard
 from data.tokenizers import load_tokenizer
+from sharding import Stored
 from tests.tiny import ROOT, TINY
 
 FORK = get_context("forkserver")  # forks of a process that has imported torch: a run starts in a tenth of the time
@@ -66,6 +66,7 @@ def work(tmp_path_factory):
         ("    eot_id: int", """    bad_from: int = 0
     bad_to: int = 0
     factor: float = 1.0  # of the loss of those training steps
+    bad_rank: int = -1  # on this process alone; -1: on all
     sleep: float = 0.0
     bias: float = 0.0  # an auxiliary loss
     eot_id: int"""),
@@ -74,7 +75,9 @@ def work(tmp_path_factory):
             print("sleeping", flush=True)
             time.sleep(self.config.sleep)
         self.calls, c = getattr(self, "calls", 0) + self.training, self.config
-        factor = c.factor if self.training and c.bad_from <= self.calls <= c.bad_to else 1.0
+        import os
+        bad = self.training and c.bad_from <= self.calls <= c.bad_to
+        factor = c.factor if bad and c.bad_rank in (-1, int(os.environ.get("RANK", -1))) else 1.0
         return c.bias * self.training + factor * F.cross_entropy(self"""),
         ("        return cap * torch", """        c, calls = self.config, getattr(self, "calls", 0)
         if not self.training and c.factor > 1e30 and c.bad_from <= calls <= c.bad_to:
@@ -168,8 +171,13 @@ def wrote(folder, size):
     return path.exists() and path.stat().st_size > size
 
 
-def weights(folder, step):
-    return load_file(folder / f"step-{step:08d}" / "model.safetensors")
+def weights(folder, step, kind="model"):
+    """{name: tensor} of a checkpoint, whichever and how many processes wrote it."""
+    stored, found = Stored(folder / f"step-{step:08d}", kind), {}
+    for name in stored.parts:
+        found[name] = torch.empty_like(stored.like(name), device="cpu")
+        stored.copy_to(found[name], name)
+    return found
 
 
 def same(run, other, step):
