@@ -158,7 +158,7 @@ def soak(args):
     # 3. what they left
     keys, files = ("step", "loss", "grad_norm", "val_loss"), f"step-{args.steps:08d}/*.safetensors"
     metrics = [[{k: row.get(k) for k in keys} for row in rows(run.folder)] for run in (alone, disturbed)]
-    weights = [{p.name: checkpoint.sha256(p) for p in run.folder.glob(files)} for run in (alone, disturbed)]
+    weights = [{p.name: p.read_bytes() for p in run.folder.glob(files)} for run in (alone, disturbed)]
     memory = [[1e3 * row["resident_gb"] for row in rows(run.folder) if "loss" in row] for run in (alone, disturbed)]
     return {
         "command": shlex.join(["python", "tests/soak.py", *sys.argv[1:]]),
