@@ -348,10 +348,10 @@ def payloads(mark):
 def rewrite(path, content):
     """Replaces a checkpoint's file as someone would who knows of the manifest."""
     manifest = path.with_name("manifest.json")
-    old, size = checkpoint.sha256(path), path.stat().st_size
+    size, digest = checkpoint.entries(path.parent, [path.name])[path.name]
     path.write_bytes(content)
     if path != manifest:
-        text = manifest.read_text().replace(old, checkpoint.sha256(path))
+        text = manifest.read_text().replace(digest, checkpoint.entries(path.parent, [path.name])[path.name][1])
         manifest.write_text(re.sub(rf"\b{size}\b", str(len(content)), text))
 
 
@@ -480,4 +480,4 @@ def test_resident_memory_is_flat_over_a_run_and_shows_a_leak(work):
     for leak in (0, 100_000):  # 400 kB a step
         memory = [row["resident_gb"] for row in train(work, f"leak {leak}", leak=leak, **knobs).steps]
         grown.append(1e3 * (sum(memory[100:]) - sum(memory[30:50])) / 20)  # MB in 70 steps, with 3 saves
-    assert grown[0] < 4 and 24 < grown[1] < 36, grown
+    assert grown[0] < 8 and 24 < grown[1] < 38, grown
