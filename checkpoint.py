@@ -45,12 +45,14 @@ def weights(model):
 
 def write(tmp, files):
     """Writes {file name: (tensors, metadata)}; returns their entries when they are on the disk."""
-    hashing = []  # beside flushing, and writing the next one
-    for name, (tensors, metadata) in files.items():
+    hashing, flushing = [], []  # beside writing the next one: the larger comes first
+    for name, (tensors, metadata) in reversed(files.items()):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp / name, metadata or None)
         shutil.copymode(tmp / "config.json", tmp / name)  # safetensors lets nobody else read its files
         hashing.append(start(entries, tmp, [name]))
-        fsync(tmp / name)
+        flushing.append(start(fsync, tmp / name))
+    for future in flushing:
+        future.result()
     return {name: entry for future in hashing for name, entry in future.result().items()}
 
 

@@ -248,7 +248,7 @@ try:
         before = state["identity"]
         if before["tokenizer"] != identity["tokenizer"]:
             die(f"{data} has another tokenizer than the data of {path}: give that data, or another out_dir")
-        if before["data"] == data and before != identity:
+        if before["data"] == data and not before.items() <= identity.items():
             die(f"{data} changed since {path} was written: restore it, or begin another run in another out_dir")
         checkpoint.restore(path, raw_model, opt)
         step, tokens, best, skipped = (state[key] for key in ("step", "tokens", "best", "skipped"))

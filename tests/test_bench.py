@@ -7,6 +7,7 @@ import torch
 
 import bench
 import bench_kernels
+import bench_parallel
 import bench_variants
 import flops
 import kernels
@@ -248,6 +249,20 @@ def test_kernels_are_not_measured_without_a_gpu(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         bench.main(["--device", "cpu", "kernels"])
     assert caught.value.code == 2 and "measured on a CUDA device" in capsys.readouterr().err
+
+
+def test_parallel_saves_for_real_and_says_what_it_was_beside(tmp_path, monkeypatch):
+    sizes = dict(n_layer=1, n_head=2, n_kv_head=1, head_dim=8, n_embd=16, n_inner=4096, vocab_size=64)
+    monkeypatch.setattr(bench_parallel, "SIZES", bench_parallel.SIZES | {"saving": sizes})
+    monkeypatch.setattr(bench_parallel, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_parallel, "step_seconds", lambda strategy, data: {"ddp": 2.0, "fsdp": 2.5}[strategy])
+    monkeypatch.setattr(bench_parallel, "resume_seconds", lambda data: (5.0, 3.5))
+    bench.main(["--out", str(tmp_path), "--device", "cpu", "parallel", "--rounds", "2"])
+    result, table = result_of(tmp_path, "parallel")
+    assert all(0 < stall and 0 < took for stall, took in zip(result["stall"], result["save"]))
+    assert len(result["dd"]) == len(result["save"]) == 2 and not list((tmp_path / "out/bench").iterdir())
+    assert "| 2.50 (2.50 to 2.50) | 2.00 (2.00 to 2.00) | 1.25 (1.25 to 1.25) |" in table
+    assert "takes 1.50 (1.50 to 1.50) s beyond its imports" in table
 
 
 def test_variants_measures_every_section_and_its_ratios_are_those_of_the_numbers(tmp_path, monkeypatch):

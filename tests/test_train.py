@@ -209,6 +209,17 @@ def base(work):
     return train(work, "base", **LONG, tensorboard=True)
 
 
+def test_saving_beside_the_steps_leaves_the_same_checkpoints(work, base):
+    run = train(work, "beside", "--async_save", **LONG)
+    assert run.out.count("| saved beside/step-") == 6 and run.out.count("the best so far") > 0
+    assert all(same(run, base, step) for step in range(5, 31, 5))
+
+
+def test_every_nth_checkpoint_is_kept_beside_the_last_and_the_best(work):
+    run = train(work, "every", **LONG | dict(keep_last=1, keep_every=10, eval_every=100, save_every=2, max_steps=24))
+    assert [path.name for path in checkpoint.folders(run.folder)] == ["step-00000024", "step-00000020", "step-00000010"]
+
+
 def copy_until(run, folder, step):
     """A run's folder as a kill some steps after `step` would leave it: later rows are there, later checkpoints not."""
     shutil.copytree(run.folder, folder, symlinks=True)
