@@ -23,6 +23,7 @@ import guard
 import record
 import sample
 from data.shards import Shards
+from tests import soak
 from tests.test_train import (
     KNOBS,
     SIZES,
@@ -481,3 +482,9 @@ def test_resident_memory_is_flat_over_a_run_and_shows_a_leak(work):
         memory = [row["resident_gb"] for row in train(work, f"leak {leak}", leak=leak, **knobs).steps]
         grown.append(1e3 * (sum(memory[100:]) - sum(memory[30:50])) / 20)  # MB in 70 steps, with 3 saves
     assert grown[0] < 8 and 24 < grown[1] < 38, grown
+
+
+def test_the_table_of_the_long_run_is_drawn_from_its_numbers_and_nothing_was_lost_in_it():
+    result = json.loads((ROOT / "results/reliability.json").read_text())
+    assert (ROOT / "results/reliability.md").read_text() == soak.markdown(result)
+    assert result["losses_equal"] and result["weights_equal"] and result["steps"] == 2000
