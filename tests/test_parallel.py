@@ -352,6 +352,15 @@ def test_train_py_sharded_logs_evaluates_and_saves_what_one_process_does(work, a
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
+def test_kernels_in_shares_have_the_losses_of_one_process_without_them(work):
+    knobs = RUN | dict(head_dim=16)
+    results = [finish(*run) for run in together(work, 2, out_dir="fused", parallel="fsdp", kernels=True, **knobs)]
+    assert [result.code for result in results] == [0, 0], results
+    assert "x norm_rope" in results[0].out and "PyTorch instead" not in results[0].err
+    fused, plain = finished(work / "fused"), train(work, "without kernels", **knobs)
+    assert close(fused.losses, plain.losses) and fused.losses != plain.losses
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_gradient_that_is_not_finite_on_one_process_skips_the_step_on_all(work, how):
     knobs = dict(model="odd", micro_batch=8, bad_from=3, bad_to=3, save_every=1, keep_last=0, parallel=how)
