@@ -1,6 +1,5 @@
 """`python bench.py parallel`: FSDP beside DDP, a save beside writing its bytes, how soon a resumed run goes on."""
 
-import json
 import os
 import shutil
 import statistics
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import checkpoint
 import muon
+import record
 from timing import begin, build, describe, device_and_dtype, make_step, middle, random_batch, ratios
 
 ROOT = Path(__file__).resolve().parent
@@ -22,10 +22,6 @@ SIZES = {
     "saving": dict(n_layer=10, n_head=10, n_kv_head=10, head_dim=64, n_embd=640, n_inner=1792, vocab_size=8192),
     "resuming": "config/quickstart.py --max_steps={steps} --eval_every=1000 --eval_tokens=2048 --save_every=1000",
 }  # fmt: skip
-
-
-def rows(folder):
-    return [json.loads(line) for line in (ROOT / folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def run(command, **options):
@@ -41,7 +37,10 @@ def step_seconds(strategy, data):
     out, threads = f"out/bench/{strategy}", {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // SIZES["processes"]))}
     options = [f"--data={data}", f"--out_dir={out}", f"--parallel={strategy}", "--optimizer=adamw", "--overwrite"]
     run([sys.executable, *launch.split(), *options], env=os.environ | threads)
-    return statistics.median([row["ms"] for row in rows(out) if "ms" in row][SIZES["first"] :]) / 1000
+    return (
+        statistics.median([row["ms"] for row in record.read_metrics(ROOT / out) if "ms" in row][SIZES["first"] :])
+        / 1000
+    )
 
 
 def save_seconds(model, optimizer, folder):

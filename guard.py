@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import resource
 import shlex
@@ -13,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import record
+import sharding
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what a disk says that has none
 
@@ -53,7 +52,7 @@ def check_knobs(config: dict, world_size: int) -> None:
         raise ValueError("--overwrite would delete the run at each restart of --max-restarts: try --resume=auto")
 
 
-def lock(out: Path, rank: int = 0, world_size: int = 1, device: str = "cpu"):
+def lock(out: Path):
     """Takes a run's folder until rank 0's process ends, in whatever way: the kernel gives a lock back, none is stale.
 
     ValueError, on every rank, where another run has it or nothing can be written. All ranks call it, and keep what it
@@ -61,7 +60,7 @@ def lock(out: Path, rank: int = 0, world_size: int = 1, device: str = "cpu"):
     """
     file, refusal = None, ""
     try:
-        if rank == 0:
+        if sharding.rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
             file = open(out / ".lock", "a+")
             try:
@@ -79,25 +78,14 @@ def lock(out: Path, rank: int = 0, world_size: int = 1, device: str = "cpu"):
         refusal = f"{out} is in use by {file.read()}: wait for that run, stop it, or choose another out_dir"
     except OSError as error:
         refusal = f"{out} cannot be written to ({error.strerror}): choose another out_dir"
-    if refusal := on_all_ranks(refusal, world_size, device)[0]:
+    if refusal := sharding.gather(refusal)[0]:
         raise ValueError(refusal)
     return file
 
 
-def on_all_ranks(value, world_size: int, device: str = "cpu") -> list:
-    """What each rank gives, up to 64 kB as JSON. All ranks call it."""
-    if world_size == 1:
-        return [value]
-    text = json.dumps(value).encode().ljust(1 << 16)  # spaces behind it mean nothing
-    mine = torch.tensor(list(text), dtype=torch.uint8, device=device)
-    found = [torch.empty_like(mine) for _ in range(world_size)]
-    dist.all_gather(found, mine)
-    return [json.loads(bytes(theirs.tolist())) for theirs in found]
-
-
-def check_ranks(world_size: int, device: str, **facts: dict) -> None:
+def check_ranks(**facts: dict) -> None:
     """ValueError, on every rank, where a rank's facts, {what: {key: value}}, are not those of rank 0."""
-    first, *others = on_all_ranks(facts, world_size, device)
+    first, *others = sharding.gather(facts)
     for rank, theirs in enumerate(others, 1):
         for what in first:
             a, b = first[what], theirs[what]

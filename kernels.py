@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
+from torch.library import custom_op
 
 try:
     import triton
@@ -44,7 +45,7 @@ def operator(function):
         with torch.cuda.device_of(x):
             return function(x, *rest)
 
-    return torch.library.custom_op(f"nanollm::{function.__name__.strip('_')}", on_its_device, mutates_args=())
+    return custom_op(f"nanollm::{function.__name__.strip('_')}", on_its_device, mutates_args=())
 
 
 @torch.compiler.assume_constant_result  # else the print would break torch.compile's graph

@@ -173,7 +173,7 @@ fields = {field.name: config[field.name] for field in dataclasses.fields(variant
 if document_mask:
     fields["eot_id"] = train_data.eot_id
 try:
-    guard.check_ranks(world_size, device, config=config, data=identity, code=guard.code_of(model))
+    guard.check_ranks(config=config, data=identity, code=guard.code_of(model))
     model_config = variant.GPTConfig(**fields)
     raw_model = processes.empty(variant.GPT, model_config) if parallel == "fsdp" else variant.GPT(model_config)
 except ValueError as error:
@@ -233,7 +233,7 @@ try:
     held = resume and checkpoint.folders(out) or record.exists(out)
     if resume is True and not held:
         die(f"--resume given but no checkpoint in {out}")
-    lock = guard.lock(out, rank, world_size, device)
+    lock = guard.lock(out)
     if held and not (resume or overwrite):
         die(f"{out} already holds a run: go on with --resume, delete it with --overwrite, or choose another --out_dir")
     path = checkpoint.newest(out, say) if resume else None

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 import kernels
 
@@ -63,7 +64,7 @@ def check(kernel, twin, inputs, floor=None):
 
 def opcheck(operator, *inputs):
     """Schema, fake shapes and strides, autograd and the compiled form of a custom operator."""
-    torch.library.opcheck(operator, inputs)
+    library.opcheck(operator, inputs)
 
 
 def compiled_equals_eager(function, inputs):
