@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from tests import soak
 from tests.test_train import (
     KNOBS,
     SIZES,
+    altered,
     copy_until,
     fail,
     finish,
@@ -51,10 +51,7 @@ SLOW = LONG | dict(model="fault", sleep=0.03)
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with data and a variant that is slow, leaks, or logs what torch was told."""
-    folder = tmp_path_factory.mktemp("work")
-    write_data(folder / "data", 0)
-    source = (ROOT / "model_baseline.py").read_text()
-    for old, new in (
+    return altered(tmp_path_factory.mktemp("work"), "fault", (
         ("    eot_id: int", """    leak: int = 0  # floats a step
     sleep: float = 0.0
     eot_id: int"""),
@@ -65,11 +62,7 @@ def work(tmp_path_factory):
         ("        return {}", """        import os
         told = torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
         return {"deterministic": told and os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"}"""),
-    ):  # fmt: skip
-        assert source.count(old) == 1
-        source = source.replace(old, new)
-    (folder / "model_fault.py").write_text(source)
-    return folder
+    ))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +75,6 @@ def holder(folder):
     """The process of rank 0 that has the folder, as its lock says."""
     text = (folder / ".lock").read_text() if (folder / ".lock").exists() else ""
     return int(re.fullmatch(r"process (\d+) on \S+", text)[1]) if text else 0
-
-
-def children(pid):
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
-            continue
-        if int(fields[1]) == pid:
-            found.append(int(stat.parent.name))
-    return found
 
 
 def last_step(folder):
@@ -170,7 +151,7 @@ def test_torchrun_goes_on_by_itself_after_kill_9_of_any_rank(work):
     folder = work / "restarted"
     for victim, step in ((0, 8), (-1, 23)):
         until(lambda step=step: last_step(folder) >= step)
-        ranks = sorted(children(process.pid))
+        ranks = soak.children(process.pid)
         assert len(ranks) == PROCESSES and holder(folder) in ranks
         os.kill(ranks[victim], signal.SIGKILL)
         until(lambda old=ranks: holder(folder) not in old)

@@ -56,13 +56,21 @@ def write_data(folder, seed, tokenizer="byte", add_tokens=()):
     (folder / "meta.json").write_text(json.dumps({**meta, "fingerprint": f"data {seed}"}))
 
 
+def altered(folder, name, changes):
+    """The folder, with data and with model_<name>.py: the baseline with each (old, new) of its text exchanged."""
+    write_data(folder / "data", 0)
+    source = (ROOT / "model_baseline.py").read_text()
+    for old, new in changes:
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (folder / f"model_{name}.py").write_text(source)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with data and with a variant whose loss a test can spoil, or slow down, from one step to another."""
-    folder = tmp_path_factory.mktemp("work")
-    write_data(folder / "data", 0)
-    source = (ROOT / "model_baseline.py").read_text()
-    for old, new in (
+    return altered(tmp_path_factory.mktemp("work"), "odd", (
         ("    eot_id: int", """    bad_from: int = 0
     bad_to: int = 0
     factor: float = 1.0  # of the loss of those training steps
@@ -86,11 +94,7 @@ def work(tmp_path_factory):
         ("        return x + self.dropout(self.mlp(", """        Block.forwards = getattr(Block, "forwards", 0) + 1
         return x + self.dropout(self.mlp("""),
         ("        return {}", '        return {"calls": float(self.calls), "block_forwards": float(Block.forwards)}'),
-    ):  # fmt: skip
-        assert source.count(old) == 1
-        source = source.replace(old, new)
-    (folder / "model_odd.py").write_text(source)
-    return folder
+    ))  # fmt: skip
 
 
 def in_fork(argv, folder, log, environment):
