@@ -1,4 +1,5 @@
 import copy
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 from torch import nn
 
 from muon import POLAR_EXPRESS, POLYNOMIALS, MuonAdamW, group_table, make_optimizer, orthogonalize, param_groups
+from tests.tiny import build
 
 BANDS = {"quintic": (0.68, 1.21), "polar_express": (0.84, 1.13)}  # of the singular values after 5 steps
 SHAPES = [(32, 64), (64, 32), (48, 48), (16, 100), (64, 32), (3, 24, 40), (2, 100, 16)]
@@ -315,6 +317,34 @@ def test_every_parameter_is_in_exactly_one_group_and_only_matrices_inside_blocks
         "decayed": ("adamw", 0.2),
         "undecayed": ("adamw", 0.0),
     }
+
+
+SHARED = dict(n_shared_expert=1, shared_gate=True)
+MODELS = [("baseline", {}), ("gpt2", {}), ("mla", {}), ("hybrid", {}), ("moe", {}), ("moe", SHARED)]
+OUTSIDE_MUON = {  # whatever else a model has is a matrix
+    "decayed": ("embed.weight", "pos_embed.weight", "lm_head.weight", "*.conv*.weight", "*router.weight"),
+    "undecayed": ("*norm.weight", "*norm", "*bias", "*.A_log"),
+}
+
+
+def group_by_name(name):
+    for group, patterns in OUTSIDE_MUON.items():
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            return group
+    return "matrices"
+
+
+@pytest.mark.parametrize(("model", "options"), MODELS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_groups_of_the_model_files_are_what_their_parameters_names_say(model, options, tied):
+    if model != "gpt2":  # whose head is always tied
+        options = dict(options, tie_embeddings=tied)
+    gpt = build(model, **options)
+    expected = {"matrices": set(), "decayed": set(), "undecayed": set()}
+    for name, _ in gpt.named_parameters():
+        expected[group_by_name(name)].add(name)
+    assert names_by_group(param_groups(gpt)) == expected
+    assert all(expected.values())
 
 
 def test_frozen_parameters_and_empty_groups_are_left_out():
