@@ -46,9 +46,8 @@ SCALES = {
     "original": lambda fan_out, fan_in: sqrt(max(1, fan_out / fan_in)),
 }
 
-# What sends a parameter to AdamW although it is a matrix, and what exempts it from decay: parts of its name.
-ADAMW_NAMES, ADAMW_MODULES = ("embed", "lm_head", "router", "conv"), (nn.Embedding, nn.modules.conv._ConvNd)
-NO_DECAY_NAMES = ("norm", "bias", "A_log")
+# What a model's OPTIMIZER may say of a parameter.
+EXCEPTIONS = ("method", "weight_decay", "lr_scale")
 
 
 def orthogonalize(x: Tensor, polynomial: str = "polar_express", steps: int = 5) -> Tensor:
@@ -78,6 +77,7 @@ class MuonAdamW(torch.optim.Optimizer):
         method: str = "adamw",  # any shape; or "muon": 2-D weights (out, in), 3-D stacks (E, in, out)
         lr: float = 1e-3,  # of both methods; a schedule sets group["lr"] before each step
         weight_decay: float = 0.1,
+        lr_scale: float = 1.0,  # a group steps by lr * lr_scale, so that a schedule may set one lr in all groups
         betas: tuple[float, float] = (0.9, 0.95),  # adamw
         eps: float = 1e-8,  # adamw
         momentum: float = 0.95,  # muon
@@ -102,6 +102,13 @@ class MuonAdamW(torch.optim.Optimizer):
             wrong = [tuple(p.shape) for p in group["params"] if group["method"] == "muon" and p.ndim not in (2, 3)]
             if wrong:
                 raise ValueError(f"Muon takes 2-D and 3-D parameters, not {wrong}: give them a method='adamw' group")
+
+    def __setstate__(self, state):
+        """Restores the groups. An option that is not in them, since they are older than it, has its default."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
@@ -132,7 +139,13 @@ class MuonAdamW(torch.optim.Optimizer):
             self._decay(group, params, torch._foreach_lerp(averages, grads, 1 - beta1))  # has the update's signs
             weight_decay = 0.0
         torch._foreach_add_(steps, 1)
-        rates = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": group["eps"]}
+        rates = {
+            "lr": group["lr"] * group["lr_scale"],
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": weight_decay,
+            "eps": group["eps"],
+        }
         torch._fused_adamw_(params, grads, averages, squares, [], steps, **rates, amsgrad=False, maximize=False)
 
     def _muon(self, group, params, grads):
@@ -145,7 +158,7 @@ class MuonAdamW(torch.optim.Optimizer):
         updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
         directions = by_owners(whole, updates, partial(self._directions, group))
         self._decay(group, params, directions)
-        torch._foreach_add_(params, directions, alpha=-group["lr"])
+        torch._foreach_add_(params, directions, alpha=-group["lr"] * group["lr_scale"])
 
     @staticmethod
     def _directions(group, updates):
@@ -171,7 +184,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _decay(group, params, updates):
-        shrink = group["weight_decay"] * (group["lr"] if group["decay_with_lr"] else group["initial_lr"])
+        lr = group["lr"] if group["decay_with_lr"] else group["initial_lr"]
+        shrink = group["weight_decay"] * (lr * group["lr_scale"])
         if group["cautious_decay"]:
             torch._foreach_sub_(params, [shrink * p * (p * u >= 0) for p, u in zip(params, updates)])
         else:
@@ -219,26 +233,92 @@ def by_owners(params: list[Tensor], updates: list[Tensor], change: Callable) -> 
     return [result[i] for i in range(len(params))]
 
 
-def param_groups(model: nn.Module, optimizer: str = "muon", weight_decay: float = 0.1) -> list[dict]:
-    """Every trainable parameter of the model in exactly one group; a tied one counts once.
+def kind_of(name: str, p: Tensor, is_table_or_filter: bool) -> str:
+    """Returns the group of a parameter by what it is: matrices, decayed or undecayed (see param_groups)."""
+    if p.numel() == max(p.shape, default=1):  # a scalar, or a vector, however many dimensions of size 1 it has
+        return "undecayed"
+    in_block = any(part.isdigit() for part in name.split("."))
+    is_matrix = p.ndim in (2, 3) and min(p.shape[-2:]) > 1  # or a stack of matrices
+    if in_block and is_matrix and not is_table_or_filter:
+        return "matrices"
+    return "decayed"
 
-    "matrices": 2-D and 3-D weights inside blocks (a number in the name: blocks.0.attn.wq.weight), by Muon, or AdamW.
-    "decayed": whatever else has two dimensions or more (embeddings, head, routers, convolutions, 4-D weights, and all
-        outside blocks), by AdamW. Embeddings decay as in nanoGPT: with a tied head they are the output matrix too.
-    "undecayed": vectors and scalars, and norms, biases and A_log of any shape, by AdamW without decay.
+
+def exceptions(model: nn.Module) -> dict[Tensor, str]:
+    """Returns the key of the model's OPTIMIZER that names a parameter, for those that are named.
+
+    Raises ValueError for a key that names no parameter, unless the model has None in its place: that is a module or
+    parameter which this config leaves out.
+    """
+    found = {}
+    for key, changes in getattr(model, "OPTIMIZER", {}).items():
+        unknown = [repr(name) for name in changes if name not in EXCEPTIONS]
+        if unknown:
+            raise ValueError(f"OPTIMIZER[{key!r}] has {', '.join(unknown)}: choose from {', '.join(EXCEPTIONS)}")
+        if changes.get("method", "adamw") not in ("muon", "adamw"):
+            raise ValueError(f"OPTIMIZER[{key!r}] has method={changes['method']!r}: choose muon or adamw")
+        named = [p for name, p in model.named_parameters(remove_duplicate=False) if key in name.split(".")]
+        left_out = any(getattr(module, key, module) is None for module in model.modules())
+        if not named and not left_out:
+            raise ValueError(f"OPTIMIZER[{key!r}] names no parameter: the key must be a part of a name between dots")
+        for p in named:
+            found[p] = key
+    return found
+
+
+def exception_title(key: str, settings: dict, weight_decay: float) -> str:
+    """Returns the name of a group of exceptions: "router (adamw)", "table (adamw, weight_decay=0.0, lr_scale=5.0)"."""
+    details = [settings["method"]]
+    if settings["weight_decay"] != weight_decay:
+        details.append(f"weight_decay={settings['weight_decay']}")
+    if settings["lr_scale"] != 1.0:
+        details.append(f"lr_scale={settings['lr_scale']}")
+    return f"{key} ({', '.join(details)})"
+
+
+def param_groups(model: nn.Module, optimizer: str = "muon", weight_decay: float = 0.1) -> list[dict]:
+    """Returns groups with every trainable parameter of the model in exactly one; a tied one counts once.
+
+    "matrices": matrices inside blocks (a number in the name: blocks.0.attn.wq.weight), and 3-D stacks of them, by Muon,
+        or by AdamW with optimizer="adamw".
+    "decayed": all else with two dimensions or more (embeddings, head, convolutions, what is outside blocks), by AdamW.
+        Embeddings decay as in nanoGPT: with a tied head they are the output matrix too.
+    "undecayed": vectors and scalars, by AdamW without decay.
+
+    A model's class may make exceptions, which form further groups, named for what they are, like "router (adamw)":
+        OPTIMIZER = {"router": dict(method="adamw"), "table": dict(lr_scale=5.0, weight_decay=0.0)}
+    A key is the name of a module or parameter: one part of the dotted names of the parameters it stands for. Where two
+    keys name a parameter, the later one counts. What its dict leaves open is decided as for any other parameter. The
+    learning rate is lr * lr_scale. With optimizer="adamw" a method is ignored: all parameters are AdamW's.
     """
     if optimizer not in ("muon", "adamw"):
         raise ValueError(f"optimizer={optimizer!r} is unknown: choose muon or adamw")
-    owners = {p: m for m in model.modules() for p in m.parameters(recurse=False)}
-    groups = {"matrices": [], "decayed": [], "undecayed": []}
+    rules = {
+        "matrices": dict(method=optimizer, weight_decay=weight_decay, lr_scale=1.0),
+        "decayed": dict(method="adamw", weight_decay=weight_decay, lr_scale=1.0),
+        "undecayed": dict(method="adamw", weight_decay=0.0, lr_scale=1.0),
+    }
+    tables_and_filters = set()
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
+            tables_and_filters.update(module.parameters(recurse=False))
+    keys = exceptions(model)
+
+    groups = {kind: dict(name=kind, params=[], **rule) for kind, rule in rules.items()}
     for name, p in model.named_parameters():
-        in_block = any(part.isdigit() for part in name.split("."))
-        for_adamw = any(n in name for n in ADAMW_NAMES) or isinstance(owners[p], ADAMW_MODULES)
-        group = "matrices" if in_block and not for_adamw and p.ndim < 4 else "decayed"
-        group = "undecayed" if p.ndim < 2 or any(n in name for n in NO_DECAY_NAMES) else group
-        groups[group] += [(name, p)] if p.requires_grad else []
-    rules = {"matrices": (optimizer, weight_decay), "decayed": ("adamw", weight_decay), "undecayed": ("adamw", 0.0)}
-    return [dict(name=k, params=groups[k], method=m, weight_decay=w) for k, (m, w) in rules.items() if groups[k]]
+        if not p.requires_grad:
+            continue
+        kind = kind_of(name, p, p in tables_and_filters)
+        if p not in keys:
+            groups[kind]["params"].append((name, p))
+            continue
+        settings = rules[kind] | model.OPTIMIZER[keys[p]]
+        if optimizer == "adamw":
+            settings["method"] = "adamw"
+        title = exception_title(keys[p], settings, weight_decay)
+        group = groups.setdefault(title, dict(name=title, params=[], **settings))
+        group["params"].append((name, p))
+    return [group for group in groups.values() if group["params"]]
 
 
 def make_optimizer(

@@ -16,7 +16,8 @@ def definitions(path: Path) -> dict[str, str]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "GPT":
             for method in node.body:
-                found[f"GPT.{method.name}"] = segment(source, method)
+                if isinstance(method, ast.FunctionDef):
+                    found[f"GPT.{method.name}"] = segment(source, method)
         elif isinstance(node, ast.ClassDef | ast.FunctionDef):
             found[node.name] = segment(source, node)
     return found

@@ -17,7 +17,7 @@ from tests.differences import changed, claimed
 from tests.tiny import BLOCK, EOT, MODELS, ROOT, TINY, VOCAB, build, cache_tensors, module, tokens
 
 each_model = pytest.mark.parametrize("name", MODELS)
-LINES = {"baseline": 400, "gpt2": 400, "moe": 628, "mla": 480, "hybrid": 535}  # budgets
+LINES = {"baseline": 400, "gpt2": 400, "moe": 630, "mla": 480, "hybrid": 535}  # budgets
 METHODS = (
     "__init__ init_weights forward lm_loss new_cache stream generate metrics from_pretrained save_pretrained".split()
 )
