@@ -387,8 +387,8 @@ def small(tied=True, **exceptions):
     return model
 
 
-def test_what_an_exception_leaves_open_is_decided_as_for_any_other_parameter():
-    groups = param_groups(small(mlp=dict(lr_scale=3.0)))
+def test_an_exception_leaves_vectors_to_adamw_and_what_it_leaves_open_is_decided_as_for_any_other_parameter():
+    groups = param_groups(small(mlp=dict(method="muon", lr_scale=3.0)))
     assert names_by_group(groups) == {
         "decayed": {"embed.weight"},
         "mlp (muon, lr_scale=3.0)": {"blocks.0.mlp.weight"},
