@@ -83,18 +83,18 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params,
-        method: str = "adamw",  # any shape; or "muon": 2-D weights (out, in), 3-D stacks (E, in, out)
-        lr: float = 1e-3,  # of both methods; a schedule sets group["lr"] before each step
-        weight_decay: float = 0.1,
+        method: str = "adamw",  # "adamw" takes any shape; "muon" 2-D weights (out, in) and 3-D stacks (E, in, out)
+        lr: float = 1e-3,  # learning rate of both methods; a schedule sets group["lr"] before each step
+        weight_decay: float = 0.1,  # a step shrinks weights by the factor 1 - lr * weight_decay, see decay_with_lr
         lr_scale: float = 1.0,  # a group steps by lr * lr_scale, so that a schedule may set one lr in all groups
-        betas: tuple[float, float] = (0.9, 0.95),  # adamw
-        eps: float = 1e-8,  # adamw
-        momentum: float = 0.95,  # muon
-        nesterov: bool = True,  # muon
-        steps: int = 5,  # muon: of orthogonalize; fewer are cheaper and coarser
-        polynomial: str = "polar_express",  # muon: or "quintic"
-        scale: str = "match_rms_adamw",  # muon: or "original", which wants a learning rate of its own, about 0.02
-        dtype: torch.dtype | None = None,  # muon: of orthogonalize; None: bfloat16 on CUDA, else float32 or finer
+        betas: tuple[float, float] = (0.9, 0.95),  # AdamW: how much its averages of g and g^2 keep in a step
+        eps: float = 1e-8,  # AdamW: added to the root of the average of g^2
+        momentum: float = 0.95,  # Muon: how much its average of g keeps in a step
+        nesterov: bool = True,  # Muon: look ahead to the next average
+        steps: int = 5,  # Muon: steps of orthogonalize; fewer are cheaper and coarser
+        polynomial: str = "polar_express",  # Muon: polar_express or quintic
+        scale: str = "match_rms_adamw",  # Muon: match_rms_adamw, or original with an lr of its own, about 0.02
+        dtype: torch.dtype | None = None,  # Muon: of orthogonalize; None: bfloat16 on CUDA, else float32 or finer
         cautious_decay: bool = False,  # decay only where update * weight >= 0 (Chen et al. 2025, arXiv 2510.12402)
         decay_with_lr: bool = True,  # a step shrinks weights by lr * weight_decay; False: by initial_lr * weight_decay
     ):
