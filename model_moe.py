@@ -330,6 +330,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    OPTIMIZER = {"router": dict(method="adamw"), "shared_router": dict(method="adamw")}  # no Muon for routers
+
     def __init__(self, config):
         super().__init__()
         self.config = config

@@ -458,11 +458,13 @@ def test_autocast_keeps_the_router_in_fp32_and_the_experts_in_its_own_dtype():
 
 def test_muon_takes_each_expert_by_itself_and_leaves_the_router_to_adamw():
     model = build("moe", n_shared_expert=1, shared_gate=True)
-    names = {group["method"]: [name for name, _ in group["params"]] for group in param_groups(model)
-             if group["name"] != "undecayed"}  # fmt: skip
-    assert {n for n in names["adamw"] if "router" in n} == {
-        "blocks.1.mlp.router.weight", "blocks.1.mlp.shared_router.weight"}  # fmt: skip
-    assert {f"blocks.1.mlp.w_{k}.weight" for k in ("gate", "up", "down")} <= set(names["muon"])
+    names = {"muon": set(), "adamw": set()}
+    for group in param_groups(model):
+        names[group["method"]] |= {name for name, _ in group["params"]}
+    routers = {n for n, _ in model.named_parameters() if "router" in n}
+    assert routers == {"blocks.1.mlp.router.weight", "blocks.1.mlp.shared_router.weight"}
+    assert routers <= names["adamw"] and not routers & names["muon"]
+    assert {f"blocks.1.mlp.w_{k}.weight" for k in ("gate", "up", "down")} <= names["muon"]
     stack = model.blocks[1].mlp.w_down.weight  # (E, in, out)
     alone = [torch.nn.Parameter(w.detach().t().clone()) for w in stack]  # (out, in)
     stack.grad = torch.randn_like(stack)
