@@ -2,7 +2,7 @@
 
     s = softmax(Wr u)                     u = RMSNorm(x), chosen: the K experts with the largest s_e + bias_e
     g_e = s_e / sum over chosen s         the gates
-    x = x + sum over chosen e of g_e MLP_e(u) + sigmoid(Ws u) MLP_shared(u)
+    x = x + sum over chosen e of g_e MLP_e(u) + sigmoid(Wg u) MLP_shared(u)
     loss = cross-entropy + sum over layers of balance_loss E sum_e f_e P_e + z_loss mean logsumexp(Wr u)^2
 
 B  batch
@@ -25,7 +25,8 @@ Narrow and shared experts: https://arxiv.org/abs/2401.06066. Sigmoid scores, gro
 Balance over the global batch: 2501.11873. z-loss: 2202.08906.
 
 Differs from model_baseline.py in: GPTConfig, Block, GPT.__init__, GPT.init_weights, GPT.forward, Router,
-has_grouped_mm, grouped_matmul, ExpertLinear, MoE, GPT.auxiliary_loss, GPT.after_step, GPT.metrics, sum_over_processes
+has_grouped_mm, grouped_matmul, ExpertLinear, MoE, GPT.OPTIMIZER, GPT.auxiliary_loss, GPT.after_step, GPT.metrics,
+sum_over_processes
 """
 
 import copy
@@ -270,8 +271,9 @@ class Router(nn.Module):
         """Returns logits and scores (B, T, E), in fp32 at least: in bf16 experts would often tie."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         device_type = "cpu" if x.is_meta else x.device.type  # autocast does not know the meta device
+        x = x.to(dtype)
         with torch.autocast(device_type, enabled=False):
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+            logits = F.linear(x, self.weight.to(dtype))
         if self.config.router_score == "softmax":
             return logits, logits.softmax(dim=-1)
         return logits, logits.sigmoid()
@@ -516,6 +518,9 @@ class KVCache:
 
 
 class GPT(nn.Module):
+    # Routers are for AdamW: a row is an expert's own vector, and no matrix that Muon should make orthogonal.
+    OPTIMIZER = {"router": dict(method="adamw"), "shared_router": dict(method="adamw")}
+
     def __init__(self, config):
         super().__init__()
         self.config = config

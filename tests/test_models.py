@@ -367,7 +367,7 @@ def test_every_field_of_the_config_changes_something(name):
     needs["rope_scaling"] = dict(rope_factor=2.0)
     other |= dict(layer_pattern="aa", output_gate="head", qkv_gates="v")
     other |= dict(n_group=2, n_group_per_token=2, moe_layers=[0], moe_every=2, n_dense_layer=0, router_score="sigmoid")
-    other |= dict(router_jitter=0.5, capacity_factor=0.5, drop_by="score", balance_over="sequence")
+    other |= dict(router_jitter=0.5, capacity_factor=0.5, drop_by="score", balance_over="batch")
     needs |= dict(shared_gate=dict(n_shared_expert=1), n_group_per_token=dict(n_group=3))
     needs |= dict(moe_every=dict(n_dense_layer=0), drop_by=dict(capacity_factor=0.5))
 
