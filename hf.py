@@ -177,27 +177,34 @@ def stored_weights(model, architecture):
     for ours, changed in architecture.names_where_zero.items():
         if getattr(model.config, ours) == 0:
             names |= changed
-    # 1. our weights by their line of the table: blocks.{}.attn.wq has one for each layer
-    found = {}
-    for name, weight in model.named_parameters():
-        line, numbers, suffix = take_apart(name)
-        of_experts = line + ".{}"
-        if weight.ndim == 3 and of_experts in names:  # (E, in, out), and the file has one (out, in) for each expert
-            for expert, matrix in enumerate(weight):
-                found.setdefault(of_experts, []).append(([*numbers, expert], suffix, matrix.t()))
-        else:
-            found.setdefault(line, []).append((numbers, suffix, weight))
-    # 2. those that the file has as one, in the table's order
+    left = weights_by_line(model, names)
     stored = {}
-    for line, theirs in names.items():
-        for numbers, suffix, weight in found.pop(line, []):
+    for line, theirs in names.items():  # in the table's order, in which parts of one weight follow each other
+        for numbers, suffix, weight in left.pop(line, []):
             name = theirs.format(*numbers) + suffix
             if name not in stored:
                 stored[name] = StoredWeight([], **row_order(theirs, model.config, architecture))
-            stored[name].parts.append(weight.detach())
-    if found:
-        raise ValueError(f"{architecture.model_type} has no weight for our {', '.join(found)}: give hf.py its name")
+            stored[name].parts.append(weight)
+    if left:
+        raise ValueError(f"{architecture.model_type} has no weight for our {', '.join(left)}: give hf.py its name")
     return stored
+
+
+def weights_by_line(model, names):
+    """Returns {`blocks.{}.attn.wq`: [(numbers, suffix, weight), ...]}: a line of the table has one for each layer.
+
+    Weights of experts (E, in, out) become those of the line `blocks.{}.mlp.w_up.{}`, one (out, in) for each expert.
+    """
+    lines = {}
+    for name, parameter in model.named_parameters():
+        line, numbers, suffix = take_apart(name)
+        weight = parameter.detach()
+        if weight.ndim == 3 and line + ".{}" in names:
+            for expert, matrix in enumerate(weight):
+                lines.setdefault(line + ".{}", []).append(([*numbers, expert], suffix, matrix.t()))
+        else:
+            lines.setdefault(line, []).append((numbers, suffix, weight))
+    return lines
 
 
 def take_apart(name):
@@ -233,7 +240,7 @@ def config_from_hf(hf, architecture):
         hf["head_dim"] = hf["hidden_size"] // needed(hf, "num_attention_heads")
     for theirs, value in architecture.fixed.items():
         refuse_all_but(value, theirs, hf.get(theirs, value))
-    fields = {}
+    fields = dict(architecture.needs)
     for ours, theirs in architecture.fields.items():
         fields[ours] = needed(hf, theirs)
     if "rope_theta" in architecture.fields:
@@ -243,7 +250,8 @@ def config_from_hf(hf, architecture):
 
 def config_to_hf(config, architecture):
     """Returns the contents of config.json."""
-    hf = dict(model_type=architecture.model_type, architectures=[architecture.class_name]) | architecture.fixed
+    hf = dict(architecture.fixed)
+    hf |= dict(model_type=architecture.model_type, architectures=[architecture.class_name])
     for ours, theirs in architecture.fields.items():
         hf[theirs] = getattr(config, ours)
     if "rope_theta" in architecture.fields:
@@ -302,9 +310,9 @@ class Architecture:
     variant: str  # model_<variant>.py
     names: dict  # our weight: theirs, without .weight and .bias; {} is the number of a layer, then that of an expert
     fields: dict  # our field of GPTConfig: their key in config.json
-    fixed: dict  # their key: the only value that ours computes
-    needs: dict  # our field: the only value that theirs computes
-    defaults: dict  # their key: what transformers takes where config.json leaves it out
+    fixed: dict  # their key: the only value that our file computes
+    needs: dict  # our field: the only value that transformers computes
+    defaults: dict = field(default_factory=dict)  # their key: what transformers takes where config.json has none
     prefix: str = "model."  # missing from the names where the model was saved without its head
     ignored: tuple = ("lm_head.weight", "inv_freq")  # ends of names of copies of what the model has otherwise
     row_order: dict = field(default_factory=dict)  # last part of their name: how its rows stand (see StoredWeight)
@@ -387,7 +395,6 @@ GPT2 = Architecture(
         "tie_word_embeddings": True,
     },
     needs={"bias": True},
-    defaults={},
     prefix="transformer.",
     ignored=("lm_head.weight", ".attn.bias", ".attn.masked_bias"),  # a copy of wte, and causal masks
     transposed=("c_attn", "c_proj", "c_fc"),
@@ -417,8 +424,8 @@ DEEPSEEK_V3 = Architecture(
     model_type="deepseek_v3",
     class_name="DeepseekV3ForCausalLM",
     variant="mla",
-    names=QWEN3.names
-    | {
+    names={
+        **QWEN3.names,
         "blocks.{}.attn.wq_down": "model.layers.{}.self_attn.q_a_proj",
         "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_a_layernorm",
         "blocks.{}.attn.wq": "model.layers.{}.self_attn.q_b_proj",
@@ -453,7 +460,7 @@ DEEPSEEK_V3 = Architecture(
     fixed={"hidden_act": "silu", "attention_bias": False, "rope_interleave": True},
     needs={"scale_embeddings": False, "logit_softcap": 0.0},
     defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "first_k_dense_replace": 3, "q_lora_rank": 1536},
-    yarn=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},  # without these YaRN sharpens the part with position alone
+    yarn={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},  # without these YaRN sharpens the part with position alone
     fields_from_hf=deepseek_v3_from_hf,
     fields_to_hf=deepseek_v3_to_hf,
 )
@@ -469,8 +476,13 @@ def layers_with_experts(hf):
 
 
 def experts_from_hf(hf):
-    n_expert = hf.get("num_local_experts", hf.get("num_experts"))  # of transformers 5 and 4
-    return dict(n_expert=n_expert, moe_layers=layers_with_experts(hf))
+    key = "num_experts"
+    if "num_local_experts" in hf:  # as transformers 5 calls it for Qwen3-MoE
+        key = "num_local_experts"
+    layers = layers_with_experts(hf)
+    if not layers:
+        raise ValueError("config.json: mlp_only_layers and decoder_sparse_step leave no layer with experts")
+    return dict(n_expert=needed(hf, key), moe_layers=layers)
 
 
 def experts_to_hf(config):
@@ -482,28 +494,26 @@ QWEN3_MOE = Architecture(
     model_type="qwen3_moe",
     class_name="Qwen3MoeForCausalLM",
     variant="moe",
-    names=QWEN3.names
-    | {
+    names={
+        **QWEN3.names,
         "blocks.{}.mlp.router": "model.layers.{}.mlp.gate",
         "blocks.{}.mlp.w_gate.{}": "model.layers.{}.mlp.experts.{}.gate_proj",
         "blocks.{}.mlp.w_up.{}": "model.layers.{}.mlp.experts.{}.up_proj",
         "blocks.{}.mlp.w_down.{}": "model.layers.{}.mlp.experts.{}.down_proj",
     },
-    fields=QWEN3.fields
-    | {
+    fields={
+        **QWEN3.fields,
         "n_expert_per_token": "num_experts_per_tok",
         "n_expert_inner": "moe_intermediate_size",
         "normalize_gates": "norm_topk_prob",
     },
     fixed={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
     needs={
-        "qk_norm": True,
+        **QWEN3.needs,
         "n_shared_expert": 0,
         "router_score": "softmax",
         "gate_scale": 1.0,
         "n_group": 1,
-        "scale_embeddings": False,
-        "logit_softcap": 0.0,
     },
     defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "norm_topk_prob": False},
     zero_buffers=("router.bias",),
@@ -518,10 +528,12 @@ def shared_experts_from_hf(hf):
     if width % expert_width:
         sizes = f"shared_expert_intermediate_size={width}, and moe_intermediate_size={expert_width}"
         raise ValueError(f"config.json: {sizes}: the shared expert must be a multiple of the others' width")
-    return experts_from_hf(hf) | dict(n_shared_expert=width // expert_width, shared_gate=True, qk_norm=False)
+    return experts_from_hf(hf) | dict(n_shared_expert=width // expert_width)
 
 
 def shared_experts_to_hf(config):
+    if config.n_shared_expert == 0:
+        raise ValueError("this model cannot be saved: qwen2_moe has no n_shared_expert=0")
     width = config.n_shared_expert * config.n_expert_inner
     return experts_to_hf(config) | dict(shared_expert_intermediate_size=width)
 
@@ -530,8 +542,8 @@ QWEN2_MOE = Architecture(
     model_type="qwen2_moe",
     class_name="Qwen2MoeForCausalLM",
     variant="moe",
-    names=QWEN3_MOE.names
-    | {
+    names={
+        **QWEN3_MOE.names,
         "blocks.{}.mlp.shared_router": "model.layers.{}.mlp.shared_expert_gate",
         "blocks.{}.mlp.shared.w_gate": "model.layers.{}.mlp.shared_expert.gate_proj",
         "blocks.{}.mlp.shared.w_up": "model.layers.{}.mlp.shared_expert.up_proj",
@@ -540,13 +552,12 @@ QWEN2_MOE = Architecture(
     fields=QWEN3_MOE.fields,
     fixed={"hidden_act": "silu", "qkv_bias": False, "use_sliding_window": False},
     needs={
+        **QWEN3.needs,
         "qk_norm": False,
         "shared_gate": True,
         "router_score": "softmax",
         "gate_scale": 1.0,
         "n_group": 1,
-        "scale_embeddings": False,
-        "logit_softcap": 0.0,
     },
     defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "norm_topk_prob": False, "qkv_bias": True},
     zero_buffers=("router.bias",),
@@ -577,8 +588,8 @@ QWEN3_NEXT = Architecture(
     model_type="qwen3_next",
     class_name="Qwen3NextForCausalLM",
     variant="hybrid",
-    names=QWEN3.names
-    | {
+    names={
+        **QWEN3.names,
         "blocks.{}.attn.wo_gate": "model.layers.{}.self_attn.q_proj",
         "blocks.{}.delta.wq": "model.layers.{}.linear_attn.in_proj_qkvz",
         "blocks.{}.delta.wk": "model.layers.{}.linear_attn.in_proj_qkvz",
@@ -597,8 +608,8 @@ QWEN3_NEXT = Architecture(
         "in_proj_qkvz": {"heads": "n_key_head"},
         "in_proj_ba": {"heads": "n_key_head"},
     },
-    fields=QWEN3.fields
-    | {
+    fields={
+        **QWEN3.fields,
         "n_key_head": "linear_num_key_heads",
         "n_value_head": "linear_num_value_heads",
         "key_dim": "linear_key_head_dim",
@@ -607,13 +618,7 @@ QWEN3_NEXT = Architecture(
         "rotary_fraction": "partial_rotary_factor",
     },
     fixed={"hidden_act": "silu", "attention_bias": False},
-    needs={
-        "qk_norm": True,
-        "output_gate": "element",
-        "qkv_gates": "",
-        "scale_embeddings": False,
-        "logit_softcap": 0.0,
-    },
+    needs={**QWEN3.needs, "output_gate": "element", "qkv_gates": ""},
     defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "head_dim": 256, "partial_rotary_factor": 0.25},
     fields_from_hf=qwen3_next_from_hf,
     fields_to_hf=qwen3_next_to_hf,

@@ -4,10 +4,11 @@ That both agree with transformers is in tests/test_parity.py.
 """
 
 import ast
+import importlib
 import json
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +49,9 @@ def test_what_save_writes_is_what_load_reads(model_type, tmp_path):
     folder, config, _ = saved(model, tmp_path / "a")
     assert config["model_type"] == model_type
     again = hf.load(folder)
-    assert not again.training and type(again) is type(model) and again.config == model.config
+    assert not again.training and type(again) is type(model)
+    for field in hf.ARCHITECTURES[model_type].fields:
+        assert getattr(again.config, field) == getattr(model.config, field), field
     assert torch.equal(again(x), model(x))
     before, after = dict(model.named_parameters()), dict(again.named_parameters())
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
@@ -87,13 +90,28 @@ def test_gpt2_weights_without_prefix_and_with_stored_masks_load_as_the_hub_has_t
     assert torch.equal(hf.load(folder)(tokens(1, 50)), model(tokens(1, 50)))
 
 
-def test_keys_that_published_configs_leave_out_have_the_values_that_transformers_takes(tmp_path):
-    model = build("baseline", tie_embeddings=False)
+# Sizes at which a tiny model has the values that transformers takes for absent keys.
+AT_DEFAULTS = {
+    "qwen3": dict(head_dim=128, tie_embeddings=False),
+    "gpt2": {},
+    "deepseek_v3": dict(n_layer=3, q_rank=1536, tie_embeddings=False),
+    "qwen3_moe": dict(normalize_gates=False, tie_embeddings=False),
+    "qwen2_moe": dict(normalize_gates=False, tie_embeddings=False),
+    "qwen3_next": dict(head_dim=256, tie_embeddings=False),
+}
+
+
+@each_architecture
+def test_keys_that_a_config_leaves_out_have_the_values_that_transformers_takes(model_type, tmp_path):
+    model = tiny(model_type, **AT_DEFAULTS[model_type])
     folder, config, _ = saved(model, tmp_path / "a")
-    for key in ("rope_theta", "tie_word_embeddings", "bos_token_id", "eos_token_id", "attention_bias"):
-        del config[key]
+    defaults = hf.ARCHITECTURES[model_type].defaults
+    for key in defaults.keys() - {"qkv_bias"}:  # whose default is refused
+        assert config.pop(key) == defaults[key]
+    for key in ("bos_token_id", "eos_token_id", "hidden_act", "use_sliding_window"):
+        config.pop(key, None)
     (folder / "config.json").write_text(json.dumps(config))
-    assert hf.load(folder).config == model.config
+    assert torch.equal(hf.load(folder)(tokens(2, 12)), model(tokens(2, 12)))
 
 
 def test_a_saved_folder_names_no_end_token_that_the_model_does_not_have(tmp_path):
@@ -254,7 +272,11 @@ ALTERED = {  # what a config.json says, and the words of the refusal
         (dict(rope_interleave=False), "rope_interleave"),
         (dict(hidden_act="gelu"), "hidden_act"),
     ],
-    "qwen3_moe": [(dict(attention_bias=True), "attention_bias"), (dict(use_sliding_window=True), "sliding_window")],
+    "qwen3_moe": [
+        (dict(attention_bias=True), "attention_bias"),
+        (dict(use_sliding_window=True), "use_sliding_window"),
+        (dict(decoder_sparse_step=9), "no layer with experts"),
+    ],
     "qwen2_moe": [
         (dict(qkv_bias=True), "qkv_bias=True is not supported, only False"),
         (dict(shared_expert_intermediate_size=33), "shared_expert_intermediate_size=33, and moe_intermediate_size"),
@@ -319,12 +341,14 @@ def test_a_mixture_between_two_architectures_is_refused_with_what_each_of_them_l
     model = build("moe", n_shared_expert=1, shared_gate=True)
     with pytest.raises(ValueError, match="qwen3_moe has no n_shared_expert=1; qwen2_moe has no qk_norm=True"):
         hf.save(model, tmp_path / "a")
-    model = build("moe", n_shared_expert=1, qk_norm=False)
-    with pytest.raises(ValueError, match="qwen2_moe has no shared_gate=False"):
+    for options in (dict(shared_gate=False), dict(router_score="sigmoid"), dict(gate_scale=2.0), dict(n_group=2)):
+        key, value = next(iter(options.items()))
+        with pytest.raises(ValueError, match=f"qwen3_moe has no qk_norm=False; qwen2_moe has no {key}={value}"):
+            hf.save(tiny("qwen2_moe", **options), tmp_path / "a")
+    model = build("moe", qk_norm=False, shared_gate=True)
+    with pytest.raises(ValueError, match="qwen2_moe has no n_shared_expert=0"):
         hf.save(model, tmp_path / "a")
-    model = build("moe", qk_norm=False)
-    with pytest.raises(ValueError, match="qwen3_moe has no qk_norm=False; qwen2_moe has no"):
-        hf.save(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_router_bias_that_is_not_zero_cannot_be_lost(tmp_path):
@@ -433,15 +457,17 @@ def test_hf_imports_nothing_but_the_standard_library_torch_and_safetensors():
     assert imported - set(sys.stdlib_module_names) == {"torch", "safetensors"}
 
 
-def test_copied_with_one_model_file_it_works(tmp_path):
+def test_copied_with_one_model_file_it_works(tmp_path, monkeypatch):
     for name in ("hf.py", "model_gpt2.py"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "use.py").write_text("""import hf, model_gpt2, torch
-model = model_gpt2.GPT(model_gpt2.GPTConfig(**model_gpt2.TINY)).eval()
-hf.save(model, "saved")
-x = torch.arange(9)[None]
-print(torch.equal(hf.load("saved")(x), model(x)))
-""")
-    command = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); import use"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "True\n", done.stderr
+    elsewhere = [path for path in sys.path if Path(path).resolve() != ROOT]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *elsewhere])
+    for name in [name for name in sys.modules if name == "hf" or name.startswith("model_")]:
+        monkeypatch.delitem(sys.modules, name)
+    copied = importlib.import_module("hf")
+    model = build("gpt2")
+    assert Path(sys.modules["model_gpt2"].__file__).parent == tmp_path == Path(copied.__file__).parent
+    copied.save(model, tmp_path / "saved")
+    assert torch.equal(copied.load(tmp_path / "saved")(tokens(2, 12)), model(tokens(2, 12)))
+    with pytest.raises(ModuleNotFoundError, match="model_baseline"):
+        build("baseline")

@@ -29,12 +29,12 @@ def qwen3(rope="plain", tie=True):
     return transformers.Qwen3ForCausalLM(config)
 
 
-def qwen3_next(rope="plain", tie=False, layer_types=None):
+def qwen3_next(rope="plain", tie=False, layer_types=None, rotary=0.25):
     config = transformers.Qwen3NextConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=256, rope_parameters=dict(ROPES[rope]),
         linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12,
-        mlp_only_layers=[0, 1, 2, 3], rms_norm_eps=1e-3, layer_types=layer_types, partial_rotary_factor=0.25,
+        mlp_only_layers=[0, 1, 2, 3], rms_norm_eps=1e-3, layer_types=layer_types, partial_rotary_factor=rotary,
         tie_word_embeddings=tie, attn_implementation="eager", initializer_range=0.2,
     )  # fmt: skip
     model = transformers.Qwen3NextForCausalLM(config)
@@ -96,7 +96,7 @@ ORACLES = {
     "qwen3-next": (qwen3_next, {}),
     "qwen3-next yarn tied, two of four attend": (
         qwen3_next,
-        dict(rope="yarn", tie=True, layer_types=["full_attention", "linear_attention"] * 2),
+        dict(rope="yarn", tie=True, layer_types=["full_attention", "linear_attention"] * 2, rotary=0.5),
     ),
     "qwen3 moe": (qwen3_moe, {}),
     "qwen3 moe, weights as they are, tied": (qwen3_moe, dict(normalize=False, tie_word_embeddings=True)),
@@ -178,3 +178,13 @@ def test_files_of_many_shards_load_like_one(tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 50)), theirs(tokens(1, 50)).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", hf.ARCHITECTURES.values(), ids=hf.ARCHITECTURES)
+def test_the_tables_keys_and_defaults_are_those_of_transformers(architecture):
+    config = transformers.CONFIG_MAPPING[architecture.model_type]()
+    theirs = config.to_dict() | (getattr(config, "rope_parameters", None) or {})
+    assert getattr(transformers, architecture.class_name).config_class is type(config)
+    assert theirs.keys() >= architecture.fixed.keys()
+    for key, value in architecture.defaults.items():
+        assert theirs[key] == value, key
