@@ -121,13 +121,11 @@ def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant
     T, batch_tokens = config["block_size"], config["batch_tokens"]
     if like:
         by = "parameters" if args.match == "parameters" else "flops"
-        knob = args.knob or flops.WIDTH_KNOB.get(model, "n_inner")
+        knob = args.knob or flops.width_knob(gpt_config(config | added))
         target = like.flops_per_token if by == "flops" else parameters(like)
         added[knob], _ = flops.match(model, config | added, T, target, knob, by)
     config = resolve(ROOT / "train.py", arguments + [f"--{key}={value}" for key, value in added.items()])
     per_token = flops.training_flops_per_token(model, gpt_config(config), T)
-    if per_token is None:
-        raise ValueError(f"flops.py has no formula for {model!r}, only for {', '.join(flops.FORMULAS)}: add one there")
     steps = like.tokens // batch_tokens if like else round(budget / (per_token * batch_tokens))
     least = config["warmup_steps"] + 1
     if steps < least:

@@ -112,13 +112,6 @@ def test_bad_input_is_refused_in_one_line(setting, tmp_path, capsys, more, messa
     assert exit.value.code == 2 and "error: " in error and message in error
 
 
-def test_a_variant_without_formulas_is_refused(setting, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(flops, "FORMULAS", {"baseline": flops.FORMULAS["baseline"]})
-    with pytest.raises(SystemExit):
-        compare.main([*setting, f"--out_dir={tmp_path}", "--models", "baseline,gpt2"])
-    assert "error: flops.py has no formula for 'gpt2', only for baseline: add one there" in capsys.readouterr().err
-
-
 # ---- the runs --------------------------------------------------------------------------------------------------------
 def test_the_learning_rate_is_chosen_at_the_first_seed_and_the_others_repeat_it(setting, tmp_path, fake):
     row = run(setting, tmp_path, "--lrs", "0.5,1,2", "--seeds", "3")["variants"][0]
