@@ -277,6 +277,7 @@ YARN = dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None, msc
 
 
 def rope_from_hf(hf, architecture):
+    """Returns our fields of how RoPE's positions are stretched."""
     scaling = hf.get("rope_type", hf.get("type", "default"))
     if scaling == "default":
         return {}
@@ -467,7 +468,7 @@ DEEPSEEK_V3 = Architecture(
 
 
 def layers_with_experts(hf):
-    """Returns every decoder_sparse_step-th layer but for mlp_only_layers."""
+    """Returns the layers that transformers gives experts: every decoder_sparse_step-th one but for mlp_only_layers."""
     step = hf.get("decoder_sparse_step", 1)
     dense = hf.get("mlp_only_layers")
     if dense is None:
