@@ -142,16 +142,18 @@ class StoredWeight:
         return shape[::-1] if self.transposed else shape
 
     def from_ours(self):
+        """Returns the weight as the file has it."""
         tensor = self.arrange(self.parts)
         if self.transposed:
             tensor = tensor.t()
         return tensor.contiguous()
 
     def to_ours(self, tensor):
+        """Copies the file's weight into ours."""
         if self.transposed:
             tensor = tensor.t()
         sizes = [len(part) for part in self.parts]
-        # Arranged like weights, the numbers of our rows say where each row of the file belongs.
+        # Arranged like weights, the numbers of our rows say where each row of the file belongs: above 0 1 4 2 3 5.
         numbers = torch.arange(sum(sizes)).split(sizes)
         ours = torch.empty_like(tensor)
         ours[self.arrange(numbers)] = tensor
@@ -256,7 +258,7 @@ def config_to_hf(config, architecture):
         hf[theirs] = getattr(config, ours)
     if "rope_theta" in architecture.fields:
         hf |= rope_to_hf(config, architecture)
-    end = None  # said all the same: left out, it would be 50,256 for GPT-2
+    end = None  # written also where there is none: an absent key means 50,256 for GPT-2
     if config.eot_id >= 0:
         end = config.eot_id
     return hf | dict(bos_token_id=end, eos_token_id=end) | architecture.fields_to_hf(config)
