@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import hf
 from data import sandbox
 from data.shards import write_shard
 from data.tasks import TASKS, Question, accuracies, boxed, final_answer, load_task, plain_math
@@ -116,7 +117,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
 
 def test_a_hugging_face_folder_has_the_loss_of_the_run_it_was_made_of(run, data, tmp_path, capsys):
     folder, model, _ = run
-    model.save_pretrained(tmp_path / "hf")
+    hf.save(model, tmp_path / "hf")
     assert "--tokenizer" in error_of(capsys, tmp_path / "hf", "--data", data)
     theirs = results_of(tmp_path, tmp_path / "hf", "--data", data, "--tokenizer", "byte", "--block_size", 32)["loss"]
     assert theirs == results_of(tmp_path, folder, "--data", data, "--block_size", 32)["loss"]
