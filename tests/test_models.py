@@ -365,7 +365,7 @@ def test_every_field_of_the_config_changes_something(name):
     needs = dict(rope_factor=dict(rope_scaling="linear"), rope_original=dict(rope_scaling="yarn", rope_factor=4.0))
     needs["rope_original"]["rope_original"], other["rope_original"] = 16, 4096
     needs["rope_scaling"] = dict(rope_factor=2.0)
-    other |= dict(layer_pattern="aa", output_gate="head", qkv_gates="v")
+    other |= dict(layer_pattern="aa", output_gate="head", gate_activation="softplus", qkv_gates="v")
     other |= dict(n_group=2, n_group_per_token=2, moe_layers=[0], moe_every=2, n_dense_layer=0, router_score="sigmoid")
     other |= dict(router_jitter=0.5, capacity_factor=0.5, drop_by="score", balance_over="batch")
     needs |= dict(shared_gate=dict(n_shared_expert=1), n_group_per_token=dict(n_group=3))
