@@ -74,8 +74,9 @@ def as_transformers(model, dtype=torch.float32):
     """transformers' model with the same weights, on the same device; None where it is not here or has no such model."""
     if not find_spec("transformers"):
         return None
-    import hf
     import transformers
+
+    import hf
 
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
