@@ -634,9 +634,11 @@ class GPT(nn.Module):
         Counting is not left to the layers: one that is recomputed for the backward pass would count twice.
         """
         total = 0.0
-        for layer in self.config.moe_layers:
-            router = self.blocks[layer].mlp.router
-            load, balance, z = statistics[layer]
+        for block, of_layer in zip(self.blocks, statistics):
+            if of_layer is None:
+                continue
+            router = block.mlp.router
+            load, balance, z = of_layer
             router.step_load += load.long()
             router.step_losses += torch.stack((balance, z)).detach() * load.sum()
             total = total + self.config.balance_loss * balance + self.config.z_loss * z
@@ -657,8 +659,10 @@ class GPT(nn.Module):
         self.router_losses = losses.sum(dim=0) / load.sum().clamp(min=1)
 
     def metrics(self):
-        """Returns, of the last step, each layer's entropy of the load (log E when even), how far the largest load is
-        above the mean (0.5 is 50 %), and both losses without their coefficients, as means over layers.
+        """Returns what the last step did: the load of each expert (L, E), its entropy in each layer (log E when even),
+        and how far the largest load is above the mean (0.5 is 50 %).
+
+        Means over layers: both losses, without their coefficients.
         """
         if self.expert_load is None:
             return {}
@@ -668,7 +672,7 @@ class GPT(nn.Module):
         names = [f"load_entropy_{layer}" for layer in self.config.moe_layers]
         names += ["load_violation", "balance_loss", "z_loss"]
         values = torch.cat((entropy, violation[None], self.router_losses))
-        return dict(zip(names, values.tolist()))
+        return dict(zip(names, values.tolist())) | {"expert_load": self.expert_load.tolist()}
 
     def new_cache(self, batch_size, max_len, pad=None, static=False):
         """Returns an empty cache for max_len tokens a row, of which the first pad (B,) are padding.

@@ -3,7 +3,7 @@
 out/run/  config.json, config.py    the resolved config; the second is one to give back to train.py
           manifest.json, source/    from what it can be repeated: command, commit, versions, hardware, data, the code
           data.json                 the data's meta.json: its tokenizer for sample.py
-          metrics.jsonl, loss.png   a line a step, and a line an evaluation; experts.png where there are experts
+          metrics.jsonl, loss.png   a line a step, and a line an evaluation; metrics*.png: what the model measures
           step-*, latest, best      checkpoints (checkpoint.py)
           .lock                     held by the run at work here (guard.py)
 """
@@ -40,7 +40,8 @@ FILES_OF_A_RUN = (
     "data.json",
     "metrics.jsonl",
     "loss.png",
-    "experts.png",
+    "metrics.png",
+    "metrics-*.png",
     "tensorboard",
     "wandb",
     "wandb_id",
@@ -203,17 +204,32 @@ def spiked(history: Sequence[float], value: float) -> bool:
     return value > mean + max(6 * spread, 0.1 * mean)
 
 
+OF_EVERY_RUN = (
+    "step loss lr grad_norm ms tokens_per_second mfu memory_gb resident_gb tokens skipped val_loss val_bits_per_byte"
+).split()
+
+
 def plot(out: Path, title: str) -> None:
-    """Draws metrics.jsonl: loss.png, and experts.png where a row has the load of experts."""
+    """Draws metrics.jsonl: loss.png, and by their shape what the model's own metrics() gave.
+
+    Numbers share metrics.png, an axis each; a table, such as (layers, experts), has a picture metrics-<name>.png.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     rows = read_metrics(out)
     plot_loss(rows, title, out / "loss.png")
-    loads = [row for row in rows if "expert_load" in row]
-    if loads:
-        plot_experts(loads, f"{out}: load", out / "experts.png")
+    numbers = {key for row in rows for key, value in row.items() if isinstance(value, float)}
+    own = sorted(numbers.difference(OF_EVERY_RUN))
+    if own:
+        plot_numbers(rows, own, title, out / "metrics.png")
+    for name in sorted({key for row in rows for key, value in row.items() if is_table(value)}):
+        plot_table([row for row in rows if name in row], name, title, out / f"metrics-{name}.png")
     gc.collect()  # a figure is in cycles of references: Python would keep dozens of them before it looks
+
+
+def is_table(value):
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], list)
 
 
 def plot_loss(rows, title, path):
@@ -241,23 +257,45 @@ def plot_loss(rows, title, path):
     plt.close(figure)
 
 
-def plot_experts(rows, title, path):
-    """Draws a band for each layer, in it a line for each expert: its share of the layer's choices, 1 in balance."""
+def plot_numbers(rows, names, title, path):
+    """Draws each of the named numbers over the steps, three axes to a line."""
     import matplotlib.pyplot as plt
 
-    load = np.array([row["expert_load"] for row in rows], dtype=float)  # (times, layers, experts)
-    times, layers, experts = load.shape
-    share = load / load.mean(axis=2, keepdims=True)
-    lines = share.reshape(times, layers * experts).T
+    lines = math.ceil(len(names) / 3)
+    figure, axes = plt.subplots(lines, 3, figsize=(12, 2.6 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, names):
+        points = [row for row in rows if row.get(name) is not None]
+        axis.plot([row["step"] for row in points], [row[name] for row in points], lw=1)
+        axis.set(xlabel="step", title=name.replace("_", " "), visible=True)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_table(rows, name, title, path):
+    """Draws a band for each row of a table, in it a line for each column: its share of the row, 1 where all are equal.
+
+    For the load of experts (layers, experts) a red line is an expert that is chosen too often, a blue one too seldom.
+    """
+    import matplotlib.pyplot as plt
+
+    values = np.array([row[name] for row in rows], dtype=float)  # (times, rows, columns)
+    times, bands, columns = values.shape
+    share = values / values.mean(axis=2, keepdims=True).clip(min=1e-12)
+    lines = share.reshape(times, bands * columns).T
     first = rows[0]["step"]
     last = rows[-1]["step"] + 1
 
-    figure, axis = plt.subplots(figsize=(8, 1.5 + layers), layout="constrained")
-    size = (first, last, layers, 0)
+    figure, axis = plt.subplots(figsize=(8, 1.5 + bands), layout="constrained")
+    size = (first, last, bands, 0)
     colors = dict(cmap="RdBu_r", vmin=0, vmax=2)
     image = axis.imshow(lines, aspect="auto", extent=size, interpolation="nearest", **colors)
-    axis.hlines(range(1, layers), first, last, color="black", lw=0.8)
-    axis.set(xlabel="step", ylabel="layers with experts", yticks=range(layers + 1), title=title)
-    figure.colorbar(image, label="choices of an expert / mean of its layer", extend="max")
+    axis.hlines(range(1, bands), first, last, color="black", lw=0.8)
+    label = name.replace("_", " ")
+    axis.set(xlabel="step", ylabel="row of the table", yticks=range(bands + 1), title=f"{title}: {label}")
+    figure.colorbar(image, label=f"{label} / mean of its row", extend="max")
     figure.savefig(path, dpi=120)
     plt.close(figure)
