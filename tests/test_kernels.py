@@ -39,18 +39,33 @@ def run(*arguments, cwd=ROOT, **environment):
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True)
 
 
-def test_every_kernel_compiles_for_hopper_without_spills_and_the_matrix_kernels_use_its_tensor_cores():
-    if triton.__version__ != "3.7.1":
-        pytest.skip("the compiler's output is that of triton 3.7.1")
+def compiled_for_hopper():
+    """What the compiler makes of every kernel: a minute's work."""
     printed = run("-m", "tests.hopper", "--json")
     assert printed.returncode == 0, printed.stderr[-2000:]
-    rows = json.loads(printed.stdout)
+    return json.loads(printed.stdout)
+
+
+for_this_compiler = pytest.mark.skipif(triton.__version__ != "3.7.1", reason="the committed table is of triton 3.7.1")
+
+
+@for_this_compiler
+def test_every_kernel_compiles_for_hopper_without_spills_and_the_matrix_kernels_use_its_tensor_cores():
+    """By the committed table where it is of these sources; else they are compiled, and the table has to be new."""
+    written = hopper.RESULT.read_text()
+    rows = hopper.rows_of(written) if hopper.digest() in written else compiled_for_hopper()
     assert {row["operation"] for row in rows} == {operation.__name__ for operation, *_ in hopper.operations()}
     for row in rows:
         assert row["spills"] == 0 and row["shared"] <= hopper.SHARED, row
-    assert hopper.RESULT.read_text() == hopper.table(rows)
     for name in MATRIX:
         assert all(row["wgmma"] + row["mma"] for row in rows if row["operation"] == name and "_kernel" in row["name"])
+    assert written == hopper.table(rows), "python -m tests.hopper writes it"
+
+
+@for_this_compiler
+@pytest.mark.slow
+def test_the_committed_table_for_hopper_is_what_the_compiler_makes():
+    assert hopper.RESULT.read_text() == hopper.table(compiled_for_hopper())
 
 
 def test_a_copy_in_an_empty_folder_runs_without_triton_and_says_so_once(tmp_path):
@@ -150,23 +165,65 @@ def test_hybrid_norms_are_fused_with_a_full_rotation():
 
 
 SUITE = [
-    test_models.test_changing_a_token_leaves_earlier_logits_unchanged,
-    test_models.test_changing_one_document_leaves_the_next_bit_equal_only_if_documents_are_on,
     test_models.test_a_decoded_token_depends_on_the_cached_past,
     test_models.test_the_loss_is_the_mean_cross_entropy_without_ignored_targets,
     test_models.test_every_parameter_is_trained_and_in_exactly_one_optimizer_group,
     test_models.test_decoding_allocates_no_new_cache_memory,
 ]
+BIT_EQUAL = [
+    test_models.test_changing_a_token_leaves_earlier_logits_unchanged,
+    test_models.test_changing_one_document_leaves_the_next_bit_equal_only_if_documents_are_on,
+]
+# A mixture sorts its rows by expert. In the interpreter a product is BLAS's, where the order of summation, and so the
+# bits of a row, depend on the row's place in a tile: one token more for an expert moves all rows behind it.
+SORTED = {"moe"}
+
+
+def build_with_kernels(name, **options):
+    model = build(name, **SIZES[name] | options)
+    kernels.install(model)
+    return model
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("test", SUITE, ids=lambda test: test.__name__)
+@pytest.mark.parametrize("test", SUITE + BIT_EQUAL, ids=lambda test: test.__name__)
 def test_the_suite_of_models_passes_with_kernels_installed(test, name, monkeypatch):
-    def build_with_kernels(name, **options):
-        model = build(name, **SIZES[name] | options)
-        kernels.install(model)
-        return model
-
+    if test in BIT_EQUAL and name in SORTED:
+        pytest.skip("to rounding, in a test of its own")
     monkeypatch.setattr(test_models, "build", build_with_kernels)
     for eot_id in [{}] if "eot_id" not in test.__code__.co_varnames[: test.__code__.co_argcount] else (-1, EOT):
         test(name) if eot_id == {} else test(name, eot_id)
+
+
+def influences(model, x, rows):
+    """Returns the logits (T, V) of x (1, T), and how far each token's embedding moves those of these rows (T,)."""
+    embeddings = []
+    hook = model.embed.register_forward_hook(lambda module, inputs, output: embeddings.append(output))
+    logits = model(x)[0]
+    hook.remove()
+    (gradient,) = torch.autograd.grad(logits[rows].square().sum(), embeddings)
+    return logits.detach(), gradient[0].abs().amax(dim=-1)
+
+
+@pytest.mark.parametrize("name", sorted(SORTED))
+@pytest.mark.parametrize("eot_id", [-1, EOT])
+def test_sorted_rows_depend_on_no_later_token_and_on_no_other_document(name, eot_id):
+    model, x = build_with_kernels(name, eot_id=eot_id), tokens(1, 24)
+    x[0, [0, 7]] = EOT
+    later, other = x.clone(), x.clone()
+    later[0, 15] = (x[0, 15] + 1) % EOT
+    other[0, 3] = (x[0, 3] + 1) % EOT
+    want, influence = influences(model, x, slice(7, 15))
+    with torch.no_grad():
+        without_later = model(later)[0]
+        without_other = model(other)[0]
+    # A product with zeros is 0 in every order of summation: what has no influence has none to the bit.
+    torch.testing.assert_close(without_later[:15], want[:15])
+    assert (influence[15:] == 0).all() and (influence[7:15] > 0).all()
+    assert (without_later - want)[15:].abs().amax(dim=-1).min() > 1e-4
+    if eot_id == EOT:
+        torch.testing.assert_close(without_other[7:], want[7:])
+        assert (influence[:7] == 0).all()
+    else:
+        assert (without_other - want)[7:].abs().amax(dim=-1).min() > 1e-4
+        assert (influence[:7] > 0).all()
