@@ -36,12 +36,12 @@ class GPTConfig:
     vocab_size: int = 50304  # GPT-2's 50,257 tokens rounded up to a multiple of 64: faster matmuls
     block_size: int = 1024  # the longest sequence
     n_layer: int = 12
-    n_head: int = 12  # each has keys and values of its own, made from the latent
-    kv_rank: int = 128  # size of the latent from which all keys and values are made, and which the cache holds
-    q_rank: int = 0  # size of the latent from which all queries are made, say 3 * kv_rank; 0: from x itself
-    nope_dim: int = 64  # numbers of a head's query and key that know no position
-    rope_dim: int = 32  # numbers that RoPE turns: such a key is one for all heads, cached beside the latent
-    v_dim: int = 64  # numbers of a head's value
+    n_head: int = 12  # each head has keys and values of its own, made from the latent
+    kv_rank: int = 128  # size of the latent that a token leaves in the cache, to make its keys and values from
+    q_rank: int = 0  # size of the latent that queries are made from, for example 3 * kv_rank; 0 makes them from x
+    nope_dim: int = 64  # size of the part of each head's query and key that knows no position
+    rope_dim: int = 32  # size of the part of queries and keys that RoPE turns; all heads share one such key
+    v_dim: int = 64  # size of each head's value
     n_embd: int = 768
     n_inner: int = 2048  # width of the MLP, about 8/3 n_embd
     rope_theta: float = 10000.0  # wavelengths reach 2 pi rope_theta tokens: 1e6 for long context
@@ -91,7 +91,7 @@ def rope_cos_sin(positions, config):
     if config.rope_scaling == "linear":
         inv_freq = inv_freq / config.rope_factor
     elif config.rope_scaling == "yarn":
-        inv_freq, _ = yarn(inv_freq, config)  # Attention.scale has the magnitude
+        inv_freq, _ = yarn(inv_freq, config)  # Attention.scale takes the magnitude
     angle = positions[..., None, None].float() * inv_freq
     return angle.cos(), angle.sin()
 
@@ -138,12 +138,12 @@ class Attention(nn.Module):
         self.rope_dim = D
         self.scale = (N + D) ** -0.5
         if config.rope_scaling == "yarn":
-            # On cos and sin the magnitude would sharpen only the part with position; any frequencies ask for it.
+            # On cos and sin the magnitude would sharpen only the part with position. It is the same at any frequency.
             _, magnitude = yarn(torch.ones(D // 2), config)
             self.scale *= magnitude**2
         if config.q_rank > 0:
             self.wq_down = nn.Linear(C, config.q_rank, bias=False)
-            self.q_norm = RMSNorm(config.q_rank, 1e-6)  # DeepSeek's latents do not follow norm_eps
+            self.q_norm = RMSNorm(config.q_rank, 1e-6)  # DeepSeek's latents have this eps, whatever norm_eps is
             self.wq = nn.Linear(config.q_rank, H * (N + D), bias=False)
         else:
             self.wq_down = nn.Identity()
@@ -161,14 +161,15 @@ class Attention(nn.Module):
         # 1. queries of each head; -1 counts the heads, which are fewer where a model is cut by heads over devices
         q = self.wq(self.q_norm(self.wq_down(x))).view(B, T, -1, self.nope_dim + self.rope_dim)  # (B, T, H, N + D)
         q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), dim=-1)  # (B, T, H, N), (B, T, H, D)
-        # 2. one latent and one key with position of each token
+        # 2. what the cache holds of each token; the norm stands before it, as absorbed needs keys linear in the latent
         latent = self.kv_norm(self.wkv_down(x))  # (B, T, R)
-        k_rope = self.wk_rope(x)[:, :, None]  # (B, T, 1, D)
+        k_rope = self.wk_rope(x).view(B, T, 1, -1)  # (B, T, 1, D)
         q_rope, k_rope = self.rotate(q_rope, k_rope, rope)
         kv = torch.cat((latent, k_rope[:, :, 0]), dim=-1)  # (B, T, R + D)
         if cache is not None:
             kv = cache.append(self.layer, kv)  # (B, S, R + D)
-        # 3. attend; for a single query it is not worth making the keys and values of the whole past
+        # 3. attend; expanded has fewer products a score, N + D against R + D, but first it makes keys and values of
+        # the whole past, R (N + M) products a head and token: too much for a single query
         if T == 1:
             y = self.absorbed(q_nope, q_rope, kv, mask)  # (B, T, H, M)
         else:
@@ -188,7 +189,7 @@ class Attention(nn.Module):
         H = q_nope.size(2)
         latent, k_rope = kv.split((self.kv_rank, self.rope_dim), dim=-1)  # (B, S, R), (B, S, D)
         k_nope = self.wk(latent).view(B, S, H, -1)  # (B, S, H, N)
-        k_rope = k_rope[:, :, None].expand(-1, -1, H, -1)  # (B, S, H, D)
+        k_rope = k_rope[:, :, None].expand(-1, -1, H, -1)  # (B, S, H, D), the same for all heads
         q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)  # (B, H, T, N + D)
         k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)  # (B, H, S, N + D)
         v = self.wv(latent).view(B, S, H, -1).transpose(1, 2)  # (B, H, S, M)
@@ -200,12 +201,14 @@ class Attention(nn.Module):
         wk = self.wk.weight.view(H, -1, self.kv_rank)  # (H, N, R)
         wv = self.wv.weight.view(H, -1, self.kv_rank)  # (H, M, R)
         q_latent = torch.einsum("bthn,hnr->bthr", q_nope, wk)  # (B, 1, H, R)
-        # One head of keys serves all query heads, which are the rows of its queries. kv whole is the values too:
-        # cut to its latents it would be copied.
+        # All heads share the same keys: they go in as H queries of one head. attend would take these for H tokens,
+        # of which the first sees one key only.
         q = torch.cat((q_latent, q_rope), dim=-1)  # (B, 1, H, R + D)
-        kv = kv[:, None]  # (B, 1, S, R + D)
-        y = F.scaled_dot_product_attention(q, kv, kv, mask, scale=self.scale)  # (B, 1, H, R + D)
-        return torch.einsum("bthr,hmr->bthm", y[..., : self.kv_rank], wv)
+        k = kv[:, None]  # (B, 1, S, R + D)
+        # The values are the first R columns of the keys. Whole keys in their place are not copied; y is cut instead.
+        y = F.scaled_dot_product_attention(q, k, k, mask, scale=self.scale)  # (B, 1, H, R + D)
+        y = y[..., : self.kv_rank]  # (B, 1, H, R)
+        return torch.einsum("bthr,hmr->bthm", y, wv)  # (B, 1, H, M)
 
     def attend(self, q, k, v, mask):
         """Softmax attention of q (B, H, T, N + D) to k (B, H, S, N + D) and v (B, H, S, M): (B, H, T, M)."""
@@ -246,6 +249,7 @@ class Block(nn.Module):
 class KVCache:
     """Latents and turned keys of the tokens so far, in buffers made once: kv[layer] (B, max_len, R + D).
 
+    They stand side by side so that the absorbed form attends to them without a copy.
     doc_start (B, max_len) holds for each place the place where its document begins; tokens see each other where it is
     equal. Padding at the left is a document of its own. Two rows, the second with pad=1; E is eot_id, - is padding:
         tokens       a b E c    - a b c
@@ -356,7 +360,9 @@ class GPT(nn.Module):
                 p.fill_(1.0)
             elif kind in ("wo", "w_down"):
                 p.normal_(0.0, residual_std)
-            elif kind in ("embed", "lm_head", "wq_down", "wq", "wkv_down", "wk_rope", "wk", "wv", "w_gate", "w_up"):
+            elif kind in ("embed", "lm_head", "wq", "wk", "wv", "w_gate", "w_up"):
+                p.normal_(0.0, std)
+            elif kind in ("wq_down", "wkv_down", "wk_rope"):
                 p.normal_(0.0, std)
             else:
                 raise ValueError(f"init_weights does not know {name}: say how it begins")
