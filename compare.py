@@ -121,13 +121,11 @@ def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant
     T, batch_tokens = config["block_size"], config["batch_tokens"]
     if like:
         by = "parameters" if args.match == "parameters" else "flops"
-        knob = args.knob or flops.WIDTH_KNOB.get(model, "n_inner")
+        knob = args.knob or flops.width_knob(gpt_config(config | added))
         target = like.flops_per_token if by == "flops" else parameters(like)
         added[knob], _ = flops.match(model, config | added, T, target, knob, by)
     config = resolve(ROOT / "train.py", arguments + [f"--{key}={value}" for key, value in added.items()])
     per_token = flops.training_flops_per_token(model, gpt_config(config), T)
-    if per_token is None:
-        raise ValueError(f"flops.py has no formula for {model!r}, only for {', '.join(flops.FORMULAS)}: add one there")
     steps = like.tokens // batch_tokens if like else round(budget / (per_token * batch_tokens))
     least = config["warmup_steps"] + 1
     if steps < least:
@@ -301,26 +299,32 @@ def measure(runs, rounds):
     T = min(c["block_size"] for c in configs)
     new = max(T // 16, 1)
     for context in (T // 4, T - new):
-        steps = [decoder(run.variant, context, new, device) for run in runs]
+        steps = [decoder(run.variant, context, new, device, 2 + rounds) for run in runs]  # two calls warm up
         for row, seconds in zip(found, timing.in_turn(steps, (), rounds, 1, device)):
             row["decode_seconds"][str(context)] = [x / new for x in seconds]
     return found
 
 
-def decoder(variant, context, new, device):
-    """A function that decodes `new` tokens behind `context` random ones."""
+@torch.no_grad()
+def decoder(variant, context, new, device, calls):
+    """Returns a function that decodes `new` tokens behind `context` random ones, and may be called so many times.
+
+    Each call has a copy of the prefilled cache, made before: a state cannot go back, and a copy takes time.
+    """
     model = timing.build(variant.config["model"], vars(gpt_config(variant.config)), device).eval()
     model = model.to(getattr(torch, timing.device_and_dtype(device)[1]))
-    cache, token = model.new_cache(1, context + new), torch.zeros(1, 1, dtype=torch.long, device=device)
+    prompt = torch.randint(model.config.vocab_size, (1, context), device=device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    prefilled = model.new_cache(1, context + new)
+    model(prompt, cache=prefilled, last_only=True)
+    caches = [prefilled.branch(1) for _ in range(calls)]
 
     @torch.no_grad()
     def decode():
-        cache.length = context
+        cache = caches.pop()
         for _ in range(new):
             model(token, cache=cache, last_only=True)
 
-    with torch.no_grad():
-        model(torch.randint(model.config.vocab_size, (1, context), device=device), cache=cache, last_only=True)
     return decode
 
 

@@ -1,250 +1,476 @@
-"""What a model costs: FLOPs, parameters, memory and cache by component, from formulas of its config.
+"""What a model costs: FLOPs, parameters, memory and cache by component, counted from the model itself.
 
     python flops.py config/train_moe.py --n_expert=64 --device H200 --json moe.json
     python flops.py config/train_moe.py --match config/train_baseline.py --knob n_expert_inner
 
-A multiply and an add are 2 FLOPs, and only matmuls count. Attention is counted over all T keys, as PaLM and torchtitan
-do; the causal count has the (T + 1) / 2 keys that a query sees on average, the least that a kernel can compute, and is
-otherwise the same. A training step is 3 forwards: the backward pass multiplies each matrix twice, once for its input
-and once for its weight.
+Any model_<name>.py is built of fake tensors, which have shapes and no contents, and run once: every operation that
+passes is asked what it multiplies, and every tensor how long it lives. A multiply and an add are 2 FLOPs, and only
+matrix products, attention, convolutions, triangular solves and Fourier transforms count. Attention is counted over all
+T keys, as PaLM and torchtitan do; the causal count has the keys that a query sees, (T + 1) / 2 on average, or what the
+mixer says in keys_seen(T). Attention's backward is twice its forward, without what fused kernels compute again.
 """
 
 import argparse
+import bisect
+import importlib
 import json
+import math
 import re
 import shlex
 import shutil
 import subprocess
-from dataclasses import asdict, fields
-from functools import cache
+import sys
+import weakref
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache, partial
 from pathlib import Path
 
-from configurator import config_class, fail, resolve
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+from torch.utils.module_tracker import ModuleTracker
 
 ROOT = Path(__file__).resolve().parent
+aten = torch.ops.aten
 
 
-# ---- formulas: one function per model file --------------------------------------------------------------------------
-def baseline(c, T):
-    """{component: (forward FLOPs of one token within a sequence of T, parameters)}. c: GPTConfig."""
-    C, H, G, D, L, V = c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_layer, c.vocab_size
-    projections, mlp = 2 * C * H * D + 2 * C * G * D, 3 * C * c.n_inner
-    return {
-        "embedding": (0, V * C),
-        "attention projections": (2 * L * projections, L * projections),
-        "attention": (4 * L * T * H * D, 0),
-        "mlp": (2 * L * mlp, L * mlp),
-        "norms": (0, L * (2 * C + 2 * D * c.qk_norm) + C),
-        "head": (2 * C * V, 0 if c.tie_embeddings else C * V),
-    }
+# ---- one operation --------------------------------------------------------------------------------------------------
+def attention_flops(q, k, v, *args, **kwargs):
+    """Scores q k^T and sums p v for q (B, H, T, D), k (B, G, S, D), v (B, G, S, M)."""
+    B, H, T, D = q.shape
+    return 2 * B * H * T * k.size(2) * (D + v.size(3))
 
 
-def gpt2(c, T):
-    C, L, V = c.n_embd, c.n_layer, c.vocab_size
-    return {
-        "embedding": (0, (V + c.block_size) * C),
-        "attention projections": (8 * L * C * C, 4 * L * C * C),
-        "attention": (4 * L * T * C, 0),
-        "mlp": (16 * L * C * C, 8 * L * C * C),
-        "biases": (0, 9 * L * C * c.bias),
-        "norms": (0, (2 * L + 1) * (C + C * c.bias)),
-        "head": (2 * C * V, 0),
-    }
+def attention_backward_flops(gradient, q, k, v, *args, **kwargs):
+    return 2 * attention_flops(q, k, v)
 
 
-def moe(c, T):
-    """FLOPs of the experts that a token passes through, parameters of all. Padding to blocks is not counted."""
-    C, E, I, L = c.n_embd, c.n_expert, c.n_expert_inner, len(c.moe_layers)
-    mlp = 3 * C * (c.n_inner * (c.n_layer - L) + c.n_shared_expert * I * L)
-    router = C * L * (E + (c.n_shared_expert > 0 and c.shared_gate))
-    own = {
-        "mlp": (2 * mlp, mlp),
-        "router": (2 * router, router),
-        "experts": (6 * L * c.n_expert_per_token * C * I, 3 * L * E * C * I),
-    }
-    return baseline(c, T) | own
+def grouped_flops(x, weight, *args, out_val, **kwargs):
+    """Rows (R, in) by their expert's (E, in, out), or for a weight's gradient (in, R) by (R, out): the real rows."""
+    return 2 * x.numel() * out_val.size(-1)
 
 
-def mla(c, T):
-    """Of the expanded form, which training takes."""
-    C, H, L, V = c.n_embd, c.n_head, c.n_layer, c.vocab_size
-    N, P, D, R, Q = c.nope_dim, c.rope_dim, c.v_dim, c.kv_rank, c.q_rank
-    queries = C * Q + (Q or C) * H * (N + P)
-    projections, mlp = queries + C * (R + P) + R * H * (N + D) + H * D * C, 3 * C * c.n_inner
-    return {
-        "embedding": (0, V * C),
-        "attention projections": (2 * L * projections, L * projections),
-        "attention": (2 * L * T * H * (N + P + D), 0),
-        "mlp": (2 * L * mlp, L * mlp),
-        "norms": (0, L * (2 * C + Q + R) + C),
-        "head": (2 * C * V, 0 if c.tie_embeddings else C * V),
-    }
+def solve_flops(matrix, right, *args, **kwargs):
+    """A column of the right side takes L^2 / 2 multiply-adds for a triangular matrix (L, L)."""
+    return right.numel() * matrix.size(-1)
 
 
-def hybrid(c, T):
-    """The delta rule in chunks of 64, as for training; its convolution and its triangular solve are no matmuls."""
-    C, H, G, D = c.n_embd, c.n_head, c.n_kv_head, c.head_dim
-    Hk, Hv, Dk, Dv = c.n_key_head, c.n_value_head, c.key_dim, c.value_dim
-    L, attention, delta, chunk = c.n_layer, c.layer_pattern.count("a"), c.layer_pattern.count("d"), min(64, max(T, 1))
-    gates = H * {"none": 0, "head": 1, "element": D}[c.output_gate]
-    gates += D * sum({"q": H, "k": G, "v": G}[part] for part in set(c.qkv_gates))
-    projections, mlp = attention * C * (2 * H * D + 2 * G * D + gates), 3 * C * c.n_inner
-    delta_projections = delta * C * (2 * Hk * Dk + 3 * Hv * Dv + 2 * Hv)
-    rule = delta * Hv * (4 * chunk * Dk + 2 * chunk * Dv + 6 * Dk * Dv)
-    return {
-        "embedding": (0, c.vocab_size * C),
-        "attention projections": (2 * projections, projections),
-        "attention": (4 * attention * T * H * D, 0),
-        "delta projections": (2 * delta_projections, delta_projections),
-        "delta rule": (rule * -(-T // chunk) * chunk // max(T, 1), delta * (2 * Hv + Dv)),
-        "convolution": (0, delta * c.conv_kernel * (2 * Hk * Dk + Hv * Dv)),
-        "mlp": (2 * L * mlp, L * mlp),
-        "norms": (0, (2 * L + 1) * C + 2 * D * c.qk_norm * attention),
-        "head": (2 * C * c.vocab_size, 0 if c.tie_embeddings else C * c.vocab_size),
-    }
+def fft_flops(x, dims, *args, **kwargs):
+    """5 N log2 N for a complex transform of N numbers, half of it for a real one."""
+    n = math.prod(x.size(d) for d in dims)
+    return int(x.numel() * 5 * math.log2(n) / (1 if x.is_complex() else 2))
 
 
-# ---- what the blocks keep of a token for the backward pass: numbers (always in fp32, in dtype) ----------------------
-# Eager mode with fused attention; torch.compile keeps less. half: in 16 bits each matmul casts its input for itself, so
-# that one that three of them share is kept three times. Left out, 2 % in all: single numbers per norm, head or expert,
-# indices, and what does not grow with the batch; and the masks of dropout, where there is any.
-def kept_baseline(c, T, half):
-    C, L, heads = c.n_embd, c.n_layer, (c.n_head + c.n_kv_head) * c.head_dim
-    wide = L * (4 * C + c.qk_norm * heads)  # the residual stream and its norm, twice; normalized queries and keys
-    return wide, L * ((5 if half else 2) * C + (2 + c.qk_norm) * heads + 4 * c.n_inner)
-
-
-def kept_gpt2(c, T, half):
-    return 2 * c.n_layer * c.n_embd, 14 * c.n_layer * c.n_embd
-
-
-def kept_moe(c, T, half):
-    """For experts whose rows are not padded."""
-    wide, narrow = kept_baseline(c, T, half)
-    C, L, K, shared = c.n_embd, len(c.moe_layers), c.n_expert_per_token, c.n_shared_expert * c.n_expert_inner
-    gate = shared > 0 and c.shared_gate
-    more = 2 * K * C + 4 * K * c.n_expert_inner + 4 * shared + gate * C + half * ((shared > 0) * 2 + gate) * C
-    less = 4 * c.n_inner + (2 if half else 1) * C
-    return wide + L * (C + 2 * c.n_expert), narrow + L * (more - less)
-
-
-def kept_mla(c, T, half):
-    C, L, R, Q = c.n_embd, c.n_layer, c.kv_rank, c.q_rank
-    attention = 2 * c.n_head * (c.nope_dim + c.rope_dim + c.v_dim) + 2 * (R + Q) + c.rope_dim
-    return L * (4 * C + R + Q), L * ((5 if half else 2) * C + attention + 4 * c.n_inner)
-
-
-def kept_hybrid(c, T, half):
-    C, H, G, D, L, chunk = c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_layer, min(64, T)
-    Hv, Dk, Dv, attention, delta = c.n_value_head, c.key_dim, c.value_dim, *map(c.layer_pattern.count, "ad")
-    channels = 2 * c.n_key_head * Dk + Hv * Dv
-    gate = H * {"none": 0, "head": 1, "element": D}[c.output_gate]
-    gated = D * sum({"q": H, "k": G, "v": G}[part] for part in set(c.qkv_gates))
-    heads = (2 + c.qk_norm) * (H + G) * D + (1 + (c.qk_norm and not half)) * gate + H * D * (gate > 0) + 2 * gated
-    narrow = attention * heads + delta * (channels + Hv * Dv) + 4 * L * c.n_inner
-    matmuls = 2 * L + attention * (3 + len(set(c.qkv_gates))) + 2 * delta if half else 2 * L  # that cast their input
-    rule = Hv * (10 * Dk + 8 * Dv + 7 * chunk + 4 + Dk * Dv // chunk) + 2 * channels
-    return 4 * L * C + attention * c.qk_norm * (H + G) * D + delta * rule, narrow + matmuls * C
-
-
-FORMULAS = {"baseline": baseline, "gpt2": gpt2, "moe": moe, "mla": mla, "hybrid": hybrid}
-KEPT = {"baseline": kept_baseline, "gpt2": kept_gpt2, "moe": kept_moe, "mla": kept_mla, "hybrid": kept_hybrid}
-CACHED = {  # numbers that a token leaves in the cache
-    "baseline": lambda c: 2 * c.n_layer * c.n_kv_head * c.head_dim,
-    "gpt2": lambda c: 2 * c.n_layer * c.n_embd,
-    "moe": lambda c: 2 * c.n_layer * c.n_kv_head * c.head_dim,
-    "mla": lambda c: c.n_layer * (c.kv_rank + c.rope_dim),
-    "hybrid": lambda c: 2 * c.layer_pattern.count("a") * c.n_kv_head * c.head_dim,
+BETWEEN_TOKENS = {  # products of activations with activations
+    aten.bmm: flop_registry[aten.bmm],
+    aten.baddbmm: flop_registry[aten.baddbmm],
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    aten.linalg_solve_triangular: solve_flops,
+    aten._fft_r2c: fft_flops,
+    aten._fft_c2r: fft_flops,
+    aten._fft_c2c: fft_flops,
 }
-STATE = {  # of a cache of any length: numbers per delta layer (always in fp32, in the dtype of the weights)
-    "hybrid": lambda c: (c.n_value_head * c.key_dim * c.value_dim,
-                         (c.conv_kernel - 1) * (2 * c.n_key_head * c.key_dim + c.n_value_head * c.value_dim)),
-}  # fmt: skip
-DECODED = {  # FLOPs of what is computed in another way for one token with S in the cache, itself among them
-    "mla": lambda c, S: {"attention": 4 * c.n_layer * S * c.n_head * (c.kv_rank + c.rope_dim)},  # absorbed
-    "hybrid": lambda c, S: {"delta rule": 6 * c.layer_pattern.count("d") * c.n_value_head * c.key_dim * c.value_dim},
+WITH_WEIGHTS = {
+    aten.mm: flop_registry[aten.mm],
+    aten.addmm: flop_registry[aten.addmm],
+    aten.convolution: flop_registry[aten.convolution],
+    aten.convolution_backward: flop_registry[aten.convolution_backward],
+    aten._grouped_mm: grouped_flops,
 }
-MATRICES = ("attention projections", "delta projections", "mlp", "experts")  # what muon.py gives to Muon
 
 
-# ---- what they add up to --------------------------------------------------------------------------------------------
-def forward_flops(model: str, config, T: int, causal: bool = False) -> dict[str, int]:
-    """FLOPs of one token in a forward pass over T, by component. causal: attention over the keys before it alone."""
-    costs = {component: cost for component, (cost, _) in FORMULAS[model](config, T).items()}
-    return costs | {"attention": costs["attention"] * (T + 1) // (2 * T)} if causal else costs
+# ---- one run --------------------------------------------------------------------------------------------------------
+def component(path: str) -> str:
+    """Returns the row of the table for a module: attn of blocks.3.attn.wq, mlp.shared of blocks.3.mlp.shared.w_up."""
+    parts = [part for part in path.split(".") if part not in ("", "blocks") and not part.isdigit()]
+    if not parts or parts[-1] == "lm_head":
+        return "head"  # what GPT itself multiplies is the tied embedding
+    if parts[-1].endswith("norm"):
+        return "norms"
+    if parts[-1].startswith("w") and len(parts) > 1:
+        parts = parts[:-1]
+    return ".".join(parts)
 
 
-def forward_flops_per_token(model: str, config, T: int) -> int | None:
-    """None for a variant without a formula."""
-    return sum(forward_flops(model, config, T).values()) if model in FORMULAS else None
+@dataclass
+class Cost:
+    """What a run of B windows of T tokens took: FLOPs by component; bytes beside weights and their gradients."""
+
+    forward: dict = field(default_factory=lambda: defaultdict(int))
+    backward: dict = field(default_factory=lambda: defaultdict(int))
+    scores: dict = field(default_factory=lambda: defaultdict(int))  # {module's path: FLOPs of its causal attention}
+    peak_bytes: int = 0
 
 
-def training_flops_per_token(model: str, config, T: int) -> int | None:
-    forward = forward_flops_per_token(model, config, T)
-    return forward and 3 * forward
+class Counter(TorchDispatchMode):
+    """Adds up FLOPs by the module at work, and the bytes of tensors that are alive, of what runs under it.
+
+    times: {index in model.blocks: how many blocks of the real model it stands for}.
+    """
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+        self.modules = ModuleTracker()
+        self.path_of_node = {}
+        self.cost = Cost()
+        self.in_attention = False
+        self.alive = {}  # {storage: bytes}
+        self.live_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # An operation of the backward pass belongs where the one stood whose gradient it is: autograd numbers its nodes
+        # in the order of the forward pass.
+        node = torch._C._current_autograd_node()
+        if node is None:
+            path = max(self.modules.parents - {"Global"}, key=len, default="")
+            path = path.partition(".")[2]  # without the name of the model's class
+        else:
+            path = self.path_of_node.get(node._sequence_nr(), "")
+        self.path_of_node[torch._C._autograd._get_sequence_nr() - 1] = path
+        out = function(*args, **kwargs)
+        operation = function._overloadpacket
+        formula = BETWEEN_TOKENS.get(operation) or WITH_WEIGHTS.get(operation)
+        if formula is not None:
+            flops = formula(*args, **kwargs, out_val=out)
+            self.add(path, operation in BETWEEN_TOKENS, flops, backward=node is not None)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.follow(tensor.untyped_storage())
+        return out
+
+    def add(self, path, between_tokens, flops, backward):
+        index = re.match(r"blocks\.(\d+)", path)
+        if index:
+            flops *= self.times[int(index[1])]
+        row = component(path)
+        if between_tokens:
+            row += " between tokens"
+        if backward:
+            self.cost.backward[row] += flops
+        else:
+            self.cost.forward[row] += flops
+        if self.in_attention and not backward:
+            self.cost.scores[path] += flops
+
+    def follow(self, storage):
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            self.live_bytes += storage.nbytes()
+            self.cost.peak_bytes = max(self.cost.peak_bytes, self.live_bytes)
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key):
+        self.live_bytes -= self.alive.pop(key)
 
 
-def decode_flops(model: str, config, context: int) -> dict[str, int]:
-    """FLOPs of one token that is decoded with `context` tokens in the cache, itself among them, by component."""
-    return forward_flops(model, config, context) | (DECODED[model](config, context) if model in DECODED else {})
+class AttentionWatch(TorchFunctionMode):
+    """Tells the counter which products are those of causal attention."""
+
+    def __init__(self, counter):
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        self.counter.in_attention = True
+        out = function(*args, **kwargs)
+        self.counter.in_attention = False
+        return out
+
+
+# ---- a model of fake tensors ----------------------------------------------------------------------------------------
+def module_of(model: str):
+    return importlib.import_module(f"model_{model}")
+
+
+def on_meta(model: str, config) -> nn.Module:
+    """Returns the model without contents and without the time that initial values take."""
+    variant = module_of(model)
+    skeleton = type("GPT", (variant.GPT,), {"init_weights": lambda self: None})
+    with torch.device("meta"):
+        return skeleton(config)
+
+
+def kind(block: nn.Module) -> tuple:
+    """Returns what blocks that cost the same have in common: shapes, classes, and plain attributes but the index."""
+    facts = [(name, tuple(p.shape)) for name, p in block.named_parameters()]
+    for name, module in block.named_modules():
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | tuple) and k != "layer"}
+        facts.append((name, type(module).__name__, tuple(sorted(plain.items(), key=str))))
+    return tuple(facts)
+
+
+def with_one_block_of_each_kind(gpt: nn.Module) -> dict[int, int]:
+    """Cuts gpt.blocks down to the first of each kind; returns {its new index: how many it stands for}."""
+    first, times = {}, {}
+    for block in gpt.blocks:
+        index = first.setdefault(kind(block), len(first))
+        times[index] = times.get(index, 0) + 1
+    found = dict.fromkeys(first)
+    for block in gpt.blocks:
+        found[kind(block)] = found[kind(block)] or block
+    gpt.blocks = nn.ModuleList(found.values())
+    return times
+
+
+def to_fake(gpt: nn.Module, dtype=torch.float32) -> None:
+    """Replaces meta tensors by fake ones on the CPU, inside a FakeTensorMode; floating parameters in dtype."""
+    for module in gpt.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+
+
+REMEMBERED = {}  # what was run already
+
+
+def run(model: str, config, T: int, batch: int = 1, dtype: str = "float32", recompute: bool = False) -> Cost:
+    """Returns the cost of one forward and backward pass over batch windows of T tokens, with autocast to dtype.
+
+    recompute: blocks keep their input alone and run again in the backward pass (train.py's gradient_checkpointing).
+    """
+    key = (module_of(model).GPT, repr(config), T, batch, dtype, recompute)
+    if key not in REMEMBERED:
+        measure = partial(run_once, model, config, batch=batch, dtype=dtype, recompute=recompute)
+        REMEMBERED[key] = measure(T=T) if T <= LONGEST_RUN else from_shorter_runs(measure, T)
+    return REMEMBERED[key]
+
+
+def run_once(model, config, T, batch, dtype, recompute):
+    gpt = on_meta(model, config).train()
+    times = with_one_block_of_each_kind(gpt)
+    kept = {}  # {index: bytes that the block leaves for the backward pass}
+    with FakeTensorMode():
+        to_fake(gpt)
+        idx = torch.zeros(batch, T, dtype=torch.long)
+        counter = Counter(times)
+        for p in gpt.parameters():
+            p.register_post_accumulate_grad_hook(drop_gradient)
+        for index, block in enumerate(gpt.blocks):
+            if recompute:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.register_forward_pre_hook(lambda *_, i=index: kept.update({i: counter.live_bytes}))
+            block.register_forward_hook(lambda *_, i=index: kept.update({i: counter.live_bytes - kept[i]}))
+        with counter.modules, counter, AttentionWatch(counter):
+            with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
+                loss = gpt(idx, idx)
+            loss.backward()
+    # At the peak all blocks have kept what they keep; here one block of each kind has.
+    counter.cost.peak_bytes += sum((times[i] - 1) * kept[i] for i in kept)
+    return counter.cost
+
+
+def drop_gradient(p):
+    """Takes a gradient out of what is alive: `memory` counts those of all blocks."""
+    p.grad = None
+
+
+LONGEST_RUN = 4096  # a loop over chunks of T takes too long beyond
+
+
+def from_shorter_runs(measure, T):
+    """Returns measure(T) from three short lengths: costs are quadratic in T, in steps of 512, which chunks divide."""
+    costs = [measure(T=T % 512 + n * 512) for n in (1, 2, 3)]
+    n = T // 512 - 1
+    result = Cost()
+
+    def extrapolate(a, b, c):
+        return a + n * (b - a) + n * (n - 1) // 2 * (c - 2 * b + a)
+
+    for name in ("forward", "backward", "scores"):
+        for key in getattr(costs[0], name):
+            getattr(result, name)[key] = extrapolate(*(getattr(cost, name)[key] for cost in costs))
+    result.peak_bytes = extrapolate(*(cost.peak_bytes for cost in costs))
+    return result
+
+
+# ---- what the runs add up to ----------------------------------------------------------------------------------------
+def whole(number):
+    """Returns an int where it is one: FLOPs of a token can be a fraction where chunks are padded."""
+    return int(number) if number == int(number) else number
+
+
+def forward_flops(model: str, config, T: int, causal: bool = False) -> dict[str, float]:
+    """Returns {component: FLOPs of one token} of a forward pass over T tokens.
+
+    causal: attention over the keys that a query sees alone, by its module's keys_seen(T), else (T + 1) / 2.
+    """
+    cost = run(model, config, T)
+    total = dict(cost.forward)
+    if causal:
+        gpt = on_meta(model, config)
+        with_one_block_of_each_kind(gpt)
+        for path, flops in cost.scores.items():
+            mixer = gpt.get_submodule(path)
+            seen = mixer.keys_seen(T) if hasattr(mixer, "keys_seen") else (T + 1) / 2
+            total[f"{component(path)} between tokens"] -= flops * (1 - seen / T)
+    return {row: whole(flops / T) for row, flops in total.items()}
+
+
+def forward_flops_per_token(model: str, config, T: int) -> float:
+    return whole(sum(run(model, config, T).forward.values()) / T)
+
+
+def training_flops(model: str, config, T: int, causal: bool = False) -> dict[str, float]:
+    """Returns {component: FLOPs of one token} of a forward and a backward pass over T tokens."""
+    cost = run(model, config, T)
+    forward = forward_flops(model, config, T)
+    seen = forward_flops(model, config, T, causal)
+    total = {}
+    for row in forward:
+        spared = forward[row] - seen[row]
+        total[row] = whole((cost.forward[row] + cost.backward[row]) / T - 3 * spared)
+    return total
+
+
+def training_flops_per_token(model: str, config, T: int) -> float:
+    cost = run(model, config, T)
+    return whole((sum(cost.forward.values()) + sum(cost.backward.values())) / T)
+
+
+def optimizer_cost(model: str, config, optimizer: str = "muon") -> tuple[int, int]:
+    """Returns FLOPs of one step of muon.py's optimizer, whatever the tokens, and bytes of its state (fp32 weights)."""
+    gpt = on_meta(model, config)
+    with FakeTensorMode():
+        to_fake(gpt)
+        opt = importlib.import_module("muon").make_optimizer(gpt, optimizer)
+        for p in gpt.parameters():
+            p.grad = torch.empty_like(p)
+        counter = Counter({i: 1 for i in range(len(gpt.blocks))})
+        with counter.modules, counter:
+            opt.step()
+        states = [x for state in opt.state.values() for x in state.values() if torch.is_tensor(x) and x.ndim > 0]
+        return sum(counter.cost.forward.values()), sum(x.nbytes for x in states)
+
+
+def decode_flops(model: str, config, context: int) -> dict[str, float]:
+    """Returns {component: FLOPs} of one token that is decoded with context tokens in the cache, itself among them."""
+    if context > LONGEST_RUN:  # linear in the context
+        near = decode_flops(model, config, LONGEST_RUN // 2)
+        far = decode_flops(model, config, LONGEST_RUN)
+        steps = context / (LONGEST_RUN // 2) - 1
+        return {row: whole(near[row] + steps * (far[row] - near[row])) for row in near}
+    gpt = on_meta(model, config).eval()
+    times = with_one_block_of_each_kind(gpt)
+    with FakeTensorMode(), torch.no_grad():
+        to_fake(gpt)
+        past = gpt.new_cache(1, context)
+        if context > 1:
+            gpt(torch.zeros(1, context - 1, dtype=torch.long), cache=past, last_only=True)
+        counter = Counter(times)
+        with counter.modules, counter:
+            gpt(torch.zeros(1, 1, dtype=torch.long), cache=past)
+    return dict(counter.cost.forward)
 
 
 def parameters(model: str, config) -> dict[str, int]:
-    """Parameters by component; a tied head has none of its own."""
-    return {component: count for component, (_, count) in FORMULAS[model](config, 0).items()}
+    """Returns {component: parameters}; a tied head has none of its own."""
+    counts = defaultdict(int)
+    for name, p in on_meta(model, config).named_parameters():
+        counts[component(name.rpartition(".")[0])] += p.numel()
+    return dict(counts)
+
+
+def stacks(model: str, config) -> dict[str, tuple[int, int]]:
+    """Returns {component: (parameters in stacks of matrices, those of them that a token passes through)}.
+
+    A token's share follows from its FLOPs: twice the numbers of each matrix that it is multiplied with.
+    """
+    found, matrices = defaultdict(int), defaultdict(int)
+    for name, p in on_meta(model, config).named_parameters():
+        row = component(name.rpartition(".")[0])
+        found[row] += p.numel() * (p.ndim == 3 and p.size(1) > 1)
+        matrices[row] += p.numel() * (p.ndim == 2)
+    forward = forward_flops(model, config, 64)
+    return {row: (n, whole(forward[row] / 2 - matrices[row])) for row, n in found.items() if n}
 
 
 def active_parameters(model: str, config) -> dict[str, int]:
-    """Those at work on a token: all, but of the experts only the chosen ones."""
+    """Returns {component: parameters at work on a token}: all, but of experts only the chosen ones."""
     counts = parameters(model, config)
-    idle = {"experts": counts["experts"] * config.n_expert_per_token // config.n_expert} if model == "moe" else {}
-    return counts | idle
+    for row, (n, active) in stacks(model, config).items():
+        counts[row] += active - n
+    return counts
 
 
-def cache_bytes_per_token(model: str, config, bytes_per_number: int) -> int:
-    return CACHED[model](config) * bytes_per_number
-
-
-def state_bytes(model: str, config, bytes_per_number: int) -> int:
-    """What a sequence has in the cache besides, at any length."""
-    wide, narrow = STATE[model](config) if model in STATE else (0, 0)
-    return (4 * wide + bytes_per_number * narrow) * getattr(config, "layer_pattern", "").count("d")
+def table_parameters(model: str, config) -> int:
+    """Returns the parameters that are looked up, a row a token: embeddings."""
+    modules = on_meta(model, config).modules()
+    return sum(module.weight.numel() for module in modules if isinstance(module, nn.Embedding))
 
 
 def weights_read(model: str, config, batch: int) -> float:
-    """Numbers that one decoding step over `batch` sequences reads. Experts: as many as a uniform choice would meet."""
-    read = parameters(model, config)
-    read["embedding"] = config.n_embd * (batch + (model == "gpt2"))  # a row per sequence, and that of the position
-    read["head"] = config.n_embd * config.vocab_size  # tied or not
-    if model == "moe":
-        read["experts"] *= 1 - (1 - config.n_expert_per_token / config.n_expert) ** batch
-    return sum(read.values())
+    """Returns the numbers that one decoding step over batch sequences reads.
 
-
-def activation_bytes(model: str, config, T: int, windows: int, width: int, recompute: bool = False) -> int:
-    """What a forward pass over windows of T keeps for the backward pass, in a dtype of `width` bytes, to about 3 %.
-
-    recompute: of all blocks their inputs, and one block at a time. The logits and their gradient come on top of it.
+    Of a table a row a sequence; of experts as many as a uniform choice would meet; of a tied table the head reads all.
     """
-    wide, narrow = KEPT[model](config, T, width < 4)
-    blocks, C, V = 4 * wide + width * narrow, config.n_embd, config.vocab_size
-    if recompute:
-        blocks = blocks // config.n_layer + 4 * C * (config.n_layer - 1)
-    norm = 4 * C * (1 if model == "gpt2" else 2) + width * C  # LayerNorm keeps its input, RMSNorm x / rms(x) as well
-    loss = 4 * V + width * V * (getattr(config, "logit_softcap", 0) > 0)  # log-softmax, tanh
-    return windows * T * (blocks + norm + loss)
+    read = sum(parameters(model, config).values())
+    gpt = on_meta(model, config)
+    for module in gpt.modules():
+        if isinstance(module, nn.Embedding):
+            read += batch * module.embedding_dim - module.weight.numel()
+    if getattr(gpt, "lm_head", None) is None:
+        read += forward_flops(model, config, 64)["head"] / 2
+    for n, active in stacks(model, config).values():
+        read -= n * (1 - active / n) ** batch
+    return read
 
 
-def memory(model, config, T, width, micro_batch, optimizer="muon", gradient_checkpointing=False) -> dict[str, int]:
-    """Bytes that train.py needs on one device, with autocast to `width` bytes; weights are fp32 all the same."""
-    counts = parameters(model, config)
-    total, matrices = sum(counts.values()), sum(counts.get(component, 0) for component in MATRICES)
+def cache_bytes(model: str, config, length: int, bytes_per_number: int) -> int:
+    """Returns the bytes that a cache for one sequence of this length holds."""
+    dtype = {4: torch.float32, 2: torch.bfloat16}[bytes_per_number]
+    held = on_meta(model, config).to(dtype).new_cache(1, length)
+    tensors = [x for x in tree_leaves(list(vars(held).values())) if torch.is_tensor(x) and x.is_floating_point()]
+    return sum(x.nbytes for x in tensors)
+
+
+def cache_bytes_per_token(model: str, config, bytes_per_number: int) -> int:
+    """Returns what one token more adds to the cache of a full context."""
+    full = cache_bytes(model, config, config.block_size, bytes_per_number)
+    return full - cache_bytes(model, config, config.block_size - 1, bytes_per_number)
+
+
+def state_bytes(model: str, config, bytes_per_number: int) -> int:
+    """Returns what a sequence has in the cache besides, at any length."""
+    full = cache_bytes(model, config, config.block_size, bytes_per_number)
+    return full - config.block_size * cache_bytes_per_token(model, config, bytes_per_number)
+
+
+def memory(
+    model, config, T, dtype, micro_batch, optimizer="muon", gradient_checkpointing=False, accumulation=2
+) -> dict[str, int]:
+    """Returns the bytes that train.py needs on one device, with autocast to dtype; weights are fp32 all the same.
+
+    Activations are all that lives beside weights and gradients at the peak, mostly at the beginning of the backward
+    pass: what blocks keep, weights cast to dtype, the logits and their gradient. With a single micro-batch a step
+    (accumulation=1) activations go as gradients come, so that the larger of both counts.
+    """
+    weights = 4 * sum(parameters(model, config).values())
+    activations = run(model, config, T, micro_batch, dtype, gradient_checkpointing).peak_bytes
+    gradients = weights
+    if accumulation == 1:
+        gradients = max(weights - activations, 0)
     return {
-        "weight_bytes": 4 * total,
-        "gradient_bytes": 4 * total,
-        "optimizer_bytes": 4 * (2 * total - matrices * (optimizer == "muon")),  # two averages a weight; Muon has one
-        "cast_weight_bytes": width * (matrices + config.n_embd * config.vocab_size) if width < 4 else 0,
-        "activation_bytes": activation_bytes(model, config, T, micro_batch, width, gradient_checkpointing),
+        "weight_bytes": weights,
+        "gradient_bytes": gradients,
+        "optimizer_bytes": optimizer_cost(model, config, optimizer)[1],
+        "activation_bytes": activations,
     }
 
 
@@ -280,183 +506,275 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
 
 def device_name(device: str) -> str:
-    import torch
-
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 # ---- equal cost -----------------------------------------------------------------------------------------------------
 TOLERANCE = 0.005
-WIDTH_KNOB = {"gpt2": "n_embd", "moe": "n_expert_inner"}  # n_inner in the others
+LARGEST = 2**17
 
 
-def match(model: str, fields: dict, T: int, target: float, knob: str, by: str = "flops") -> tuple[int, float]:
-    """(value, reached): the value of a size in the model's config with which it costs `target`, to 0.5 %.
+def width_knob(config) -> str:
+    """Returns the size that is changed where nothing else is said: the last width of an MLP, or n_embd."""
+    widths = [f.name for f in fields(config) if f.name.endswith("_inner")]
+    return widths[-1] if widths else "n_embd"
 
-    fields: of GPTConfig, and others, which are left alone; by: training "flops" per token in windows of T, or
-    "parameters". The roundest value that will do is taken: a multiple of 64, else of 8, else any; what GPTConfig
-    refuses is passed over. ValueError with the nearest one if none does.
+
+def match(
+    model: str, sizes: dict, T: int, target: float, knob: str, by: str = "flops", optimizer: tuple | None = None
+) -> tuple[int, float]:
+    """Returns (value, reached): the value of a size in the model's config with which it costs target, to 0.5 %.
+
+    sizes: fields of GPTConfig, and others, which are left alone; by: training "flops" per token in windows of T, or
+    "parameters"; optimizer: (its name, tokens a step) counts its FLOPs, too. The roundest value that will do is taken:
+    a multiple of 64, else of 8, else any; what GPTConfig refuses is passed over. ValueError names the nearest one if
+    none does.
     """
-    if model not in FORMULAS:
-        raise ValueError(f"flops.py has no formula for {model!r}, only for {', '.join(FORMULAS)}")
-    config, best, low, high = config_class(model)[0], (None, float("inf")), 0, 2**17
-    fields = {key: fields[key] for key in config.__dataclass_fields__ if key in fields}
-    sizes = [key for key, value in fields.items() if type(value) is int]
-    if knob not in sizes:
-        raise ValueError(f"{knob!r} is no size of {model}: try one of {', '.join(sizes)}")
+    config = module_of(model).GPTConfig
+    sizes = {f.name: sizes[f.name] for f in fields(config) if f.name in sizes}
+    integers = [key for key, value in sizes.items() if type(value) is int]
+    if knob not in integers:
+        raise ValueError(f"{knob!r} is no size of {model}: try one of {', '.join(integers)}")
+
+    @cache
+    def cost(value):
+        c = config(**sizes | {knob: value})
+        if by == "parameters":
+            return sum(parameters(model, c).values())
+        flops = training_flops_per_token(model, c, T)
+        if optimizer:
+            name, tokens = optimizer
+            flops += optimizer_cost(model, c, name)[0] / tokens
+        return flops
+
+    def accepted(value):
+        try:
+            config(**sizes | {knob: value})
+        except ValueError:
+            return False
+        return True
+
+    best = None
+    low, high = 0, LARGEST
     for step in (64, 8, 1):
-        for value in range((low // step + 1) * step, high + 1, step):
-            try:
-                c = config(**fields | {knob: value})
-            except ValueError:
-                continue
-            reached = training_flops_per_token(model, c, T) if by == "flops" else sum(parameters(model, c).values())
-            best = min(best, (value, reached), key=lambda pair: abs(pair[1] - target))
-            if reached >= target:
-                high = value
-                break
-            low = value
-        if abs(best[1] - target) <= TOLERANCE * target:
-            return best
+        values = [v for v in range((low // step + 1) * step, high + 1, step) if accepted(v)]
+        if not values:
+            continue
+        first = bisect.bisect_left(values, target, key=cost)  # the first that costs enough
+        for value in values[max(first - 1, 0) : first + 1]:
+            if best is None or abs(cost(value) - target) < abs(cost(best) - target):
+                best = value
+        if first < len(values):
+            high = values[first]
+        if first > 0:
+            low = values[first - 1]
+        if abs(cost(best) - target) <= TOLERANCE * target:
+            return best, cost(best)
     what = "training FLOPs a token" if by == "flops" else "parameters"
-    if best[0] is None:
-        raise ValueError(f"{model} accepts no {knob} from 1 to {2**17} beside its other sizes: try another knob")
-    near = f"the nearest is {knob}={best[0]} with {best[1]:.4g} ({best[1] / target - 1:+.2%})"
+    if best is None:
+        raise ValueError(f"{model} accepts no {knob} from 1 to {LARGEST} beside its other sizes: try another knob")
+    near = f"the nearest is {knob}={best} with {cost(best):.4g} ({cost(best) / target - 1:+.2%})"
     raise ValueError(f"{knob} brings {model} not to {target:.4g} {what}, to {TOLERANCE:.1%}: {near}; try another knob")
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 @cache
 def vocab_size(data, default):
+    """Returns the vocabulary of tokenized data, rounded up as train.py does, or the default where there is none."""
     meta = Path(data) / "meta.json"
     if meta.exists():
-        return -(-json.loads(meta.read_text(encoding="utf-8"))["vocab_size"] // 64) * 64
+        return math.ceil(json.loads(meta.read_text(encoding="utf-8"))["vocab_size"] / 64) * 64
     print(f"{data}/meta.json is not here: vocab_size is taken to be {default:,}")
     return default
 
 
 def built(argv):
-    """A run's knobs as train.py would resolve them, and its model's config. vocab_size=0 is that of the data."""
-    knobs = resolve(ROOT / "train.py", argv)
-    config = config_class(knobs["model"])[0]
-    if knobs["model"] not in FORMULAS:
-        fail(f"flops.py has no formula for model_{knobs['model']}.py, only for {', '.join(FORMULAS)}")
+    """Returns a run's knobs as train.py would resolve them, the model's fields among them, and its config."""
+    configurator = importlib.import_module("configurator")
+    knobs = configurator.resolve(ROOT / "train.py", argv)
+    config = configurator.config_class(knobs["model"])[0]
     knobs["vocab_size"] = knobs["vocab_size"] or vocab_size(knobs["data"], config.vocab_size)
-    sizes = {field.name: knobs[field.name] for field in fields(config)}
+    sizes = {f.name: knobs[f.name] for f in fields(config)}
     try:
         return knobs, sizes, config(**sizes)
     except ValueError as error:
         fail(error)
 
 
+def step_cost(knobs, config, with_optimizer):
+    """Returns the FLOPs of a training step."""
+    cost = training_flops_per_token(knobs["model"], config, knobs["block_size"]) * knobs["batch_tokens"]
+    if with_optimizer:
+        cost += optimizer_cost(knobs["model"], config, knobs["optimizer"])[0]
+    return cost
+
+
 def matched(args, argv):
-    """The command line with one knob set so that the run costs what that of --match does."""
-    (knobs, sizes, c), (other, _, other_c) = built(argv), built([args.match])
-    knob, T, by = args.knob or WIDTH_KNOB.get(knobs["model"], "n_inner"), knobs["block_size"], args.match_by
-    target, what = sum(parameters(other["model"], other_c).values()), by
-    if by == "flops":
-        target = training_flops_per_token(other["model"], other_c, other["block_size"])
-        what = "training FLOPs" if knob == "max_steps" else "training FLOPs a token"
+    """Returns the command line with one knob set so that the run costs what that of --match does."""
+    knobs, sizes, config = built(argv)
+    other, _, other_config = built([args.match])
+    model, T = knobs["model"], knobs["block_size"]
+    knob = args.knob or width_knob(config)
     if knob == "max_steps":
-        if by == "parameters":
+        if args.match_by == "parameters":
             fail("--match_by parameters: max_steps changes none")
-        target *= other["max_steps"] * other["batch_tokens"]
-        step = training_flops_per_token(knobs["model"], c, T) * knobs["batch_tokens"]
+        target = step_cost(other, other_config, args.match_optimizer) * other["max_steps"]
+        step = step_cost(knobs, config, args.match_optimizer)
         value = max(round(target / step), 1)
         reached = value * step
+        what = "training FLOPs"
         if abs(reached / target - 1) > TOLERANCE:
             near = f"the nearest is max_steps={value} with {reached:.4g} ({reached / target - 1:+.2%})"
-            fail(f"max_steps brings {knobs['model']} not to {target:.4g} FLOPs: {near}; lower batch_tokens")
+            fail(f"max_steps brings {model} not to {target:.4g} FLOPs: {near}; lower batch_tokens")
     else:
+        target = sum(parameters(other["model"], other_config).values())
+        what = "parameters"
+        extra = None
+        if args.match_by == "flops":
+            target = step_cost(other, other_config, args.match_optimizer) / other["batch_tokens"]
+            what = "training FLOPs a token"
+            if args.match_optimizer:
+                extra = (knobs["optimizer"], knobs["batch_tokens"])
         try:
-            value, reached = match(knobs["model"], sizes, T, target, knob, by)
+            value, reached = match(model, sizes, T, target, knob, args.match_by, extra)
         except ValueError as error:
             fail(error)
     print(f"{knob}={value}: {reached:.5g} {what}; {args.match}: {target:.5g} ({reached / target - 1:+.2%})\n")
     return [a for a in argv if not a.startswith(f"--{knob}=")] + [f"--{knob}={value}"]
 
 
-def costs(knobs, c, gpu, args):
-    """All that is printed, as a dict of plain numbers: of one token, one micro-batch, one decoded token, one run."""
-    model, T, B, context = knobs["model"], knobs["block_size"], args.batch, args.context or knobs["block_size"]
-    dtype = knobs["dtype"] if knobs["dtype"] != "auto" else "bfloat16" if gpu else "float32"
-    width, tokens = 4 if dtype == "float32" else 2, knobs["max_steps"] * knobs["batch_tokens"]
-    count, forward, causal = parameters(model, c), forward_flops(model, c, T), forward_flops(model, c, T, causal=True)
-    columns = {"parameters": count, "active_parameters": active_parameters(model, c),
-               "forward_flops": forward, "forward_flops_causal": causal,
-               "training_flops": {part: 3 * cost for part, cost in forward.items()},
-               "training_flops_causal": {part: 3 * cost for part, cost in causal.items()}}  # fmt: skip
+def costs(knobs, config, gpu, args):
+    """Returns all that is printed, as a dict of plain numbers: of one token, one step, one decoded token, one run."""
+    model, T, batch = knobs["model"], knobs["block_size"], args.batch
+    context = args.context or T
+    dtype = knobs["dtype"]
+    if dtype == "auto":
+        dtype = "bfloat16" if gpu else "float32"
+    width = 4 if dtype == "float32" else 2
+    tokens = knobs["max_steps"] * knobs["batch_tokens"]
+    columns = {
+        "parameters": parameters(model, config),
+        "active_parameters": active_parameters(model, config),
+        "forward_flops": forward_flops(model, config, T),
+        "forward_flops_causal": forward_flops(model, config, T, causal=True),
+        "training_flops": training_flops(model, config, T),
+        "training_flops_causal": training_flops(model, config, T, causal=True),
+    }
+    rows = list(dict.fromkeys(row for column in columns.values() for row in column))
     total = {name: sum(column.values()) for name, column in columns.items()}
-    per_token, state = cache_bytes_per_token(model, c, width), state_bytes(model, c, width)
-    decoded = sum(decode_flops(model, c, context).values())
-    read = width * weights_read(model, c, B) / B + per_token * context + state  # weights: once for all sequences
+    per_token = cache_bytes_per_token(model, config, width)
+    state = state_bytes(model, config, width)
+    decoded = sum(decode_flops(model, config, context).values())
+    # The weights are read once for all sequences.
+    read = width * weights_read(model, config, batch) / batch + cache_bytes(model, config, context, width)
     how = {key: knobs[key] for key in ("micro_batch", "optimizer", "gradient_checkpointing")}
-    needs = memory(model, c, T, width, **how)
+    how["accumulation"] = max(knobs["batch_tokens"] // (T * knobs["micro_batch"]), 1)
+    needs = memory(model, config, T, dtype, **how)
+    step = optimizer_cost(model, config, knobs["optimizer"])[0]
     found = {
         "model": model,
-        "config": asdict(c),
-        "components": {part: {name: column[part] for name, column in columns.items()} for part in count},
+        "config": asdict(config),
+        "components": {row: {name: column.get(row, 0) for name, column in columns.items()} for row in rows},
         "total": total,
-        "training": {"tokens": tokens, "flops": tokens * total["training_flops"],
-                     "flops_causal": tokens * total["training_flops_causal"]},
+        "table_parameters": table_parameters(model, config),
+        "training": {
+            "tokens": tokens,
+            "flops": tokens * total["training_flops"],
+            "flops_causal": tokens * total["training_flops_causal"],
+            "optimizer_flops_per_step": step,
+            "optimizer_flops": step * knobs["max_steps"],
+        },
         "memory": {"dtype": dtype} | how | needs | {"total_bytes": sum(needs.values())},
         "cache": {"bytes_per_token": per_token, "bytes_at_any_length": state},
-        "decoding": {"context": context, "batch": B, "flops_per_token": decoded, "bytes_read_per_token": round(read)},
-    }  # fmt: skip
+        "decoding": {
+            "context": context,
+            "batch": batch,
+            "flops_per_token": decoded,
+            "bytes_read_per_token": round(read),
+        },
+    }
     if gpu:
-        peak, bandwidth = peak_flops(gpu, dtype), known_gpu(gpu)[3]
+        peak = peak_flops(gpu, dtype)
+        bandwidth = known_gpu(gpu)[3]
         speed = args.mfu * peak / total["training_flops"]
-        found["device"] = {"name": gpu, "peak_flops": peak, "bytes_per_second": bandwidth, "mfu": args.mfu,
-                           "training_tokens_per_second": speed, "training_hours": tokens / speed / 3600,
-                           "decoding_tokens_per_second_at_most": min(peak / decoded, bandwidth / read)}  # fmt: skip
+        found["device"] = {
+            "name": gpu,
+            "peak_flops": peak,
+            "bytes_per_second": bandwidth,
+            "mfu": args.mfu,
+            "training_tokens_per_second": speed,
+            "training_hours": tokens / speed / 3600,
+            "decoding_tokens_per_second_at_most": min(peak / decoded, bandwidth / read),
+        }
     return found
 
 
-def show(found, T):
-    def text(n):
-        if isinstance(n, str | bool):
-            return n
-        return f"{n:,}" if isinstance(n, int) and n < 1e13 else f"{n:,.0f}" if 1e3 <= n < 1e9 else f"{n:.4g}"
+def text(n):
+    if isinstance(n, str | bool):
+        return n
+    if isinstance(n, int) and n < 1e13:
+        return f"{n:,}"
+    if 1e3 <= n < 1e9:
+        return f"{n:,.0f}"
+    return f"{n:.4g}"
 
+
+def show(found, T):
     print(f"{found['model']} in windows of {T:,} tokens. FLOPs of one token: attention over all {T:,} keys or, causal, "
-          f"over the\n{(T + 1) / 2:,} that a query sees on average. Active: at work on a token.\n")  # fmt: skip
+          f"over those\nthat a query sees, on average. Active: at work on a token.\n")  # fmt: skip
     heads = ("parameters", "active", "forward", "causal", "training", "causal")
-    print(" " * 22 + "".join(f"{head:>15}" for head in heads))
-    for component, numbers in (found["components"] | {"total": found["total"]}).items():
-        print(f"{component:<22}" + "".join(f"{n:>15,}" for n in numbers.values()))
+    print(" " * 28 + "".join(f"{head:>15}" for head in heads))
+    for row, numbers in (found["components"] | {"total": found["total"]}).items():
+        print(f"{row:<28}" + "".join(f"{round(n):>15,}" for n in numbers.values()))
+    print(f"of which in tables that are looked up: {found['table_parameters']:,} parameters\n")
     for section in ("training", "memory", "cache", "decoding", "device"):
         for name, value in found.get(section, {}).items():
             print(f"{section:<10}{name.replace('_', ' '):<36}{text(value)}")
 
 
+def gpu_here():
+    """Returns the name of the GPU of this machine, "" where there is none that the table knows."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    name = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
+    return name if known_gpu(name) else ""
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="What a run of train.py costs; its config files and --key=value too.",
-                                     usage="python flops.py [config/x.py ...] [--key=value ...] [options]",
-                                     allow_abbrev=False)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description="What a run of train.py costs; its config files and --key=value too.",
+        usage="python flops.py [config/x.py ...] [--key=value ...] [options]",
+        allow_abbrev=False,
+    )
     parser.error = fail
-    parser.add_argument("--json", metavar="FILE", help="write all of it there too")
-    parser.add_argument("--device", default="", help='a GPU, for example "H200"; without it the one here, if any')
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of its peak that training reaches (%(default)s)")
-    parser.add_argument("--context", type=int, default=0, help="tokens in the cache when one is decoded (block_size)")
-    parser.add_argument("--batch", type=int, default=1, help="sequences that are decoded at once (%(default)s)")
-    parser.add_argument("--match", metavar="CONFIG", help="set one knob so that this run costs as much as that one")
-    parser.add_argument("--knob", help="which: a size of the model, or max_steps (the width of the MLP)")
-    parser.add_argument("--match_by", choices=("flops", "parameters"), default="flops", help="what (%(default)s)")
+    add = parser.add_argument
+    add("--json", metavar="FILE", help="write all of it there too")
+    add("--device", default="", help='a GPU, for example "H200"; without it the one here, if any')
+    add("--mfu", type=float, default=0.4, help="share of its peak that training reaches (%(default)s)")
+    add("--context", type=int, default=0, help="tokens in the cache when one is decoded (block_size)")
+    add("--batch", type=int, default=1, help="sequences that are decoded at once (%(default)s)")
+    add("--match", metavar="CONFIG", help="set one knob so that this run costs as much as that one")
+    add("--knob", help="which: a size of the model, or max_steps (the width of the MLP)")
+    add("--match_by", choices=("flops", "parameters"), default="flops", help="what (%(default)s)")
+    add("--match_optimizer", action="store_true", help="count the optimizer's FLOPs of each step, too")
     args, argv = parser.parse_known_args(argv)
     if not 0 < args.mfu <= 1:
         fail(f"--mfu {args.mfu}: a share of the peak is above 0 and at most 1: 0.3 to 0.5 is usual")
-    gpu = args.device
-    if not gpu and shutil.which("nvidia-smi"):  # torch would take seconds to tell
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpu = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
-        gpu = gpu if known_gpu(gpu) else ""
+    gpu = args.device or gpu_here()
     if gpu and not known_gpu(gpu):
         fail(f"--device {gpu} is not known here: try one of {', '.join(row[0].replace('.*', ' ') for row in GPUS)}")
-    argv = matched(args, argv) if args.match else argv
-    knobs, _, c = built(argv)
-    if args.batch < 1 or not 0 <= args.context <= c.block_size:
-        fail(f"--batch {args.batch} --context {args.context}: try 1 or more, and up to block_size={c.block_size}")
-    found = costs(knobs, c, gpu, args)
+    if args.match:
+        argv = matched(args, argv)
+    knobs, _, config = built(argv)
+    if args.batch < 1 or not 0 <= args.context <= config.block_size:
+        fail(f"--batch {args.batch} --context {args.context}: try 1 or more, and up to block_size={config.block_size}")
+    found = costs(knobs, config, gpu, args)
     show(found, knobs["block_size"])
     if args.json:
         try:

@@ -1,59 +1,68 @@
 """Multi-head latent attention (https://arxiv.org/abs/2405.04434): attention from one small latent per token.
 
-    c = norm(Wkv_down u), r = rope(Wk_rope u)          all that a token leaves in the cache: R + D numbers
-    [n, p] = Wq norm(Wq_down u)                        a query of each head: N numbers without position, D with
-    expanded: y = softmax([n, rope(p)] [Wk c, r]^T / sqrt(N + D)) Wv c      with keys and values of each head
-    absorbed: y = Wv softmax([Wk^T n, rope(p)] [c, r]^T / sqrt(N + D)) c    the same with the latents themselves
+    c = norm(Wkv_down u), r = rope(Wk_rope u)           what a token leaves in the cache: R + D numbers for all heads
+    [n, p] = Wq norm(Wq_down u)                         a query of each head: N numbers without position, D with
+    expanded: y = softmax([n, rope(p)] [Wk c, r]^T / sqrt(N + D)) Wv c      makes keys and values of each head
+    absorbed: y = Wv softmax([Wk^T n, rope(p)] [c, r]^T / sqrt(N + D)) c    equal, and attends to the cache itself
     x = x + Wo y, then x = x + Wdown (silu(Wgate u) * (Wup u))              u = RMSNorm(x)
 
-B batch, T time, S time with the cached past, C n_embd, H heads, R kv_rank, N nope_dim, D rope_dim, M v_dim,
-V vocabulary.
-Differs from model_baseline.py in: GPTConfig, rope_cos_sin, KVCache, Attention, hf_views, config_from_hf, config_to_hf,
-Reordered
+B  batch
+T  time: the tokens of one call
+S  time with the cached past
+C  n_embd, the width of the residual stream
+H  heads
+R  kv_rank, the latent rank
+N  nope_dim, the part of a head's query and key without position
+D  rope_dim, the part with position
+M  v_dim
+V  vocabulary
+
+Differs from model_baseline.py in: GPTConfig, rope_cos_sin, Attention, KVCache, GPT.init_weights
 """
 
 import copy
-import json
 import math
-import re
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 50304  # 50,257 of GPT-2 rounded up to a multiple of 64: faster matmuls
+    vocab_size: int = 50304  # GPT-2's 50,257 tokens rounded up to a multiple of 64: faster matmuls
     block_size: int = 1024  # the longest sequence
     n_layer: int = 12
     n_head: int = 12  # each has keys and values of its own, made from the latent
-    kv_rank: int = 128  # size of the latent that all keys and values are made from, and that the cache holds
-    q_rank: int = 0  # size of the latent that all queries are made from, say 3 * kv_rank; 0: made from x itself
+    kv_rank: int = 128  # size of the latent from which all keys and values are made, and which the cache holds
+    q_rank: int = 0  # size of the latent from which all queries are made, say 3 * kv_rank; 0: from x itself
     nope_dim: int = 64  # numbers of a head's query and key that know no position
-    rope_dim: int = 32  # and that RoPE turns: such a key is one for all heads, cached beside the latent
+    rope_dim: int = 32  # numbers that RoPE turns: such a key is one for all heads, cached beside the latent
     v_dim: int = 64  # numbers of a head's value
     n_embd: int = 768
     n_inner: int = 2048  # width of the MLP, about 8/3 n_embd
-    rope_theta: float = 10000.0  # wavelengths reach 2 pi theta tokens: 1e6 for long context
-    rope_scaling: str = "none"  # stretch positions past the trained length: none, linear or yarn
-    rope_factor: float = 1.0  # by how much: 4.0 is 4 times the trained length
-    rope_original: int = 0  # the trained length (yarn)
+    rope_theta: float = 10000.0  # wavelengths reach 2 pi rope_theta tokens: 1e6 for long context
+    rope_scaling: Literal["none", "linear", "yarn"] = "none"  # stretches positions past the trained length
+    rope_factor: float = 1.0  # how far rope_scaling stretches: 4.0 is 4 times the trained length
+    rope_original: int = 0  # the trained length, which yarn needs
     norm_eps: float = 1e-6
     tie_embeddings: bool = True  # the head is the embedding transposed
     scale_embeddings: bool = False  # multiply embeddings by sqrt(n_embd)
     logit_softcap: float = 0.0  # c > 0: logits become c * tanh(logits / c)
     dropout: float = 0.0  # on the output of each branch: for many epochs over little data
-    init_std: float = 0.02  # of every matrix; those that write to the residual stream get 1 / sqrt(2 n_layer) of it
-    zero_init_residual: bool = False  # those start at 0 instead, so that every block starts as the identity
-    eot_id: int = -1  # the token that begins a document: nothing crosses it; -1: one document, the fast causal path
+    init_std: float = 0.02  # std of every weight matrix; wo and w_down use init_std / sqrt(2 n_layer)
+    zero_init_residual: bool = False  # wo and w_down start at 0, so that every block starts as the identity
+    eot_id: int = -1  # the token that begins a document, which nothing crosses; -1 sees one document: the fast path
 
     def __post_init__(self):
-        for name, least in dict(n_head=1, kv_rank=1, q_rank=0, nope_dim=1, rope_dim=2, v_dim=1).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is below {least}: try {getattr(GPTConfig, name)}")
+        least = dict(n_head=1, kv_rank=1, q_rank=0, nope_dim=1, rope_dim=2, v_dim=1)
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value < minimum:
+                raise ValueError(f"{name}={value} is below {minimum}: try {getattr(GPTConfig, name)}")
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim={self.rope_dim} is odd, and RoPE turns pairs: try {self.rope_dim + 1}")
         if self.rope_scaling not in ("none", "linear", "yarn"):
@@ -75,18 +84,37 @@ class RMSNorm(nn.Module):
 
 
 def rope_cos_sin(positions, config):
-    """positions (..., T) -> cos, sin (..., T, 1, D/2) in fp32. YaRN: https://arxiv.org/abs/2309.00071, section 3."""
-    D, theta, factor = config.rope_dim, config.rope_theta, config.rope_factor
+    """Returns cos and sin (..., T, 1, D/2) in fp32 of the angles position * theta^(-2i/D), one for each pair i."""
+    D = config.rope_dim
     i = torch.arange(D // 2, device=positions.device).float()
-    inv_freq, stretch = 1.0 / theta ** (2 * i / D), float(config.rope_scaling == "linear")
-    if config.rope_scaling == "yarn":
-        # Pairs that turn over 32 times within the trained length are kept, those under once are stretched in full.
-        low, high = (D * math.log(config.rope_original / (2 * math.pi * n)) / (2 * math.log(theta)) for n in (32, 1))
-        low, high = max(math.floor(low), 0), min(math.ceil(high), D - 1)
-        stretch = ((i - low) / max(high - low, 0.001)).clamp(0, 1)
-    inv_freq = inv_freq * (1 - stretch) + inv_freq / factor * stretch
+    inv_freq = 1.0 / config.rope_theta ** (2 * i / D)  # (D/2,)
+    if config.rope_scaling == "linear":
+        inv_freq = inv_freq / config.rope_factor
+    elif config.rope_scaling == "yarn":
+        inv_freq, _ = yarn(inv_freq, config)  # Attention.scale has the magnitude
     angle = positions[..., None, None].float() * inv_freq
     return angle.cos(), angle.sin()
+
+
+def yarn(inv_freq, config):
+    """Returns stretched frequencies (D/2,) and the factor of cos and sin (https://arxiv.org/abs/2309.00071, section 3).
+
+    Pairs that turn more than 32 times within the trained length stay as they are, those that turn less than once are
+    stretched by the whole rope_factor, and in between the share grows linearly.
+    """
+    D = 2 * len(inv_freq)
+
+    def pair_that_turns(n):
+        return D * math.log(config.rope_original / (2 * math.pi * n)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_that_turns(32)), 0)
+    high = min(math.ceil(pair_that_turns(1)), D - 1)
+    i = torch.arange(D // 2, device=inv_freq.device).float()
+    stretched = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # (D/2,)
+    inv_freq = inv_freq * (1 - stretched) + inv_freq / config.rope_factor * stretched
+    # Over a longer context attention spreads: larger logits sharpen it again. Scores grow by the square of this.
+    magnitude = 0.1 * math.log(max(config.rope_factor, 1.0)) + 1.0
+    return inv_freq, magnitude
 
 
 def apply_rope(x, cos, sin):
@@ -95,48 +123,32 @@ def apply_rope(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
-class KVCache:
-    """Latents and rotated keys so far, preallocated: a layer's kv (B, max_len, R + D). pad (B,) counts left padding."""
-
-    def __init__(self, config, batch_size, max_len, pad=None, device=None, dtype=None):
-        shape = (batch_size, max_len, config.kv_rank + config.rope_dim)
-        self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.length, self.padded = 0, pad is not None
-        pad = torch.zeros(batch_size, dtype=torch.long, device=device) if pad is None else pad
-        self.start = torch.where(torch.arange(max_len, device=device) < pad[:, None], 0, pad[:, None])  # of documents
-
-    def check(self, B, T):
-        if B != self.start.size(0) or self.length + T > self.start.size(1):
-            raise ValueError(f"{B} x ({self.length} + {T}) tokens do not fit a cache of {tuple(self.start.shape)}")
-
-    def append(self, layer, kv):
-        """Writes kv (B, T, R + D) behind a layer's past and returns past and present, (B, S, R + D)."""
-        end = self.length + kv.size(1)
-        self.kv[layer][:, self.length : end] = kv
-        return self.kv[layer][:, :end]
-
-    def branch(self, n):
-        """A new cache in which each row stands n times in a row: n continuations of one prefill."""
-        new = copy.copy(self)
-        new.kv = [kv.repeat_interleave(n, dim=0) for kv in self.kv]
-        new.start = self.start.repeat_interleave(n, dim=0)
-        return new
-
-    def bytes_per_token(self):
-        return sum(kv.nbytes for kv in self.kv) // self.start.numel()
-
-
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        C, H, R, Q = config.n_embd, config.n_head, config.kv_rank, config.q_rank
-        N, D, M = config.nope_dim, config.rope_dim, config.v_dim
-        self.layer, self.nope_dim, self.rope_dim, self.scale = layer, N, D, (N + D) ** -0.5
-        if config.rope_scaling == "yarn":  # a longer context wants sharper attention, also where RoPE turns nothing
-            self.scale *= (0.1 * math.log(max(config.rope_factor, 1.0)) + 1.0) ** 2
-        self.wq_down = nn.Linear(C, Q, bias=False) if Q else nn.Identity()
-        self.q_norm = RMSNorm(Q, 1e-6) if Q else nn.Identity()  # DeepSeek's latents do not follow norm_eps
-        self.wq = nn.Linear(Q or C, H * (N + D), bias=False)
+        C = config.n_embd
+        H = config.n_head
+        R = config.kv_rank
+        N = config.nope_dim
+        D = config.rope_dim
+        M = config.v_dim
+        self.layer = layer
+        self.kv_rank = R
+        self.nope_dim = N
+        self.rope_dim = D
+        self.scale = (N + D) ** -0.5
+        if config.rope_scaling == "yarn":
+            # On cos and sin the magnitude would sharpen only the part with position; any frequencies ask for it.
+            _, magnitude = yarn(torch.ones(D // 2), config)
+            self.scale *= magnitude**2
+        if config.q_rank > 0:
+            self.wq_down = nn.Linear(C, config.q_rank, bias=False)
+            self.q_norm = RMSNorm(config.q_rank, 1e-6)  # DeepSeek's latents do not follow norm_eps
+            self.wq = nn.Linear(config.q_rank, H * (N + D), bias=False)
+        else:
+            self.wq_down = nn.Identity()
+            self.q_norm = nn.Identity()
+            self.wq = nn.Linear(C, H * (N + D), bias=False)
         self.wkv_down = nn.Linear(C, R, bias=False)
         self.kv_norm = RMSNorm(R, 1e-6)
         self.wk_rope = nn.Linear(C, D, bias=False)
@@ -146,39 +158,66 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask=None, cache=None):
         B, T, _ = x.shape
-        # 1. a query of each head
+        # 1. queries of each head; -1 counts the heads, which are fewer where a model is cut by heads over devices
         q = self.wq(self.q_norm(self.wq_down(x))).view(B, T, -1, self.nope_dim + self.rope_dim)  # (B, T, H, N + D)
-        q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), dim=-1)
-        q_rope = apply_rope(q_rope, *rope)
-        # 2. one latent and one rotated key of each token
-        k_rope = apply_rope(self.wk_rope(x)[:, :, None], *rope)[:, :, 0]  # (B, T, D)
-        kv = torch.cat((self.kv_norm(self.wkv_down(x)), k_rope), dim=-1)  # (B, T, R + D)
+        q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), dim=-1)  # (B, T, H, N), (B, T, H, D)
+        # 2. one latent and one key with position of each token
+        latent = self.kv_norm(self.wkv_down(x))  # (B, T, R)
+        k_rope = self.wk_rope(x)[:, :, None]  # (B, T, 1, D)
+        q_rope, k_rope = self.rotate(q_rope, k_rope, rope)
+        kv = torch.cat((latent, k_rope[:, :, 0]), dim=-1)  # (B, T, R + D)
         if cache is not None:
             kv = cache.append(self.layer, kv)  # (B, S, R + D)
-        # 3. attention: for one query it is not worth making keys and values of the whole past
-        attend = self.absorbed if T == 1 else self.expanded
-        return self.wo(attend(q_nope, q_rope, kv, mask).flatten(2))  # (B, T, C)
+        # 3. attend; for a single query it is not worth making the keys and values of the whole past
+        if T == 1:
+            y = self.absorbed(q_nope, q_rope, kv, mask)  # (B, T, H, M)
+        else:
+            y = self.expanded(q_nope, q_rope, kv, mask)  # (B, T, H, M)
+        # 4. merge the heads
+        return self.wo(y.reshape(B, T, -1))  # (B, T, C)
+
+    def rotate(self, q, k, rope):
+        """Turns q (B, T, H, D) and k (B, T, 1, D) by their positions."""
+        q = apply_rope(q, *rope)
+        k = apply_rope(k, *rope)
+        return q, k
 
     def expanded(self, q_nope, q_rope, kv, mask):
-        """Attention of each head to keys and values of its own, made from the latents: (B, T, H, M)."""
-        (B, S, _), (T, H) = kv.shape, q_nope.shape[1:3]
-        latent, k_rope = kv[..., : -self.rope_dim], kv[..., None, -self.rope_dim :]  # (B, S, R), (B, S, 1, D)
-        k_nope, v = (w(latent).view(B, S, H, -1) for w in (self.wk, self.wv))  # (B, S, H, N or M)
-        q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope.expand(-1, -1, H, -1)), dim=-1)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, N + D or M)
-        causal = True if mask is None and T > 1 else False  # torch.compile wants a bool; one query sees all the past
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale).transpose(1, 2)
+        """Attends from q_nope (B, T, H, N) and q_rope (B, T, H, D) to keys and values made from kv: (B, T, H, M)."""
+        B, S, _ = kv.shape
+        H = q_nope.size(2)
+        latent, k_rope = kv.split((self.kv_rank, self.rope_dim), dim=-1)  # (B, S, R), (B, S, D)
+        k_nope = self.wk(latent).view(B, S, H, -1)  # (B, S, H, N)
+        k_rope = k_rope[:, :, None].expand(-1, -1, H, -1)  # (B, S, H, D)
+        q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)  # (B, H, T, N + D)
+        k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)  # (B, H, S, N + D)
+        v = self.wv(latent).view(B, S, H, -1).transpose(1, 2)  # (B, H, S, M)
+        return self.attend(q, k, v, mask).transpose(1, 2)
 
     def absorbed(self, q_nope, q_rope, kv, mask):
-        """The same for T = 1 from the latents as they are: n . Wk c = Wk^T n . c, and sum p Wv c = Wv sum p c."""
-        wk, wv = (w.weight.unflatten(0, (q_nope.size(2), -1)) for w in (self.wk, self.wv))  # (H, N or M, R)
-        q = torch.cat((torch.einsum("bthn,hnr->bthr", q_nope, wk), q_rope), dim=-1)  # (B, 1, H, R + D)
-        kv = kv[:, None]  # (B, 1, S, R + D): keys and values of one head, for which the H heads of q are H queries
-        y = F.scaled_dot_product_attention(q, kv, kv, mask, scale=self.scale)  # kv whole as values: no copy of it
-        return torch.einsum("bthr,hmr->bthm", y[..., : -self.rope_dim], wv)  # (B, 1, H, M)
+        """Returns the same for T = 1 from kv as it is: n (Wk c) = (Wk^T n) c, and sum p (Wv c) = Wv (sum p c)."""
+        H = q_nope.size(2)
+        wk = self.wk.weight.view(H, -1, self.kv_rank)  # (H, N, R)
+        wv = self.wv.weight.view(H, -1, self.kv_rank)  # (H, M, R)
+        q_latent = torch.einsum("bthn,hnr->bthr", q_nope, wk)  # (B, 1, H, R)
+        # One head of keys serves all query heads, which are the rows of its queries. kv whole is the values too:
+        # cut to its latents it would be copied.
+        q = torch.cat((q_latent, q_rope), dim=-1)  # (B, 1, H, R + D)
+        kv = kv[:, None]  # (B, 1, S, R + D)
+        y = F.scaled_dot_product_attention(q, kv, kv, mask, scale=self.scale)  # (B, 1, H, R + D)
+        return torch.einsum("bthr,hmr->bthm", y[..., : self.kv_rank], wv)
+
+    def attend(self, q, k, v, mask):
+        """Softmax attention of q (B, H, T, N + D) to k (B, H, S, N + D) and v (B, H, S, M): (B, H, T, M)."""
+        causal = False
+        if mask is None and q.size(2) > 1:  # a single query sees all keys
+            causal = True
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
 
 
-class MLP(nn.Module):  # SwiGLU (https://arxiv.org/abs/2002.05202)
+class MLP(nn.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202)."""
+
     def __init__(self, config):
         super().__init__()
         self.w_gate = nn.Linear(config.n_embd, config.n_inner, bias=False)
@@ -200,7 +239,96 @@ class Block(nn.Module):
 
     def forward(self, x, rope, mask=None, cache=None):
         x = x + self.dropout(self.attn(self.attn_norm(x), rope, mask, cache))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x
+
+
+class KVCache:
+    """Latents and turned keys of the tokens so far, in buffers made once: kv[layer] (B, max_len, R + D).
+
+    doc_start (B, max_len) holds for each place the place where its document begins; tokens see each other where it is
+    equal. Padding at the left is a document of its own. Two rows, the second with pad=1; E is eot_id, - is padding:
+        tokens       a b E c    - a b c
+        doc_start    0 0 2 2    0 1 1 1
+        position     0 1 0 1    0 0 1 2    place - doc_start
+    """
+
+    def __init__(self, config, batch_size, max_len, pad=None, static=False, device=None, dtype=None):
+        shape = (batch_size, max_len, config.kv_rank + config.rope_dim)
+        self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.max_len = max_len
+        self.static = static
+        self.length = torch.zeros((), dtype=torch.long, device=device) if static else 0
+        self.places = torch.arange(max_len, device=device)
+        self.eot_id = config.eot_id
+        self.has_documents = config.eot_id >= 0 or pad is not None
+        self.pad = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        if pad is not None:
+            self.pad = self.pad + pad[:, None]
+        self.doc_start = torch.zeros(batch_size, max_len, dtype=torch.long, device=device)
+
+    def advance(self, idx):
+        """Takes the next places for idx (B, T), and returns what GPT.positions_and_mask does, for all keys so far."""
+        B, T = idx.shape
+        too_long = not self.static and self.length + T > self.max_len
+        if B != len(self.pad) or too_long:
+            size = (len(self.pad), self.max_len)
+            raise ValueError(f"{B} x ({int(self.length)} + {T}) tokens do not fit a cache of {size}")
+        self.length += T
+        place = self.last_places(T)  # (T,)
+        # Behind a past is_causal would be wrong: it counts keys from the first query on, which sees key 0 only.
+        # Without a past it is right, and a single query sees every key there is: neither needs a mask.
+        if not self.has_documents and not self.static and T in (1, self.length):
+            return place, None
+        causal = self.places[: self.n_keys()] <= place[:, None]  # (T, S)
+        if not self.has_documents:
+            return place, causal
+        # A token's document begins at itself if it is eot_id, behind the padding, or where that of the token before it
+        # does, whichever is last. Before the first token entry 0 is 0.
+        at_eot = torch.where(idx == self.eot_id, place, 0)  # (B, T)
+        behind_padding = torch.where(place < self.pad, 0, self.pad)  # (B, T)
+        before = self.doc_start.index_select(1, (place[:1] - 1).clamp(min=0))  # (B, 1)
+        doc_start = torch.maximum(torch.maximum(at_eot, behind_padding), before).cummax(dim=1).values  # (B, T)
+        self.doc_start.index_copy_(1, place, doc_start)
+        same = doc_start[:, :, None] == self.doc_start[:, None, : self.n_keys()]  # (B, T, S)
+        return place - doc_start, (same & causal)[:, None]  # (B, T), (B, 1, T, S)
+
+    def append(self, layer, kv):
+        """Writes kv (B, T, R + D) of the newest tokens; returns that of all tokens so far, (B, S, R + D)."""
+        place = self.last_places(kv.size(1))
+        self.kv[layer].index_copy_(1, place, kv.type_as(self.kv[layer]))
+        S = self.n_keys()
+        return self.kv[layer][:, :S]
+
+    def last_places(self, T):
+        if self.static:
+            return self.length - T + self.places[:T]
+        return self.places[self.length - T : self.length]
+
+    def n_keys(self):
+        """Returns S: a static cache shows all its places at every length, and the mask hides those not yet taken."""
+        return self.max_len if self.static else self.length
+
+    def rewind(self, length):
+        """Forgets all tokens but the first `length`."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"a cache of {int(self.length)} tokens cannot be rewound to {length}")
+        if self.static:
+            self.length.fill_(length)
+        else:
+            self.length = length
+
+    def branch(self, n):
+        """Returns a copy with every sequence repeated n times, to sample n continuations of one prompt."""
+        new = copy.copy(self)
+        new.kv = [kv.repeat_interleave(n, dim=0) for kv in self.kv]
+        new.pad = self.pad.repeat_interleave(n, dim=0)
+        new.doc_start = self.doc_start.repeat_interleave(n, dim=0)
+        new.length = self.length + 0  # a tensor of its own where it is one
+        return new
+
+    def bytes_per_token(self):
+        return sum(x.nbytes for x in self.kv) // self.doc_start.numel()
 
 
 class GPT(nn.Module):
@@ -208,25 +336,36 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = None  # tied: logits() takes the embedding
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        residual_scale = 0.0 if self.config.zero_init_residual else (2 * self.config.n_layer) ** -0.5
+        """Sets every parameter; raises on one that it does not know, so that a new weight says how it begins."""
+        std = self.config.init_std
+        residual_std = std / math.sqrt(2 * self.config.n_layer)  # 2 n_layer branches add up in the residual stream
+        if self.config.zero_init_residual:
+            residual_std = 0.0
         for name, p in self.named_parameters():
-            if name.endswith("norm.weight"):
+            kind = name.removesuffix(".weight").split(".")[-1]  # wq of blocks.0.attn.wq.weight
+            if kind.endswith("norm"):
                 p.fill_(1.0)
+            elif kind in ("wo", "w_down"):
+                p.normal_(0.0, residual_std)
+            elif kind in ("embed", "lm_head", "wq_down", "wq", "wkv_down", "wk_rope", "wk", "wv", "w_gate", "w_up"):
+                p.normal_(0.0, std)
             else:
-                scale = residual_scale if name.endswith(("wo.weight", "w_down.weight")) else 1.0
-                p.normal_(0.0, self.config.init_std * scale)
+                raise ValueError(f"init_weights does not know {name}: say how it begins")
 
-    def forward(self, idx, targets=None, cache=None, last_only=False):
-        """idx (B, T) -> logits (B, T, V); with targets (B, T) -> the mean loss, a scalar; targets of -1 are ignored.
+    def forward(self, idx, targets=None, cache=None, last_only=False, per_token=False):
+        """Returns the logits (B, T, V) of idx (B, T), or with targets (B, T) the mean loss; targets of -1 are ignored.
 
-        A cache holds the tokens before idx, and idx is appended to it. last_only: logits (B, 1, V) of the last token.
+        A cache holds the tokens before idx, and takes up idx. last_only: logits (B, 1, V) of the last token.
+        per_token: the negative log-probability of each target (B, T), 0 where ignored, and the auxiliary loss, here 0.
         """
         positions, mask = self.positions_and_mask(idx, cache)
         rope = rope_cos_sin(positions, self.config)
@@ -235,243 +374,113 @@ class GPT(nn.Module):
             x = x * self.config.n_embd**0.5
         for block in self.blocks:
             x = block(x, rope, mask, cache)
-        if cache is not None:
-            cache.length += idx.size(1)
-        x = self.norm(x[:, -1:] if last_only else x)
-        return self.logits(x) if targets is None else self.lm_loss(x, targets)
+        if last_only:
+            x = x[:, -1:]
+        x = self.norm(x)
+        if targets is None:
+            return self.logits(x)
+        if per_token:
+            return self.token_losses(x, targets), torch.zeros((), device=x.device)
+        return self.lm_loss(x, targets)
 
-    def positions_and_mask(self, idx, cache):
-        """Positions (T,) or (B, T) in the document, and a bool mask of the keys that each query sees (None: causal)."""
-        (B, T), past = idx.shape, 0
+    def positions_and_mask(self, idx, cache=None):
+        """Returns each token's position in its document, (T,) or (B, T), and the keys that it sees as a bool mask.
+
+        A mask of None means causal, with the same keys as queries: the fast path. Behind a cache, which also moves its
+        length on here, the mask is (T, S) or (B, 1, T, S). Documents begin at eot_id, for example 9:
+            idx 9 5 9 7  ->  doc_start 0 0 2 2  ->  positions 0 1 0 1;  the last token sees the last two
+        """
         if cache is not None:
-            cache.check(B, T)
-            past = cache.length
-        if past + T > self.config.block_size:
-            raise ValueError(f"{past + T} tokens are more than block_size={self.config.block_size}: give fewer")
-        t, s = torch.arange(past, past + T, device=idx.device), torch.arange(past + T, device=idx.device)
-        if self.config.eot_id < 0 and not (cache is not None and cache.padded):
-            return t, None if past == 0 or T == 1 else s <= t[:, None]  # (T,), (T, S)
-        # A document is known by where it begins: padding by 0, what follows it by the number of padding tokens.
-        start = torch.where(idx == self.config.eot_id, t, 0)  # (B, T)
-        start = start if cache is None else torch.maximum(start, cache.start[:, past : past + T])
-        start = seen = start.cummax(dim=1).values
-        if cache is not None:
-            cache.start[:, past : past + T] = start
-            cache.start[:, past + T :].clamp_(min=start[:, -1:])
-            seen = cache.start[:, : past + T]  # (B, S)
-        mask = (start[:, :, None] == seen[:, None, :]) & (s <= t[:, None])  # (B, T, S)
-        return t - start, mask[:, None]  # (B, T), (B, 1, T, S)
+            return cache.advance(idx)
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}: give fewer")
+        place = torch.arange(T, device=idx.device)
+        if self.config.eot_id < 0:
+            return place, None
+        doc_start = torch.where(idx == self.config.eot_id, place, 0).cummax(dim=1).values  # (B, T)
+        same = doc_start[:, :, None] == doc_start[:, None, :]  # (B, T, T)
+        causal = place <= place[:, None]  # (T, T)
+        return place - doc_start, (same & causal)[:, None]  # (B, T), (B, 1, T, T)
 
     def logits(self, x):
-        logits, cap = F.linear(x, (self.lm_head or self.embed).weight), self.config.logit_softcap  # (B, T, V)
-        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+        """Returns the scores (..., V) of all tokens for hidden states x (..., C)."""
+        if self.lm_head is None:
+            logits = F.linear(x, self.embed.weight)
+        else:
+            logits = self.lm_head(x)
+        cap = self.config.logit_softcap
+        if cap > 0:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
     def lm_loss(self, x, targets):
-        """Cross-entropy in fp32 of the final hidden states x (B, T, C) against targets (B, T)."""
+        """Returns the mean cross-entropy, in fp32, of the final hidden states x (B, T, C) against targets (B, T)."""
         return F.cross_entropy(self.logits(x).flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
-    def new_cache(self, batch_size, max_len, pad=None):
-        return KVCache(self.config, batch_size, max_len, pad, self.embed.weight.device, self.embed.weight.dtype)
+    def token_losses(self, x, targets):
+        """Returns the cross-entropy of each token (B, T), in fp32, from chunks whose logits are computed twice.
 
-    # Here ends the architecture. What follows is the same in every file, but for the names of weights at the end.
-    @torch.no_grad()
-    def stream(
-        self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, stop=(), num_samples=1,
-        crop=False, use_cache=True, generator=None,
-    ):  # fmt: skip
-        """Yields the next token of every row, (B * num_samples,), as they come; -1 in rows that have met a stop token.
-
-        idx: ids (B, T), or a list of B prompts of any lengths, padded at the left. temperature=0 is greedy, top_k=0 and
-        top_p=1 are off; num_samples continues each prompt that often from one prefill. Past block_size it is an error,
-        unless crop=True: each token is then predicted from the last block_size ones by a full forward.
+        Kept for the gradient, the logits of 8 x 2,048 tokens over 151,936 ids would take 10 GB.
         """
-        prompts = idx.tolist() if torch.is_tensor(idx) else [list(prompt) for prompt in idx]
-        if not prompts or not all(prompts):
-            raise ValueError("an empty prompt: begin with a token, for example the one that begins a document")
-        device, block_size, longest = self.embed.weight.device, self.config.block_size, max(map(len, prompts))
-        if longest + max_new_tokens - 1 > block_size and not crop:  # the last token is never fed back
-            raise ValueError(f"{longest} + {max_new_tokens} tokens do not fit block_size={block_size}: try crop=True")
-        idx = torch.tensor([p[:1] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T)
-        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-        done = torch.zeros(len(prompts) * num_samples, dtype=torch.bool, device=device)
-        stop = torch.tensor(list(stop), dtype=torch.long, device=device)
-        for step in range(max_new_tokens):
-            lost = max(idx.size(1) - block_size, 0)
-            if step == 0 or lost > 0 or not use_cache:
-                left = (pad - lost).clamp(min=0) if min(map(len, prompts)) < longest else None
-                cache = self.new_cache(len(idx), min(longest + max_new_tokens, block_size), left)
-            logits = self(idx[:, lost + cache.length :], cache=cache, last_only=True)[:, -1]  # (B, V)
-            if step == 0 and num_samples > 1:
-                logits, idx, pad = (x.repeat_interleave(num_samples, dim=0) for x in (logits, idx, pad))
-                cache = cache.branch(num_samples)
-            token = pick_token(logits, idx, temperature, top_k, top_p, repetition_penalty, generator)
-            done |= torch.isin(token, stop)
-            if done.all():
-                return
-            yield torch.where(done, -1, token)
-            idx = torch.cat((idx, token[:, None]), dim=1)
 
-    def generate(self, idx, max_new_tokens, num_samples=1, **options):
-        """The new tokens of every row as lists, without the stop token that ended them; options as in `stream`."""
-        columns = [c.tolist() for c in self.stream(idx, max_new_tokens, num_samples=num_samples, **options)]
-        return [[c[row] for c in columns if c[row] >= 0] for row in range(len(idx) * num_samples)]
+        def chunk_losses(x, targets):
+            return F.cross_entropy(self.logits(x).float(), targets, ignore_index=-1, reduction="none")
 
-    def metrics(self):
-        """What a training step should log beside the loss: {name: float}."""
-        return {}
+        losses = []
+        for rows, wanted in zip(x.flatten(0, 1).split(1024), targets.flatten().split(1024)):
+            losses.append(checkpoint(chunk_losses, rows, wanted, use_reentrant=False))
+        return torch.cat(losses).view_as(targets)
 
-    @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """A model from a Hugging Face folder: config.json and *.safetensors, sharded or not. Nothing is unpickled."""
-        import safetensors.torch
+    def new_cache(self, batch_size, max_len, pad=None, static=False):
+        """Returns an empty cache for max_len tokens a row, of which the first pad (B,) are padding.
 
-        config = config_from_hf(json.loads((Path(folder) / "config.json").read_text()))
-        with torch.device("meta"):
-            model = cls(config).to(dtype)
-        missing = hf_views(model.to_empty(device=device))
-        for file in sorted(Path(folder).glob("*.safetensors")):
-            try:
-                tensors = safetensors.torch.load_file(file)
-            except safetensors.SafetensorError as error:
-                raise ValueError(f"{file} is damaged or cut short ({error}): fetch it again") from error
-            for name, tensor in tensors.items():
-                view = missing.pop(name if name in missing else HF_PREFIX + name, None)
-                if view is not None and tensor.shape == view.shape:
-                    view.copy_(tensor)
-                elif view is not None or not name.endswith(HF_IGNORED):
-                    raise ValueError(f"{file}: {name} is {tensor.shape}, not {getattr(view, 'shape', 'in this model')}")
-        if missing:  # pickled weights (.bin) are not read
-            raise ValueError(f"{folder}/*.safetensors lack {len(missing)} weights: {', '.join(list(missing)[:5])}")
-        return model.eval()
+        static: shapes never depend on the length, so that one compiled step serves every token.
+        """
+        if max_len > self.config.block_size:
+            raise ValueError(f"max_len={max_len} is more than block_size={self.config.block_size}: give less")
+        weight = self.embed.weight
+        return KVCache(self.config, batch_size, max_len, pad, static, weight.device, weight.dtype)
 
-    def save_pretrained(self, folder):
-        """Writes config.json and model.safetensors as transformers' AutoModelForCausalLM reads them."""
-        import safetensors.torch
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0):
+        """Returns idx (B, T) continued by max_new_tokens ids; temperature=0 is greedy, top_k=0 draws from all ids.
 
-        folder, config = Path(folder), json.dumps(config_to_hf(self.config), indent=2)
-        if any(folder.glob("*.safetensors")):
-            raise FileExistsError(f"{folder} holds a model already: give another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: view.contiguous() for name, view in hf_views(self).items()}
-        safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(config)
+        When block_size is full, each further token is predicted from the last block_size ones, without their cache.
+        """
+        max_len = min(idx.size(1) + max_new_tokens, self.config.block_size)
+        cache = None
+        for _ in range(max_new_tokens):
+            if cache is None or cache.length == self.config.block_size:
+                cache = self.new_cache(len(idx), max_len)
+            new = idx[:, cache.length :][:, -max_len:]
+            logits = self(new, cache=cache, last_only=True)[:, -1].float()  # (B, V)
+            if top_k > 0:
+                least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -math.inf)
+            token = logits.argmax(dim=-1, keepdim=True)
+            if temperature > 0:
+                token = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
+            idx = torch.cat((idx, token), dim=1)
+        return idx
 
 
-def pick_token(logits, idx, temperature, top_k, top_p, repetition_penalty, generator):
-    """logits (B, V) and the tokens so far (B, S) -> the next token (B,)."""
-    logits = logits.float()
-    if repetition_penalty != 1.0:  # https://arxiv.org/abs/1909.05858: what was said becomes less likely
-        said = logits.gather(1, idx)
-        logits = logits.scatter(1, idx, torch.where(said > 0, said / repetition_penalty, said * repetition_penalty))
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    if top_k > 0:
-        probs[:, top_k:] = 0.0
-    if top_p < 1:  # the smallest set that reaches top_p of what is left
-        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p * probs.sum(dim=-1, keepdim=True), 0.0)
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+TINY = dict(vocab_size=256, block_size=64, n_layer=2, n_head=4, kv_rank=32, q_rank=48, nope_dim=16, rope_dim=8,
+            v_dim=16, n_embd=64, n_inner=160)  # fmt: skip
 
-
-class Reordered:
-    """A weight of the file whose rows are those of some of ours in another order: what no view can say."""
-
-    def __init__(self, order, *weights):
-        self.order, self.weights = order, weights
-        self.shape = torch.Size((len(order), weights[0].size(1)))
-
-    def copy_(self, tensor):
-        parts = tensor[self.order.argsort()].split([len(w) for w in self.weights])
-        for weight, part in zip(self.weights, parts):
-            weight.copy_(part)
-
-    def contiguous(self):
-        return torch.cat(self.weights)[self.order]
-
-
-def hf_views(model):
-    """{Hugging Face's name: our weight, seen in its shape there}: copying into a view loads, reading it saves."""
-    views, c = {}, model.config
-    for name, p in model.named_parameters():
-        for ours, theirs in HF_NAMES:
-            name = re.sub(ours, theirs, name)
-        views[name] = p.data
-    # There RoPE turns neighbours, latent and rotated key are one matrix, and keys and values alternate by head.
-    pairs = torch.arange(c.rope_dim).view(2, -1).t().flatten()  # 0, D/2, 1, D/2 + 1...
-    q, k, v = (torch.arange(c.n_head * n).view(c.n_head, n) for n in (c.nope_dim + c.rope_dim, c.nope_dim, c.v_dim))
-    q = torch.cat((q[:, : c.nope_dim], q[:, c.nope_dim + pairs]), dim=1)
-    joined = {
-        "q_b_proj" if c.q_rank else "q_proj": (q, "wq"),
-        "kv_a_proj_with_mqa": (torch.cat((torch.arange(c.kv_rank), c.kv_rank + pairs)), "wkv_down", "wk_rope"),
-        "kv_b_proj": (torch.cat((k, k.numel() + v), dim=1), "wk", "wv"),
-    }
-    for layer in range(c.n_layer):
-        at = f"model.layers.{layer}.self_attn."
-        for theirs, (order, *ours) in joined.items():
-            parts = [views.pop(f"{at}{name}.weight") for name in ours]
-            views[f"{at}{theirs}.weight"] = Reordered(order.flatten(), *parts)
-    return views
-
-
-def config_from_hf(hf):
-    hf = hf | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})  # as transformers 4 and 5 write them
-    scaling = hf.get("rope_type", hf.get("type", "default"))
-    if scaling == "yarn":
-        hf = dict(mscale=None, mscale_all_dim=None) | hf  # without them YaRN sharpens the rotated part alone
-    for key, value in (HF_FIXED | HF_YARN).items():
-        if hf.get(key, value) != value:
-            raise ValueError(f"config.json: {key}={hf[key]!r} is not supported, only {value!r}")
-    if hf["first_k_dense_replace"] < hf["num_hidden_layers"]:
-        dense = f"first_k_dense_replace={hf['first_k_dense_replace']} of {hf['num_hidden_layers']} layers are dense"
-        raise ValueError(f"config.json: {dense}, the others mixtures of experts: this file has dense layers only")
-    fields = {ours: hf[theirs] for ours, theirs in HF_FIELDS.items()}
-    fields["q_rank"] = fields["q_rank"] or 0
-    if scaling != "default":
-        fields |= dict(rope_scaling=scaling, rope_factor=hf["factor"])
-        fields |= dict(rope_original=hf.get("original_max_position_embeddings", 0))
-    return GPTConfig(**fields)
-
-
-def config_to_hf(config):
-    for key, value in dict(scale_embeddings=False, logit_softcap=0.0).items():
-        if getattr(config, key) != value:
-            raise ValueError(f"DeepSeek-V3 has no {key}={getattr(config, key)}: this model cannot be saved as one")
-    hf = HF_FIXED | {theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()}
-    hf |= dict(q_lora_rank=config.q_rank or None, num_key_value_heads=config.n_head)
-    hf |= dict(first_k_dense_replace=config.n_layer, num_nextn_predict_layers=0)
-    if config.rope_scaling != "none":
-        original = {"original_max_position_embeddings": config.rope_original} if config.rope_original else {}
-        hf["rope_scaling"] = dict(rope_type=config.rope_scaling, factor=config.rope_factor) | original
-        if config.rope_scaling == "yarn":
-            hf["rope_scaling"] |= dict(mscale=1.0, mscale_all_dim=1.0)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), config.eot_id if config.eot_id >= 0 else None)
-    return hf | ids | dict(architectures=["DeepseekV3ForCausalLM"])
-
-
-HF_PREFIX, HF_IGNORED = "model.", ("lm_head.weight", "inv_freq")  # may be absent; copies of what is here already
-HF_NAMES = [("^embed", "model.embed_tokens"), ("^blocks", "model.layers"), ("^norm", "model.norm"),
-            ("attn_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"), (r"\.attn\.", ".self_attn."),
-            (r"\.wo\.", ".o_proj."), (r"\.w_(gate|up|down)\.", r".\1_proj."), ("wq_down", "q_a_proj"),
-            (r"\.(q|kv)_norm", r".\1_a_layernorm")]  # fmt: skip
-HF_FIELDS = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", kv_rank="kv_lora_rank",
-                 q_rank="q_lora_rank", nope_dim="qk_nope_head_dim", rope_dim="qk_rope_head_dim", v_dim="v_head_dim",
-                 n_embd="hidden_size", n_inner="intermediate_size", block_size="max_position_embeddings",
-                 vocab_size="vocab_size", norm_eps="rms_norm_eps", rope_theta="rope_theta",
-                 tie_embeddings="tie_word_embeddings")  # fmt: skip
-HF_FIXED = dict(model_type="deepseek_v3", hidden_act="silu", attention_bias=False, rope_interleave=True)
-HF_YARN = dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None, mscale=1.0, mscale_all_dim=1.0)
-
-if __name__ == "__main__":  # overfit one batch for 20 steps, then continue its first tokens
+if __name__ == "__main__":  # learns one batch by heart in 20 steps, then continues its first tokens
     torch.manual_seed(0)
-    sizes = dict(vocab_size=256, block_size=64, n_layer=2, n_head=4, n_embd=64, n_inner=160)
-    sizes |= dict(kv_rank=32, q_rank=48, nope_dim=16, rope_dim=8, v_dim=16)
-    model, batch, losses = GPT(GPTConfig(**sizes)), torch.randint(256, (4, 33)), []
+    model = GPT(GPTConfig(**TINY))
+    batch = torch.randint(model.config.vocab_size, (4, 33))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
     for _ in range(20):
-        losses.append(model(batch[:, :-1], batch[:, 1:]))
+        loss = model(batch[:, :-1], batch[:, 1:])
         optimizer.zero_grad()
-        losses[-1].backward()
+        loss.backward()
         optimizer.step()
-    size, cache_bytes = sum(p.numel() for p in model.parameters()), model.new_cache(1, 8).bytes_per_token()
-    print(f"{size:,} parameters, {cache_bytes} cache bytes per token, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    print(f"greedy {model.generate(batch[:1, :8], 8, temperature=0)[0]} of {batch[0, 8:16].tolist()}")
+        losses.append(loss.item())
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    print(f"{model.new_cache(1, 8).bytes_per_token()} cache bytes per token")
+    continued = model.generate(batch[:1, :8], 8, temperature=0)[0, 8:]
+    print(f"greedy {continued.tolist()} of {batch[0, 8:16].tolist()}")

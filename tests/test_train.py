@@ -771,8 +771,8 @@ def test_the_load_of_experts_is_logged_and_drawn(work):
     logged = [row for row in run.steps if "expert_load" in row]
     assert [row["step"] for row in logged] == [2, 4, 6]
     assert all(np.array(row["expert_load"]).sum(axis=1).tolist() == [2 * 256, 2 * 256] for row in logged)
-    assert (run.folder / "experts.png").read_bytes()[:4] == b"\x89PNG"
-    assert not (work / "base" / "experts.png").exists()
+    assert (run.folder / "metrics-expert_load.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (work / "base" / "metrics-expert_load.png").exists()
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "config").glob("*.py")))
