@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import configurator
 import flops
-import kernels
+import kernels_delta
 import muon
 from bench_kernels import bench_kernels, kernels_markdown
 from bench_parallel import parallel, parallel_markdown
@@ -240,7 +240,7 @@ def training_rows(models, batch, rounds, tokens, device="cpu"):
         entrants.append((variant, model, model, settings if variant == list(models)[-1] else settings[:1], per_token))
     if device.startswith("cuda"):
         fused = copy.deepcopy(model)
-        kernels.install(fused)
+        kernels_delta.install(fused)
         entrants.append((f"{variant} with kernels", fused, fused, settings, per_token))
     theirs = as_transformers(model)
     if theirs is not None:

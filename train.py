@@ -179,8 +179,7 @@ try:
 except ValueError as error:
     die(error)
 if kernels:
-    swapped = importlib.import_module("kernels").install(raw_model)
-    say(f"kernels: {', '.join(f'{n} x {kernel}' for kernel, n in swapped.items())}")
+    say(f"kernels: {importlib.import_module('kernels_delta').install(raw_model)}")
 if gradient_checkpointing:
     for block in raw_model.blocks:
         block.forward = partial(recompute, block.forward, use_reentrant=False)
