@@ -306,12 +306,12 @@ def peak_of_a_real_step(model, dtype, recompute, windows, T):
         ("mla", "float32", False, dict(nope_dim=24, v_dim=16)),  # values of another width: attention is not fused
     ],
 )
-def test_activations_are_within_a_tenth_of_what_a_real_step_allocates(name, dtype, recompute, options):
+def test_activations_are_within_a_twentieth_of_what_a_real_step_allocates(name, dtype, recompute, options):
     options = dict(vocab_size=256, block_size=256, bold=False) | options
     model = build(name, **options).train()
     found = flops.memory(name, model.config, 256, dtype, 4, gradient_checkpointing=recompute)
     want = peak_of_a_real_step(model, dtype, recompute, 4, 256)
-    assert found["activation_bytes"] == pytest.approx(want, rel=0.1)
+    assert found["activation_bytes"] == pytest.approx(want, rel=0.05)
     assert found["weight_bytes"] == found["gradient_bytes"] == 4 * sum(p.numel() for p in model.parameters())
 
 
@@ -545,7 +545,7 @@ def test_parameters_can_be_matched_instead(report):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model=mine", "unknown model 'mine'; the model_*.py files here give: baseline, gpt2"),
+        ("--model=mine", "unknown model 'mine'; the model_*.py files here give: baseline, gated, gpt2"),
         ("--device B300X", "--device B300X is not known here: try one of B200, H200, H100"),
         ("--mfu 0", "--mfu 0.0: a share of the peak is above 0 and at most 1"),
         ("--mfu 1.5", "--mfu 1.5: a share of the peak"),
