@@ -1,12 +1,14 @@
 # make quickstart   trains a small model on this Python's own source, and lets it write (4 minutes on 2 cores)
-# make test         the tests
+# make test         the tests, one worker to a core; the ten slowest and the time it took stand at the end
+# make test-all     those marked slow as well: the same properties at a larger size, or on more cases
 # make lint         ruff
-# Both make .venv first where it is missing. PYTHON=python3.12 make ... takes another interpreter (3.11 or newer).
+# Each makes .venv first where it is missing. PYTHON=python3.12 make ... takes another interpreter (3.11 or newer).
 
 PYTHON ?= python3
 RUN := .venv/bin/python
+TEST := $(RUN) -m pytest --numprocesses=auto --dist=loadgroup --durations=10
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test test-all lint
 
 quickstart: .venv/installed
 	$(RUN) data/prepare.py stdlib --tokenizer bpe:4096
@@ -15,7 +17,10 @@ quickstart: .venv/installed
 	@echo "the loss is drawn in out/quickstart/loss.png"
 
 test: .venv/installed-dev
-	$(RUN) -m pytest
+	$(TEST) -m "not slow"
+
+test-all: .venv/installed-dev
+	$(TEST)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

@@ -31,12 +31,12 @@ import torch.nn.functional as F
 
 import configurator
 import flops
-import kernels
+import kernels_delta
 import muon
 from bench_kernels import bench_kernels, kernels_markdown
 from bench_parallel import parallel, parallel_markdown
 from bench_variants import variants, variants_markdown
-from sample import with_compiled_step
+from generate import CompiledStep, stream
 from timing import (
     TokenTimes,
     bandwidth,
@@ -76,10 +76,12 @@ def as_transformers(model, dtype=torch.float32):
         return None
     import transformers
 
+    import hf
+
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model.save_pretrained(Path(folder) / "model")
+            hf.save(model, Path(folder) / "model")
         except ValueError as error:
             print(f"without transformers: {error}", file=sys.stderr)
             return None
@@ -238,7 +240,7 @@ def training_rows(models, batch, rounds, tokens, device="cpu"):
         entrants.append((variant, model, model, settings if variant == list(models)[-1] else settings[:1], per_token))
     if device.startswith("cuda"):
         fused = copy.deepcopy(model)
-        kernels.install(fused)
+        kernels_delta.install(fused)
         entrants.append((f"{variant} with kernels", fused, fused, settings, per_token))
     theirs = as_transformers(model)
     if theirs is not None:
@@ -338,11 +340,12 @@ def bytes_per_step(variant, model, batch, context):
     return round(flops.weights_read(variant, model.config, batch) * width + batch * cache)
 
 
-def our_tokens(model, idx, new):
-    """Greedy ids (B, new), (seconds to the first token, seconds between tokens)."""
-    times, tokens = TokenTimes(), []
+def our_tokens(model, idx, new, step=None):
+    """Returns greedy ids (B, new), (seconds to the first token, seconds between tokens). step: as stream takes it."""
+    times = TokenTimes()
+    tokens = []
     times.put(idx)
-    for token in model.stream(idx, new, temperature=0):
+    for token in stream(model, idx, new, temperature=0, step=step):
         times.put(token)
         tokens.append(token)
     return torch.stack(tokens, dim=1).tolist(), times.seconds()
@@ -359,7 +362,7 @@ def decoding_rows(model, idx, new, rounds, compiled, device="cpu"):
     """Each of them generates in every round; `same` counts the first tokens that are those of the first row."""
     runs = {"eager": (model, our_tokens)}
     if compiled:
-        runs["compiled"] = with_compiled_step(model), our_tokens
+        runs["compiled"] = model, partial(our_tokens, step=CompiledStep(model))
     theirs = as_transformers(model, model.embed.weight.dtype)
     if theirs is not None:
         theirs.eval().generation_config.eos_token_id = None  # nothing ends before `new` tokens

@@ -67,13 +67,12 @@ def moe_rows(rounds, device, dtype, batch, experts, versus, sizes, per_token, wi
     return {"rows": rows}
 
 
-def full_cache(model, context):
-    """A cache with random contents in which one place is left: the next token meets `context` tokens, itself one."""
-    cache = model.new_cache(1, context)
-    for held in vars(cache).values():
-        for tensor in held if isinstance(held, list) else ():
-            tensor.normal_()
-    cache.length = context - 1
+@torch.no_grad()
+def prefilled_cache(model, context, room=0):
+    """Returns a cache of `context` random tokens, with room for so many more."""
+    cache = model.new_cache(1, context + room)
+    idx, _ = random_batch(1, context, model.config.vocab_size, model.embed.weight.device)
+    model(idx, cache=cache, last_only=True)
     return cache
 
 
@@ -90,10 +89,10 @@ def mla_rows(rounds, device, dtype, context, sizes):
     rows, functions, outputs = [], [], []
     for who, model, attention in (("absorbed", mla, mla.blocks[0].attn), ("expanded", mla, expanded),
                                   ("MHA", mha, mha.blocks[0].attn)):  # fmt: skip
-        torch.manual_seed(0)
-        cache = full_cache(model, context)
+        cache = prefilled_cache(model, context)
         rope_cos_sin = importlib.import_module(type(model).__module__).rope_cos_sin
         rope = rope_cos_sin(torch.tensor([context - 1], device=device), model.config)
+        torch.manual_seed(0)
         x = torch.randn(1, 1, sizes["n_embd"], device=device, dtype=model.embed.weight.dtype)
         functions.append(partial(attention, x, rope, None, cache))
         outputs.append(functions[-1]())
@@ -107,17 +106,20 @@ def mla_rows(rounds, device, dtype, context, sizes):
 def hybrid_rows(rounds, device, dtype, contexts, lengths, sizes):
     """One token after contexts of several lengths; a training step of one window, short and long."""
     decoding, training, functions, steps = [], [], [], []
-    # 1. decode
-    model = build("hybrid", sizes | {"block_size": max(contexts)}, device).to(getattr(torch, dtype)).eval()
+    # 1. decode; a state cannot go back, so each call meets one token more, and all of them `context` on average
+    calls = 2 + 10 * rounds  # two warm up
+    model = build("hybrid", sizes | {"block_size": max(contexts) + calls}, device).to(getattr(torch, dtype)).eval()
     rope_cos_sin = importlib.import_module("model_hybrid").rope_cos_sin
     x = torch.randn(1, 1, sizes["n_embd"], device=device, dtype=model.embed.weight.dtype)
     for context in contexts:
-        cache, position = full_cache(model, context), torch.tensor([context - 1], device=device)
-        rope, token = rope_cos_sin(position, model.config), torch.zeros(1, 1, dtype=torch.long, device=device)
+        cache = prefilled_cache(model, max(context - calls // 2, 1), calls)
+        position = torch.tensor([context - 1], device=device)
+        rope = rope_cos_sin(position, model.config)
+        token = torch.zeros(1, 1, dtype=torch.long, device=device)
         functions += [
             partial(each_layer, model, "delta", x, position, cache),
             partial(each_layer, model, "attn", x, rope, None, cache),
-            partial(one_token, model, token, cache),
+            partial(model, token, cache=cache),
         ]
         decoding.append({"context": context})
     with torch.no_grad():
@@ -137,15 +139,10 @@ def hybrid_rows(rounds, device, dtype, contexts, lengths, sizes):
 
 
 def each_layer(model, kind, *inputs):
-    """What all the layers of a kind, delta or attn, do with the same inputs."""
+    """Runs all layers of a kind, delta or attn, on the same inputs. The newest token is written again, at its place."""
     for block in model.blocks:
         if getattr(block, kind):
             getattr(block, kind)(*inputs)
-
-
-def one_token(model, token, cache):
-    model(token, cache=cache)
-    cache.length -= 1  # the next call is the same again
 
 
 def variants_markdown(result):

@@ -32,28 +32,46 @@ SIZE = re.compile(r"n_\w+|\w+_dim|(?!block_)\w+_size")  # fields that make anoth
 
 
 def plain(name):
-    return name.replace("_orig_mod.", "").removeprefix("module.")  # torch.compile, DistributedDataParallel
+    """Returns a parameter's name without what torch.compile and DistributedDataParallel put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def weights(model):
-    """{plain name: tensor} of parameters and persistent buffers; a tied tensor by its first name alone."""
-    unique = {}
+    """Returns {plain name: tensor} of parameters and persistent buffers; a tied tensor by its first name alone."""
+    found = {}
+    seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        unique.setdefault(id(tensor), (plain(name), tensor))
-    return dict(unique.values())
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[plain(name)] = tensor
+    return found
 
 
+# ---- saving ---------------------------------------------------------------------------------------------------------
 def write(tmp, files):
-    """Writes {file name: (tensors, metadata)}; returns their entries when they are on the disk."""
-    hashing, flushing = [], []  # beside writing the next one: the larger comes first
+    """Writes {file name: (tensors, metadata)}; returns their entries when they are on the disk.
+
+    A file is hashed and flushed in threads while the next one is written. So the larger one comes first.
+    """
+    hashing = []
+    flushing = []
     for name, (tensors, metadata) in reversed(files.items()):
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp / name, metadata or None)
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, tmp / name, metadata or None)
         shutil.copymode(tmp / "config.json", tmp / name)  # safetensors lets nobody else read its files
         hashing.append(start(entries, tmp, [name]))
         flushing.append(start(fsync, tmp / name))
     for future in flushing:
         future.result()
-    return {name: entry for future in hashing for name, entry in future.result().items()}
+    return merged(future.result() for future in hashing)
+
+
+def merged(dictionaries):
+    """Returns one dictionary with the keys of all."""
+    result = {}
+    for dictionary in dictionaries:
+        result.update(dictionary)
+    return result
 
 
 in_flight = []  # (the future of its thread, its further stages) of the save that is not finished: one at most
@@ -70,30 +88,42 @@ def save(
     finish()
     folder = Path(out_dir) / f"step-{step:08d}"
     on_first(lambda: folder.parent.mkdir(parents=True, exist_ok=True))
+
     # 1. what to write; weights first: to ask for a model's state takes FSDP's parameters back into their shards
-    tensors, moments, numbers = weights(model), {}, {}
+    tensors = weights(model)
+    moments = {}
+    numbers = {}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
-            (moments if torch.is_tensor(value) else numbers)[f"{plain(name)}.{key}"] = value
+            kind = moments if torch.is_tensor(value) else numbers
+            kind[f"{plain(name)}.{key}"] = value
     trainer = {"step": step, **trainer, "optimizer": {"class": type(optimizer).__name__, "state": numbers}}
-    texts = {name: json.dumps(value, indent=1) for name, value in zip(TEXTS, (config, trainer))}
+    texts = {"config.json": json.dumps(config, indent=1), "trainer.json": json.dumps(trainer, indent=1)}
     files = own_files({"model": tensors, "trainer": moments}, copy=not wait)
-    need = sum(gather(sum(t.nbytes for part, _ in files.values() for t in part.values()))) + 2**16  # of JSON
+    own_bytes = 0
+    for rows, _ in files.values():
+        own_bytes += sum(tensor.nbytes for tensor in rows.values())
+    need = sum(gather(own_bytes)) + 2**16  # 64 KiB for the JSON files
 
     # 2. write it beside, then put it in place
     def attempt(job):
+        """Returns every process's result. A disk that fails one ends the save on all, with nothing left of it."""
         try:
             return results(job)
-        except (OSError, SafetensorError) as e:
-            raise CheckpointError(on_first(atomic.give_up, folder, step, need, e)) from e
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(on_first(atomic.give_up, folder, step, need, error)) from error
 
-    def stages():  # yields what has to be done on all processes before it goes on
-        yield (job := start(write, Path(f"{folder}.tmp"), files))
-        listed = {name: entry for part in attempt(job) for name, entry in part.items()}
-        yield (job := start_on_first(atomic.commit, folder, step, listed, best))
-        attempt(job)
-        yield (job := start_on_first(atomic.prune, folder, keep_last, keep_every))
-        results(job)
+    def stages():
+        """Yields futures, each of which has to be done on all processes before the next is asked for."""
+        writing = start(write, Path(f"{folder}.tmp"), files)
+        yield writing
+        listed = merged(attempt(writing))
+        placing = start_on_first(atomic.commit, folder, step, listed, best)
+        yield placing
+        attempt(placing)
+        pruning = start_on_first(atomic.prune, folder, keep_last, keep_every)
+        yield pruning
+        results(pruning)
         return folder
 
     attempt(start_on_first(atomic.prepare, folder, need, texts))
@@ -113,41 +143,63 @@ def finish(wait: bool = True) -> Path | None:
             return end.value
 
 
+# ---- finding --------------------------------------------------------------------------------------------------------
 def newest(out_dir: str | Path, log: Callable = print) -> Path | None:
-    """A run's newest whole checkpoint, None where it has none at all; CheckpointError if all are damaged.
+    """Returns a run's newest whole checkpoint, None where it has none at all; CheckpointError if all are damaged.
     Process 0 verifies, and tells the others what it found."""
     return on_first(atomic.find, out_dir, log)
 
 
 def resolve(path: str | Path, log: Callable = print) -> Path:
-    """The folder, verified, of a checkpoint's folder or link; of a run's folder its newest whole checkpoint."""
-    if found := newest(path, log):
+    """Returns the folder, verified, of a checkpoint's folder or link; of a run's folder its newest whole checkpoint."""
+    found = newest(path, log)
+    if found:
         return found
-    if reason := on_first(verify, Path(path)):
+    reason = on_first(verify, Path(path))
+    if reason:
         raise CheckpointError(f"no checkpoint in {path}: {reason}")
     return Path(path).resolve()
 
 
+# ---- restoring ------------------------------------------------------------------------------------------------------
 def load_config(path: str | Path) -> dict:
-    """The `config` that was given to save, from the checkpoint's folder."""
+    """Returns the `config` that was given to save, from the checkpoint's folder."""
     return json.loads((Path(path) / "config.json").read_text())
 
 
+def check_sizes(path, config):
+    """Raises CheckpointError where the sizes in a model's config are not those of the checkpoint's."""
+    saved = load_config(path)
+    new = {"model": type(config).__module__.partition("model_")[2] or saved["model"], **vars(config)}
+    old = {**new, "model": saved["model"], **saved["model_config"]}
+    odd = []
+    for key in new:
+        makes_another_model = key == "model" or SIZE.fullmatch(key)
+        if makes_another_model and old[key] != new[key]:
+            odd.append(f"checkpoint {key}={old[key]}, config {key}={new[key]}")
+    if odd:
+        raise CheckpointError(f"{path} is of another model: {'; '.join(odd)}")
+
+
+def dtype_and_shape(tensor):
+    return f"{str(tensor.dtype).removeprefix('torch.')} {[*tensor.shape]}"
+
+
 def fitting_weights(path, model):
-    """The stored weights; CheckpointError, first from the configs' sizes, then from tensors, where they do not fit."""
-    saved, config = load_config(path), getattr(model, "config", None)
+    """Returns the stored weights; CheckpointError, first from the configs' sizes, then from tensors, where they do not
+    fit."""
+    config = getattr(model, "config", None)
     if dataclasses.is_dataclass(config):
-        new = {"model": type(config).__module__.partition("model_")[2] or saved["model"], **vars(config)}
-        old = {**new, "model": saved["model"], **saved["model_config"]}
-        if keys := [key for key in new if (key == "model" or SIZE.fullmatch(key)) and old[key] != new[key]]:
-            text = "; ".join(f"checkpoint {key}={old[key]}, config {key}={new[key]}" for key in keys)
-            raise CheckpointError(f"{path} is of another model: {text}")
+        check_sizes(path, config)
     stored = Stored(path, "model")
-    parts = ({name: stored.like(name) for name in stored.parts}, weights(model))
-    old, new = ({k: f"{str(t.dtype)[6:]} {[*t.shape]}" for k, t in part.items()} for part in parts)
-    if odd := [key for key in {**new, **old} if old.get(key) != new.get(key)]:
-        text = [f"{k} is {old.get(k, 'missing')} in the checkpoint, {new.get(k, 'missing')} in the model" for k in odd]
-        raise CheckpointError(f"{path} does not fit the model in {len(odd)} tensors: {'; '.join(text[:8])}")
+    old = {name: dtype_and_shape(stored.like(name)) for name in stored.parts}
+    new = {name: dtype_and_shape(tensor) for name, tensor in weights(model).items()}
+    odd = []
+    for key in {**new, **old}:
+        if old.get(key) != new.get(key):
+            odd.append(f"{key} is {old.get(key, 'missing')} in the checkpoint, {new.get(key, 'missing')} in the model")
+    if odd:
+        raise CheckpointError(f"{path} does not fit the model in {len(odd)} tensors: {'; '.join(odd[:8])}")
     return stored
 
 
@@ -160,34 +212,45 @@ def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     if optimizer is not None:
         if saved["class"] != type(optimizer).__name__:
             raise CheckpointError(f"{path} has the state of {saved['class']}, config says {type(optimizer).__name__}")
-        moments = Stored(path, "trainer")
-        parameters = {plain(name): p for name, p in model.named_parameters()}
-        step_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-        optimizer.state.clear()
-        for whole, value in {**{name: moments.like(name) for name in moments.parts}, **saved["state"]}.items():
-            name, _, key = whole.rpartition(".")
-            p = parameters[name]
-            if torch.is_tensor(value):
-                like = p if value.shape == p.shape else value  # as p is in strides (the same kernels run) and shards
-                device = "cpu" if key == "step" and not step_on_device else p.device
-                value = torch.empty_like(like, dtype=value.dtype, device=device, requires_grad=False)
-                moments.copy_to(value, whole)
-            optimizer.state[p][key] = value
+        restore_optimizer(path, model, optimizer, saved["state"])
     for name, tensor in weights(model).items():
         stored.copy_to(tensor, name)
     return trainer
 
 
+def restore_optimizer(path, model, optimizer, numbers):
+    """Replaces the optimizer's state by the stored tensors and the `numbers` {parameter's name.key: number}."""
+    moments = Stored(path, "trainer")
+    parameters = {plain(name): p for name, p in model.named_parameters()}
+    step_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    optimizer.state.clear()
+    for stored_name in moments.parts:
+        name, _, key = stored_name.rpartition(".")
+        p = parameters[name]
+        empty = moments.like(stored_name)
+        like = p if empty.shape == p.shape else empty  # as p is in strides (the same kernels run) and shards
+        device = "cpu" if key == "step" and not step_on_device else p.device
+        tensor = torch.empty_like(like, dtype=empty.dtype, device=device, requires_grad=False)
+        moments.copy_to(tensor, stored_name)
+        optimizer.state[p][key] = tensor
+    for stored_name, number in numbers.items():
+        name, _, key = stored_name.rpartition(".")
+        optimizer.state[parameters[name]][key] = number
+
+
 def load_model(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict]:
-    """(model in eval mode, config) of a checkpoint's folder or link, or of a run's newest whole checkpoint."""
+    """Returns (model in eval mode, config) of a checkpoint's folder or link, or of a run's newest whole checkpoint."""
     path = resolve(path)
     config = load_config(path)
-    name, saved = f"model_{config['model']}", config["model_config"]
+    name = f"model_{config['model']}"
     try:
         module = importlib.import_module(name)
-    except ModuleNotFoundError as e:
-        raise CheckpointError(f"{path} needs {name}.py: {e}") from None
-    if odd := sorted({field.name for field in dataclasses.fields(module.GPTConfig)} ^ saved.keys()):
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f"{path} needs {name}.py: {error}") from None
+    saved = config["model_config"]
+    known = {field.name for field in dataclasses.fields(module.GPTConfig)}
+    odd = sorted(known ^ saved.keys())
+    if odd:
         raise CheckpointError(f"{path} is of another version of {name}.py: only one of them knows {', '.join(odd)}")
     model = module.GPT(module.GPTConfig(**saved)).to(device)
     restore(path, model)
@@ -195,7 +258,17 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, 
 
 
 def changed_keys(old: dict, new: dict) -> list[str]:
-    """A line "key: old -> new" for each key that differs between two configs in the form that save takes."""
-    old, new = ({"model": c["model"], **c["knobs"], **c["model_config"]} for c in (old, json.loads(json.dumps(new))))
-    pairs = {key: (old.get(key, "(none)"), new.get(key, "(none)")) for key in {**old, **new}}
-    return [f"{key}: {a} -> {b}" for key, (a, b) in pairs.items() if a != b]
+    """Returns a line "key: old -> new" for each key that differs between two configs in the form that save takes."""
+    old = flat(old)
+    new = flat(json.loads(json.dumps(new)))  # as it would be read back: tuples are lists
+    lines = []
+    for key in {**old, **new}:
+        before = old.get(key, "(none)")
+        after = new.get(key, "(none)")
+        if before != after:
+            lines.append(f"{key}: {before} -> {after}")
+    return lines
+
+
+def flat(config):
+    return {"model": config["model"], **config["knobs"], **config["model_config"]}

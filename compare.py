@@ -299,26 +299,32 @@ def measure(runs, rounds):
     T = min(c["block_size"] for c in configs)
     new = max(T // 16, 1)
     for context in (T // 4, T - new):
-        steps = [decoder(run.variant, context, new, device) for run in runs]
+        steps = [decoder(run.variant, context, new, device, 2 + rounds) for run in runs]  # two calls warm up
         for row, seconds in zip(found, timing.in_turn(steps, (), rounds, 1, device)):
             row["decode_seconds"][str(context)] = [x / new for x in seconds]
     return found
 
 
-def decoder(variant, context, new, device):
-    """A function that decodes `new` tokens behind `context` random ones."""
+@torch.no_grad()
+def decoder(variant, context, new, device, calls):
+    """Returns a function that decodes `new` tokens behind `context` random ones, and may be called so many times.
+
+    Each call has a copy of the prefilled cache, made before: a state cannot go back, and a copy takes time.
+    """
     model = timing.build(variant.config["model"], vars(gpt_config(variant.config)), device).eval()
     model = model.to(getattr(torch, timing.device_and_dtype(device)[1]))
-    cache, token = model.new_cache(1, context + new), torch.zeros(1, 1, dtype=torch.long, device=device)
+    prompt = torch.randint(model.config.vocab_size, (1, context), device=device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    prefilled = model.new_cache(1, context + new)
+    model(prompt, cache=prefilled, last_only=True)
+    caches = [prefilled.branch(1) for _ in range(calls)]
 
     @torch.no_grad()
     def decode():
-        cache.length = context
+        cache = caches.pop()
         for _ in range(new):
             model(token, cache=cache, last_only=True)
 
-    with torch.no_grad():
-        model(torch.randint(model.config.vocab_size, (1, context), device=device), cache=cache, last_only=True)
     return decode
 
 

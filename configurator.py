@@ -15,110 +15,201 @@ import os
 import re
 import sys
 import traceback
-from collections import namedtuple
 from pathlib import Path
 from types import ModuleType
 
 SIMPLE = (bool, int, float, str, list, dict, tuple, type(None))
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
-Knob = namedtuple("Knob", "default kinds comment")  # kinds: names of the types that it takes; empty: any
+
+
+@dataclasses.dataclass
+class Knob:
+    """What is known of a knob before anybody turns it."""
+
+    default: object
+    kinds: set  # names of the types that it takes, "None" among them; empty: any type
+    comment: str
 
 
 def fail(message):
+    """Ends the program with one line on stderr and exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def type_name(value):
-    return "None" if value is None else type(value).__name__
+    """Returns the name of a value's type as an annotation has it, where None stands for its own type."""
+    if value is None:
+        return "None"
+    return type(value).__name__
+
+
+# ---- what knobs there are -------------------------------------------------------------------------------------------
+def mentions_configure(statement):
+    return any(isinstance(node, ast.Name) and node.id == "configure" for node in ast.walk(statement))
 
 
 def read_knobs(path, defaults, class_name=None):
-    """{name: Knob} of the `defaults` that a script (above its configure call) or a class in it assigns."""
-    source, knobs = Path(path).read_text(encoding="utf-8"), {}
-    lines, body = source.splitlines(), ast.parse(source).body
+    """Returns {name: Knob} of those `defaults` that a script, or a class in it, assigns above its configure call."""
+    source = Path(path).read_text(encoding="utf-8")
+    lines = source.splitlines()
+    statements = ast.parse(source).body
     if class_name:
-        body = next(node.body for node in body if getattr(node, "name", None) == class_name)
-    for node in body:
-        names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
-        if any(n.id == "configure" for n in names):
+        statements = next(node.body for node in statements if getattr(node, "name", None) == class_name)
+
+    knobs = {}
+    for statement in statements:
+        if mentions_configure(statement):
             break
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
-            comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip(" #")
-            for name in {n.id for n in names if isinstance(n.ctx, ast.Store)} & defaults.keys():
-                kinds = {kind.split("[")[0].strip() for kind in annotation.split("|") if kind}
-                if kinds or defaults[name] is not None:  # a bare None says nothing about what else it takes
-                    kinds.add(type_name(defaults[name]))
-                knobs[name] = Knob(defaults[name], kinds, comment)
+        if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            continue
+        last_line = lines[statement.end_lineno - 1].encode()
+        comment = last_line[statement.end_col_offset :].decode().strip(" #")  # the offset counts bytes
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in defaults:
+                default = defaults[node.id]
+                knobs[node.id] = Knob(default, kinds_of(statement, default), comment)
     return knobs
 
 
+def kinds_of(assignment, default):
+    """Returns the names of the types that a knob takes: those of its annotation, and its default's."""
+    kinds = set()
+    if isinstance(assignment, ast.AnnAssign):
+        for kind in ast.unparse(assignment.annotation).split("|"):
+            kinds.add(kind.split("[")[0].strip())  # list[int] is a list
+    if kinds or default is not None:  # a bare None says nothing about what else the knob takes
+        kinds.add(type_name(default))
+    return kinds
+
+
 def config_class(name):
-    """GPTConfig of model_<name>.py and that file's path. The file is run as far as there, and not what it imports of
-    torch, which takes seconds: a GPTConfig is plain numbers and text."""
-    files = [p for folder in sys.path for p in Path(folder).glob("model_*.py")]
-    variants = {p.stem.removeprefix("model_"): p for p in reversed(files)}  # the first on sys.path counts
+    """Returns GPTConfig of model_<name>.py, and that file's path.
+
+    The file is run as far as there, and not what it imports of torch, which takes seconds: a GPTConfig is plain numbers
+    and text.
+    """
+    variants = {}
+    for folder in sys.path:
+        for path in Path(folder).glob("model_*.py"):
+            variants.setdefault(path.stem.removeprefix("model_"), path)  # the first on sys.path counts
     if name not in variants:
-        fail(f"unknown model {name!r}; the model_*.py files here give: {', '.join(sorted(variants)) or 'none'}")
-    body, space = ast.parse(variants[name].read_bytes()).body, {"__name__": __name__}
-    end = next(i for i, node in enumerate(body) if getattr(node, "name", None) == "GPTConfig")
-    heads = [node for node in body[: end + 1] if not re.match(r"(import|from) torch\b", ast.unparse(node))]
-    exec(compile(ast.Module(heads, []), str(variants[name]), "exec"), space)
-    return space["GPTConfig"], variants[name]
+        known = ", ".join(sorted(variants)) or "none"
+        fail(f"unknown model {name!r}; the model_*.py files here give: {known}")
+
+    path = variants[name]
+    statements = []
+    for statement in ast.parse(path.read_bytes()).body:
+        if not re.match(r"(import|from) torch\b", ast.unparse(statement)):
+            statements.append(statement)
+        if getattr(statement, "name", None) == "GPTConfig":
+            break
+    found = {"__name__": __name__}
+    exec(compile(ast.Module(statements, []), str(path), "exec"), found)
+    return found["GPTConfig"], path
 
 
 def model_knobs(name):
-    """The fields of model_<name>.GPTConfig as knobs."""
-    (config, path), unset = config_class(name), dataclasses.MISSING
-    fields = dataclasses.fields(config)
-    defaults = {f.name: f.default if f.default_factory is unset else f.default_factory() for f in fields}
+    """Returns the fields of model_<name>.GPTConfig as knobs."""
+    config, path = config_class(name)
+    defaults = {}
+    for field in dataclasses.fields(config):
+        if field.default_factory is dataclasses.MISSING:
+            defaults[field.name] = field.default
+        else:
+            defaults[field.name] = field.default_factory()
     return read_knobs(path, defaults, "GPTConfig")
 
 
+# ---- what config files and the command line say ---------------------------------------------------------------------
 class Namespace(dict):
-    """What config files run in: all knobs by value so far; once `model` is set, those of that choice."""
+    """The globals of config files: all knobs by value so far; once `model` is set, those of that choice."""
 
-    def __init__(self, own, options):
-        self.own, self.options, self.given, self.where = own, options, {}, {}
-        self.choose()
+    def __init__(self, script_knobs, options):
+        self.script_knobs = script_knobs
+        self.options = options  # {knob: text}, of the command line
+        self.given = {}  # {name: value}, as config files have set them
+        self.file_of = {}  # {name: the config file that set it last}
+        self.choose_model()
 
-    def choose(self):
-        self.knobs, choice = dict(self.own), {}
-        if "model" in self.own:
-            choice = {"model": (self.given | self.options).get("model", self.own["model"].default)}
-            fields = model_knobs(choice["model"])
-            self.knobs.update({key: knob for key, knob in fields.items() if key not in self.own})
-        self.update({key: knob.default for key, knob in self.knobs.items()} | self.given | choice)
+    def choose_model(self):
+        """Adds the knobs of the chosen model: the command line's choice, or the files' so far, or the script's."""
+        self.knobs = dict(self.script_knobs)
+        choice = {}
+        if "model" in self.script_knobs:
+            choice["model"] = (self.given | self.options).get("model", self.script_knobs["model"].default)
+            for key, knob in model_knobs(choice["model"]).items():
+                self.knobs.setdefault(key, knob)  # the script's own knob of that name counts
+        # update does not come by __setitem__, so none of this counts as set by a file.
+        self.update({key: knob.default for key, knob in self.knobs.items()})
+        self.update(self.given)
+        self.update(choice)
 
     def __setitem__(self, name, value):
         super().__setitem__(name, value)
-        if not (name.startswith("_") or callable(value) or isinstance(value, ModuleType)):
-            self.given[name], self.where[name] = value, f" in {self.path}"
-            if name == "model":
-                self.choose()
+        if name.startswith("_") or callable(value) or isinstance(value, ModuleType):
+            return  # a file's helpers
+        self.given[name] = value
+        self.file_of[name] = self.path
+        if name == "model":
+            self.choose_model()
 
     def run(self, path):
-        self["__file__"] = self.path = path
+        """Runs a config file; its mistakes end the program with the file's name and line."""
+        self.path = path
+        self["__file__"] = path
         try:
             exec(compile(Path(path).read_bytes(), path, "exec"), self)
-        except SyntaxError as e:
-            fail(f"{e.filename} line {e.lineno}: {e.msg}")
-        except Exception as e:
-            lines = [f" line {f.lineno}" for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
-            fail(f"{path}{lines[-1] if lines else ''}: {type(e).__name__}: {e}")
+        except SyntaxError as error:
+            fail(f"{error.filename} line {error.lineno}: {error.msg}")
+        except Exception as error:
+            place = path
+            for frame in traceback.extract_tb(error.__traceback__):
+                if frame.filename == path:
+                    place = f"{path} line {frame.lineno}"
+            fail(f"{place}: {type(error).__name__}: {error}")
+
+
+def sort_arguments(argv):
+    """Returns the config files among the arguments, and {key: text} of what is written --key=text."""
+    files = []
+    options = {}
+    for argument in argv:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if argument.startswith("--"):
+            options[key] = text if equals else "True"
+        elif argument.endswith(".py"):
+            files.append(argument)
+        else:
+            fail(f"cannot read {argument!r}: give a config file as PATH.py and a knob as --key=value")
+    return files, options
 
 
 def parse(text, kinds):
-    """What `text` from the command line stands for in a knob of these kinds; `text` itself where that fits none."""
+    """Returns what `text` from the command line stands for in a knob of these kinds; `text` itself where none fits."""
     if "bool" in kinds and text in BOOLS:
         return BOOLS[text]
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-    fits = not kinds or type_name(value) in kinds or (type(value) is int and "float" in kinds)
-    return value if fits and not isinstance(value, str) else text
+    if isinstance(value, str):
+        return text  # with its quotes
+    if type(value) is int and "float" in kinds:
+        return value
+    if kinds and type_name(value) not in kinds:
+        return text
+    return value
+
+
+def print_help(script_globals, knobs):
+    """Prints the first line of the script's docstring, its usage, and a line for each knob."""
+    docstring = script_globals.get("__doc__") or ""
+    print(docstring.strip().partition("\n")[0])
+    print(f"usage: python {Path(script_globals['__file__']).name} [config/x.py ...] [--key=value ...] [--flag]")
+    print("A config file is Python and is run: run only files you trust.\n")
+    for key, knob in knobs.items():
+        print(f"--{key}={knob.default!r}".ljust(36) + " " + knob.comment)
 
 
 def configure(script_globals: dict, argv: list[str] | None = None, quiet: bool = False) -> dict:
@@ -127,69 +218,76 @@ def configure(script_globals: dict, argv: list[str] | None = None, quiet: bool =
     Rank 0 prints what differs from the defaults, unless quiet. A user's mistake is one line on stderr and exit code 2.
     """
     # 1. sort the arguments
-    loud = os.environ.get("RANK", "0") == "0" and not quiet
-    options, files, show = {}, [], print if loud else lambda *text: None
-    for argument in sys.argv[1:] if argv is None else argv:
-        key, equals, text = argument.removeprefix("--").partition("=")
-        if argument.startswith("--"):
-            options[key] = text if equals else "True"
-        elif argument.endswith(".py"):
-            files.append(argument)
-        else:
-            fail(f"cannot read {argument!r}: give a config file as PATH.py and a knob as --key=value")
-    # 2. the knobs, and what the config files make of them
-    simple = {k: v for k, v in script_globals.items() if type(v) in SIMPLE and not k.startswith("_")}
-    own, wants_help = read_knobs(script_globals["__file__"], simple), options.pop("help", None)
-    space = Namespace(own, options)
+    if argv is None:
+        argv = sys.argv[1:]
+    files, options = sort_arguments(argv)
+    wants_help = options.pop("help", None)
+    is_loud = not quiet and os.environ.get("RANK", "0") == "0"
+
+    # 2. find the knobs, and what the config files make of them
+    simple = {key: value for key, value in script_globals.items() if type(value) in SIMPLE and not key.startswith("_")}
+    script_knobs = read_knobs(script_globals["__file__"], simple)
+    namespace = Namespace(script_knobs, options)
     for file in files:
-        space.run(file)
-    knobs = space.knobs
+        namespace.run(file)
+    knobs = namespace.knobs
     if wants_help:
-        show((script_globals.get("__doc__") or "").strip().partition("\n")[0])
-        show(f"usage: python {Path(script_globals['__file__']).name} [config/x.py ...] [--key=value ...] [--flag]")
-        show("A config file is Python and is run: run only files you trust.\n")
-        for key, knob in knobs.items():
-            show(f"--{key}={knob.default!r}".ljust(36) + " " + knob.comment)
+        if is_loud:
+            print_help(script_globals, knobs)
         raise SystemExit(0)
-    # 3. check, show, set
+
+    # 3. check what is given, where the command line beats the files
     values = {key: knob.default for key, knob in knobs.items()}
-    for key, value in (space.given | options).items():
-        where = "" if key in options else space.where[key]
+    for key, value in (namespace.given | options).items():
+        place = " on the command line" if key in options else f" in {namespace.file_of[key]}"
         if key not in knobs:
             close = difflib.get_close_matches(key, knobs, 1)
             hint = f"did you mean {close[0]!r}?" if close else "--help lists them"
-            fail(f"unknown config key {key!r}{where or ' on the command line'}; {hint}")
-        kinds, shown = knobs[key].kinds, value if key in options else repr(value)
-        value = parse(value, kinds) if key in options else value
-        value = float(value) if type(value) is int and "float" in kinds and "int" not in kinds else value
-        if kinds and type_name(value) not in kinds:
-            fail(f"{key}={shown}{where}: expected {' or '.join(sorted(kinds))}")
+            fail(f"unknown config key {key!r}{place}; {hint}")
+        knob = knobs[key]
+        if key in options:
+            given_as = f"{key}={value}"
+            value = parse(value, knob.kinds)
+        else:
+            given_as = f"{key}={value!r}{place}"
+        if type(value) is int and "float" in knob.kinds and "int" not in knob.kinds:
+            value = float(value)
+        if knob.kinds and type_name(value) not in knob.kinds:
+            fail(f"{given_as}: expected {' or '.join(sorted(knob.kinds))}")
         values[key] = value
-        if value != knobs[key].default:
-            show(f"{key} = {value!r}  (default {knobs[key].default!r})")
-    script_globals.update({key: values[key] for key in own})
+        if is_loud and value != knob.default:
+            print(f"{key} = {value!r}  (default {knob.default!r})")
+
+    # 4. set the script's globals; the model's fields are in the returned values alone
+    for key in script_knobs:
+        script_globals[key] = values[key]
     return values
 
 
 def resolve(script: str | Path, argv: list[str]) -> dict:
-    """What the script's `configure` would return for these arguments. The script is not run, and nothing is printed.
+    """Returns what the script's `configure` would for these arguments, without running the script or printing anything.
 
     Of its knobs those are known that it writes as literals: `x = 3`, not `x = 3 * y`. Errors are those of `configure`.
     """
     found = {"__file__": str(script)}
-    for node in ast.parse(Path(script).read_bytes()).body:
-        if any(isinstance(n, ast.Name) and n.id == "configure" for n in ast.walk(node)):
+    for statement in ast.parse(Path(script).read_bytes()).body:
+        if mentions_configure(statement):
             break
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value:
             try:
-                ast.literal_eval(node.value)
+                ast.literal_eval(statement.value)
             except ValueError:
                 continue
-            exec(compile(ast.Module([node], []), str(script), "exec"), found)
+            exec(compile(ast.Module([statement], []), str(script), "exec"), found)
     return configure(found, argv, quiet=True)
 
 
 def config_source(config: dict) -> str:
-    """The text of a config file that sets exactly `config`."""
-    odd = ("inf", "-inf", "nan")  # their repr is no Python
-    return "".join(f"{k} = " + (f"float('{v}')" if repr(v) in odd else repr(v)) + "\n" for k, v in config.items())
+    """Returns the text of a config file that sets exactly `config`."""
+    lines = []
+    for key, value in config.items():
+        text = repr(value)
+        if text in ("inf", "-inf", "nan"):  # no Python
+            text = f"float('{text}')"
+        lines.append(f"{key} = {text}\n")
+    return "".join(lines)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
+import generate
 import sample
 from data import sandbox
 from data.shards import Shards, eval_batches
@@ -213,7 +214,7 @@ class Scorer:
     def write(self, prompts, max_new_tokens, until):
         """The greedy continuations of a batch of prompts, each cut before the first of the stops in it."""
         rows, texts = [[] for _ in prompts], [""] * len(prompts)
-        for tokens in self.model.stream(prompts, max_new_tokens, temperature=0, stop=self.stop):
+        for tokens in generate.stream(self.model, prompts, max_new_tokens, temperature=0, stop=self.stop):
             for row, token in zip(rows, tokens.tolist()):
                 row.extend([token] if token >= 0 else [])
             texts = [self.tokenizer.decode(row) for row in rows]

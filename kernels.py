@@ -1,20 +1,40 @@
 """Triton kernels for training, each below its plain PyTorch twin.
 
-    kernels.install(model)        puts them into a model of this project; kernels.uninstall(model) takes them out
+    kernels.install(model)      lets kernels take over the methods of a model that compute the same
+    kernels.uninstall(model)    gives the model its own methods back
 
-Every operation is a function `name` with a twin `name_ref`, the same in PyTorch: definition, reference and fallback.
-Kernels run in fp32, fp16 and bf16 on GPUs since the H100; else, or for other shapes, the twin does, and says so once.
+Every operation is a function `name` with a twin `name_ref`, the same in PyTorch: its definition, what tests hold it
+against, and what runs instead on other devices and for other shapes, which is said once. Kernels run in fp32, fp16 and
+bf16 on GPUs since the H100.
 
-A section: twin, kernels, launches (custom operators: for torch.compile opaque calls with known shapes), gradient, and
-the function to call. N rows of C numbers, b bytes each; other letters as in the model files. "Floor": the least time at
-4.3 TB/s or 790 TFLOP/s, which one H200 reaches. The gated delta rule is in kernels_delta.py.
+A section has the twin, the kernels, their launches as custom operators (for torch.compile opaque calls with known
+shapes), the gradient, and last the function to call. The gated delta rule is in kernels_delta.py.
+
+N  rows, or tokens of all sequences in a row
+C  numbers in a row
+b  bytes of a number
+B  batch
+T  time
+S  time of the keys
+H  query heads
+G  key/value heads
+D  head_dim
+V  vocabulary
+E  experts
+K  experts per token
+I  width of an expert
+"Floor": the least time at 4.3 TB/s or 790 TFLOP/s, which one H200 reaches
 """
 
 import functools
 import os
 import sys
 from collections import Counter
-from types import FunctionType, MethodType, SimpleNamespace
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType, SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,24 +48,33 @@ try:
 
     jit = triton.jit
 except ImportError:  # every function is its twin
-    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda kernel: kernel
+    triton = None
+    tl = SimpleNamespace(constexpr=None)
+
+    def jit(kernel):
+        return kernel
+
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU as Python: for tests
-DTYPES = (torch.float32, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))  # bf16 is wrong there
+DTYPES = (torch.float32, torch.float16)
+if not INTERPRETED:  # Triton's interpreter gets bf16 wrong without a word
+    DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHARED = 227 * 1024  # bytes of shared memory that a program can have on an H100 and on an H200
+PROGRAMS = 4 * 132  # programs of a kernel that loops over rows: 4 for each of their 132 multiprocessors
+TWINS_ONLY = False  # True while install compares a model's methods with the twins
 SAID = set()  # (kernel, why it did not run)
-# An H100 and an H200 have 132 multiprocessors of 227 KB of shared memory.
-SHARED, PROGRAMS = 227 * 1024, 4 * 132  # what a program may use at most; programs of kernels that loop over rows
 
 
 def operator(function):
-    """A custom operator of this function; what it is given must be contiguous, what it returns is new."""
+    """Makes a custom operator of a function, whose tensors must be contiguous and whose results must be new."""
 
     @functools.wraps(function)
-    def on_its_device(x, *rest):  # Triton launches on the current device, wherever the tensors are
-        with torch.cuda.device_of(x):
+    def on_its_device(x, *rest):
+        with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
             return function(x, *rest)
 
-    return custom_op(f"nanollm::{function.__name__.strip('_')}", on_its_device, mutates_args=())
+    name = function.__name__.strip("_")
+    return custom_op(f"nanollm::{name}", on_its_device, mutates_args=())
 
 
 @torch.compiler.assume_constant_result  # else the print would break torch.compile's graph
@@ -57,18 +86,28 @@ def refuse(name, reason):
 
 
 def runs(name: str, *tensors: Tensor, fits: bool = True) -> bool:
-    """Whether the kernel can take these tensors; if not, why is printed once. fits: what its docstring asks of them."""
+    """Returns whether the kernel can take these tensors; if not, why is printed once. fits: its own conditions hold."""
+    if TWINS_ONLY:
+        return False
+    if triton is None:
+        return refuse(name, "Triton is not installed")
     device = tensors[0].device
-    if triton is None or device.type != ("cpu" if INTERPRETED else "cuda"):
-        return refuse(name, f"no kernel for device {device.type}" if triton else "Triton is not installed")
+    wanted = "cpu" if INTERPRETED else "cuda"
+    if device.type != wanted:
+        return refuse(name, f"no kernel for device {device.type}")
     if device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin < SHARED:
         return refuse(name, "this GPU has less shared memory than an H100, for which the blocks are chosen")
-    if odd := [x.dtype for x in tensors if x.dtype not in DTYPES]:
-        return refuse(name, f"no kernel for {odd[0]}")
-    return fits or refuse(name, "no kernel for these shapes or this mix of dtypes")
+    for x in tensors:
+        if x.dtype not in DTYPES:
+            return refuse(name, f"no kernel for {x.dtype}")
+    if not fits:
+        return refuse(name, "no kernel for these shapes or this mix of dtypes")
+    return True
 
 
 # ---- RMSNorm, alone or after the residual sum ------------------------------------------------------------------------
+
+
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (F.rms_norm(x, x.shape[-1:], eps=eps) * weight).to(x.dtype)
 
@@ -112,28 +151,41 @@ def rms_norm_backward_kernel(DY, DH, H, W, RSTD, DX, DW, N, C: tl.constexpr, ROW
     tl.store(DW + tl.program_id(0) * C + cols, dw, cols < C)
 
 
-@operator
-def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    C, shape = x.size(-1), 0 if residual is None else x.shape
-    N, BLOCK = x.numel() // C, triton.next_power_of_2(C)
-    y, h, rstd = torch.empty_like(x), x.new_empty(shape), x.new_empty(N, dtype=torch.float32)
-    ROWS = max(1, 4096 // BLOCK)
-    rms_norm_kernel[(triton.cdiv(N, ROWS),)](x, residual, weight, y, h, rstd, N, C, eps, ROWS, BLOCK, num_warps=4)
+def _rms_norm_results(x, residual):
+    """Returns new tensors for y and the sum h, which is empty without a residual, both as x, and 1 / rms (N,)."""
+    y = torch.empty_like(x)
+    h = x.new_empty(0)
+    if residual is not None:
+        h = torch.empty_like(x)
+    rstd = x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
     return y, h, rstd
 
 
-@_rms_norm.register_fake
-def _(x, residual, weight, eps):
-    h = x.new_empty(0 if residual is None else x.shape)
-    return torch.empty_like(x), h, x.new_empty(x.numel() // x.size(-1), dtype=torch.float32)
+@operator
+def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, h, rstd = _rms_norm_results(x, residual)
+    N = len(rstd)
+    C = x.size(-1)
+    BLOCK = triton.next_power_of_2(C)
+    ROWS = max(1, 4096 // BLOCK)
+    programs = triton.cdiv(N, ROWS)
+    rms_norm_kernel[(programs,)](x, residual, weight, y, h, rstd, N, C, eps, ROWS, BLOCK, num_warps=4)
+    return y, h, rstd
+
+
+_rms_norm.register_fake(lambda x, residual, weight, eps: _rms_norm_results(x, residual))
 
 
 @operator
 def _rms_norm_backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    N, C, BLOCK = rstd.numel(), h.size(-1), triton.next_power_of_2(h.size(-1))
-    ROWS, warps = max(1, 4096 // BLOCK), 4 if BLOCK <= 4096 else 8
+    N = len(rstd)
+    C = h.size(-1)
+    BLOCK = triton.next_power_of_2(C)
+    ROWS = max(1, 4096 // BLOCK)
+    warps = 4 if BLOCK <= 4096 else 8
     programs = min(triton.cdiv(N, ROWS), PROGRAMS)
-    dx, dw = torch.empty_like(h), h.new_empty(programs, C, dtype=torch.float32)
+    dx = torch.empty_like(h)
+    dw = h.new_empty(programs, C, dtype=torch.float32)  # a row for each program, added up in a fixed order
     rms_norm_backward_kernel[(programs,)](dy, dh, h, weight, rstd, dx, dw, N, C, ROWS, BLOCK, num_warps=warps)
     return dx, dw.sum(dim=0).to(weight.dtype)
 
@@ -142,20 +194,28 @@ _rms_norm_backward.register_fake(lambda dy, dh, h, weight, _: (torch.empty_like(
 
 
 def _rms_norm_setup(ctx, inputs, output):
-    ctx.add = inputs[1] is not None
-    ctx.save_for_backward(output[1] if ctx.add else inputs[0], inputs[2], output[2])
+    x, residual, weight, _ = inputs
+    _, h, rstd = output
+    ctx.add = residual is not None
+    if not ctx.add:
+        h = x
+    ctx.save_for_backward(h, weight, rstd)
 
 
 def _rms_norm_gradient(ctx, dy, dh, _):
-    dx, dw = _rms_norm_backward(dy.contiguous(), dh.contiguous() if ctx.add else None, *ctx.saved_tensors)
-    return dx, dx if ctx.add else None, dw, None
+    h, weight, rstd = ctx.saved_tensors
+    if not ctx.add:
+        dx, dw = _rms_norm_backward(dy.contiguous(), None, h, weight, rstd)
+        return dx, None, dw, None
+    dx, dw = _rms_norm_backward(dy.contiguous(), dh.contiguous(), h, weight, rstd)
+    return dx, dx, dw, None
 
 
 _rms_norm.register_autograd(_rms_norm_gradient, setup_context=_rms_norm_setup)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension: x (..., C), weight (C,) -> (..., C), in fp32 inside; C up to 8192.
+    """Returns x / rms(x) * weight over the last dimension, in fp32 inside: x (..., C), weight (C,); C up to 8192.
 
     Forward 2 N C b bytes, backward 3 N C b; floor of N = 131,072, C = 1024 in bf16 at 4.3 TB/s: 0.125 and 0.187 ms.
     """
@@ -166,21 +226,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """h = x + residual -> rms_norm(h), h: both (..., C), in one pass. Forward and backward 4 N C b bytes."""
-    fits = x.shape == residual.shape and x.dtype == residual.dtype and weight.shape == x.shape[-1:]
-    if not runs("add_rms_norm", x, residual, weight, fits=fits and len(weight) <= 8192):
+    """Returns rms_norm(h) and h = x + residual, both (..., C), in one pass. Forward and backward 4 N C b bytes."""
+    fits = x.shape == residual.shape and x.dtype == residual.dtype
+    fits = fits and weight.shape == x.shape[-1:] and len(weight) <= 8192
+    if not runs("add_rms_norm", x, residual, weight, fits=fits):
         return add_rms_norm_ref(x, residual, weight, eps)
-    return _rms_norm(x.contiguous(), residual.contiguous(), weight, eps)[:2]
+    y, h, _ = _rms_norm(x.contiguous(), residual.contiguous(), weight, eps)
+    return y, h
 
 
 # ---- RoPE, alone or after an RMSNorm of each head --------------------------------------------------------------------
+
+
 def rope_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
 def norm_rope_ref(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    return rope_ref(x if weight is None else rms_norm_ref(x, weight, eps), cos, sin)
+    if weight is not None:
+        x = rms_norm_ref(x, weight, eps)
+    return rope_ref(x, cos, sin)
 
 
 @jit
@@ -228,9 +294,14 @@ def norm_rope_backward_kernel(DY, X, W, COS, SIN, DX, DW, N, ANGLES, eps, H: tl.
 @operator
 def _rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, sign: float) -> Tensor:
     H, D = x.shape[-2:]
-    N, BLOCK, y = x.numel() // D, triton.next_power_of_2(D // 2), torch.empty_like(x)
-    ROWS, angles, norm = 2048 // BLOCK, cos.numel() // (D // 2), weight is not None
-    rope_kernel[(triton.cdiv(N, ROWS),)](x, weight, cos, sin, y, N, angles, eps, sign, H, D, norm, ROWS, BLOCK)
+    N = x.numel() // D
+    BLOCK = triton.next_power_of_2(D // 2)
+    ROWS = 2048 // BLOCK
+    programs = triton.cdiv(N, ROWS)
+    angles = cos.numel() // (D // 2)
+    norm = weight is not None
+    y = torch.empty_like(x)
+    rope_kernel[(programs,)](x, weight, cos, sin, y, N, angles, eps, sign, H, D, norm, ROWS, BLOCK)
     return y
 
 
@@ -241,9 +312,13 @@ _rope.register_fake(lambda x, *_: torch.empty_like(x))
 def _norm_rope_backward(dy: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor,
                         eps: float) -> tuple[Tensor, Tensor]:  # fmt: skip
     H, D = x.shape[-2:]
-    N, BLOCK, angles = x.numel() // D, triton.next_power_of_2(D // 2), cos.numel() // (D // 2)
-    ROWS, programs = 1024 // BLOCK, min(triton.cdiv(N, 1024 // BLOCK), PROGRAMS)
-    dx, dw = torch.empty_like(x), x.new_empty(programs, D, dtype=torch.float32)
+    N = x.numel() // D
+    BLOCK = triton.next_power_of_2(D // 2)
+    ROWS = 1024 // BLOCK
+    programs = min(triton.cdiv(N, ROWS), PROGRAMS)
+    angles = cos.numel() // (D // 2)
+    dx = torch.empty_like(x)
+    dw = x.new_empty(programs, D, dtype=torch.float32)
     norm_rope_backward_kernel[(programs,)](dy, x, weight, cos, sin, dx, dw, N, angles, eps, H, D, ROWS, BLOCK)
     return dx, dw.sum(dim=0).to(weight.dtype)
 
@@ -253,14 +328,18 @@ _norm_rope_backward.register_fake(lambda dy, x, weight, *_: (torch.empty_like(x)
 
 def _rope_setup(ctx, inputs, output):
     x, weight, cos, sin, ctx.eps, ctx.sign = inputs
-    ctx.save_for_backward(x if weight is not None else None, weight, cos, sin)
+    if weight is None:
+        x = None  # a rotation's gradient needs only the angles
+    ctx.save_for_backward(x, weight, cos, sin)
 
 
 def _rope_gradient(ctx, dy):
     x, weight, cos, sin = ctx.saved_tensors
-    if x is None:
-        return _rope(dy.contiguous(), None, cos, sin, 0.0, -ctx.sign), None, None, None, None, None
-    return *_norm_rope_backward(dy.contiguous(), x, weight, cos, sin, ctx.eps), None, None, None, None
+    if weight is None:
+        dx = _rope(dy.contiguous(), None, cos, sin, 0.0, -ctx.sign)
+        return dx, None, None, None, None, None
+    dx, dw = _norm_rope_backward(dy.contiguous(), x, weight, cos, sin, ctx.eps)
+    return dx, dw, None, None, None, None
 
 
 _rope.register_autograd(_rope_gradient, setup_context=_rope_setup)
@@ -275,20 +354,27 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def norm_rope(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """rope(rms_norm(x, weight, eps), cos, sin) in one pass, weight (D,), not rounded in between; weight None: rope.
+    """Returns rope(rms_norm(x, weight, eps), cos, sin) from one pass, without rounding in between; weight None: rope.
 
-    D even and up to 256. Forward 2 B T H D b bytes, backward 3 B T H D b.
+    weight (D,), D even and up to 256. Forward 2 B T H D b bytes, backward 3 B T H D b.
     """
-    (B, T, _, D), given = x.shape, (x, cos, sin) if weight is None else (x, cos, sin, weight)
+    B, T, _, D = x.shape
+    given = [x, cos, sin]
     fits = D % 2 == 0 and D <= 256 and cos.shape == sin.shape and cos.shape[-3:] == (T, 1, D // 2)
-    fits = fits and cos.numel() in (T * D // 2, B * T * D // 2) and (weight is None or weight.shape == (D,))
+    fits = fits and cos.numel() in (T * D // 2, B * T * D // 2)
+    if weight is not None:
+        given.append(weight)
+        fits = fits and weight.shape == (D,)
     if not runs("norm_rope", *given, fits=fits):
         return norm_rope_ref(x, weight, eps, cos, sin)
-    weight = None if weight is None else weight.contiguous()
+    if weight is not None:
+        weight = weight.contiguous()
     return _rope(x.contiguous(), weight, cos.contiguous(), sin.contiguous(), eps, 1.0)
 
 
 # ---- SwiGLU ----------------------------------------------------------------------------------------------------------
+
+
 def swiglu_ref(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
@@ -312,7 +398,9 @@ def swiglu_backward_kernel(DY, G, U, DG, DU, N, BLOCK: tl.constexpr):
 @operator
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty_like(gate)
-    swiglu_kernel[(triton.cdiv(y.numel(), 4096),)](gate, up, y, y.numel(), 4096, num_warps=8)
+    N = y.numel()
+    programs = triton.cdiv(N, 4096)
+    swiglu_kernel[(programs,)](gate, up, y, N, 4096, num_warps=8)
     return y
 
 
@@ -321,35 +409,56 @@ _swiglu.register_fake(lambda gate, up: torch.empty_like(gate))
 
 @operator
 def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    dg, du = torch.empty_like(gate), torch.empty_like(up)
-    swiglu_backward_kernel[(triton.cdiv(dy.numel(), 4096),)](dy, gate, up, dg, du, dy.numel(), 4096, num_warps=8)
+    dg = torch.empty_like(gate)
+    du = torch.empty_like(up)
+    N = dy.numel()
+    programs = triton.cdiv(N, 4096)
+    swiglu_backward_kernel[(programs,)](dy, gate, up, dg, du, N, 4096, num_warps=8)
     return dg, du
 
 
 _swiglu_backward.register_fake(lambda dy, gate, up: (torch.empty_like(gate), torch.empty_like(up)))
-_swiglu.register_autograd(
-    lambda ctx, dy: _swiglu_backward(dy.contiguous(), *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+
+
+def _swiglu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_gradient(ctx, dy):
+    gate, up = ctx.saved_tensors
+    return _swiglu_backward(dy.contiguous(), gate, up)
+
+
+_swiglu.register_autograd(_swiglu_gradient, setup_context=_swiglu_setup)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, both of one shape: N values. Forward 3 N b bytes, backward 5 N b (silu is computed again)."""
-    if not runs("swiglu", gate, up, fits=gate.shape == up.shape and gate.dtype == up.dtype):
+    """Returns silu(gate) * up, both of one shape, N values. Forward 3 N b bytes, backward 5 N b (silu again)."""
+    fits = gate.shape == up.shape and gate.dtype == up.dtype
+    if not runs("swiglu", gate, up, fits=fits):
         return swiglu_ref(gate, up)
     return _swiglu(gate.contiguous(), up.contiguous())
 
 
 # ---- Attention: causal, within a window, within documents ------------------------------------------------------------
+
+
 def flash_attention_ref(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int = 0,
                         start: Tensor | None = None, scale: float | None = None) -> Tensor:  # fmt: skip
-    T, S, mask = q.size(2), k.size(2), None
-    if causal and (window or start is not None or T != S):
-        t, s = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
-        mask = (s <= t) & (s > t - window) if window else s <= t  # (T, S)
-        mask = mask if start is None else mask & (s >= start[:, None, :, None])  # (B, 1, T, S)
-    options = dict(is_causal=causal and mask is None, scale=scale, enable_gqa=q.size(1) != k.size(1))
-    return F.scaled_dot_product_attention(q, k, v, mask, **options)
+    T = q.size(2)
+    S = k.size(2)
+    mask = None
+    if causal and (window > 0 or start is not None or T != S):
+        t = torch.arange(S - T, S, device=q.device)[:, None]  # (T, 1): queries are the last tokens
+        s = torch.arange(S, device=q.device)
+        mask = s <= t  # (T, S)
+        if window > 0:
+            mask = mask & (s > t - window)
+        if start is not None:
+            mask = mask & (s >= start[:, None, :, None])  # (B, 1, T, S)
+        causal = False
+    gqa = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
 
 
 @jit
@@ -453,60 +562,91 @@ def attention_key_kernel(Q, K, V, START, LSE, DK, DV, DY, DELTA, qs, ks, vs, ys,
 
 
 def attention_blocks(x):
-    """Queries, keys, warps and stages of one program: of y, of dq, of dk and dv."""
-    small = (64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)
-    large = (128, 64, 8 if x.size(3) > 64 else 4, 3), (128, 64, 8, 3), (64, 128, 8, 3)
-    blocks = small if INTERPRETED or x.element_size() == 4 else large
-    return (dict(zip(("M", "N", "num_warps", "num_stages"), block)) for block in blocks)
+    """Returns the launch options of three programs, for y, for dq, for dk and dv: M queries and N keys at a time."""
+    rows = [(128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)]
+    if INTERPRETED or x.element_size() == 4:
+        rows = [(64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)]
+    elif x.size(3) <= 64:
+        rows[0] = (128, 64, 4, 3)
+    names = ("M", "N", "num_warps", "num_stages")
+    return [dict(zip(names, row)) for row in rows]
 
 
 def new_heads(x: Tensor) -> Tensor:
-    """A new tensor of the shape of x (B, heads, T, D), in the memory order (B, T, heads, D)."""
+    """Returns a new tensor of the shape of x (B, heads, T, D), in the memory order (B, T, heads, D)."""
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _flash_attention_results(q):
+    """Returns new tensors for y, as q (B, H, T, D), and for the log2 of each row's sum of exp2 (B, H, T)."""
+    return new_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @operator
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, causal: bool, window: int,
                      scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (B, H, T, D), (blocks, _, _), y = q.shape, attention_blocks(q), new_heads(q)
-    lse, grid = q.new_empty(B, H, T, dtype=torch.float32), (triton.cdiv(T, blocks["M"]) * B * H,)
-    sizes = (*(x.stride() for x in (q, k, v, y)), T, H, H // k.size(1), scale, window, causal, D)
-    attention_query_kernel[grid](q, k, v, start, lse, y, None, None, None, *sizes, **blocks)
+    B, H, T, D = q.shape
+    R = H // k.size(1)  # query heads to a key head
+    y, lse = _flash_attention_results(q)
+    blocks = attention_blocks(q)[0]
+    grid = (triton.cdiv(T, blocks["M"]) * B * H,)
+    strides = [x.stride() for x in (q, k, v, y)]
+    sizes = (T, H, R, scale, window, causal, D)
+    attention_query_kernel[grid](q, k, v, start, lse, y, None, None, None, *strides, *sizes, **blocks)
     return y, lse
+
+
+_flash_attention.register_fake(lambda q, *_: _flash_attention_results(q))
 
 
 @operator
 def _flash_attention_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, y: Tensor, lse: Tensor,
                               causal: bool, window: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    (B, H, T, D), G, (_, one, two) = q.shape, k.size(1), attention_blocks(q)
-    dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # as y
-    dq, dk, dv, delta = new_heads(q), new_heads(k), new_heads(v), torch.empty_like(lse)
-    strides, rest = (q.stride(), k.stride(), v.stride(), y.stride()), (H // G, scale, window, causal, D)
-    grid, grid2 = (triton.cdiv(T, one["M"]) * B * H,), (triton.cdiv(T, two["N"]) * B * G,)
-    attention_query_kernel[grid](q, k, v, start, lse, dq, dy, y, delta, *strides, T, H, *rest, **one)  # and delta
-    attention_key_kernel[grid2](q, k, v, start, lse, dk, dv, dy, delta, *strides, dk.stride(), T, G, *rest, **two)
+    B, H, T, D = q.shape
+    G = k.size(1)
+    dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # in the memory order of y, whose strides it shares
+    dq = new_heads(q)
+    dk = new_heads(k)
+    dv = new_heads(v)
+    delta = torch.empty_like(lse)
+    _, blocks, key_blocks = attention_blocks(q)
+    strides = [x.stride() for x in (q, k, v, y)]
+    sizes = (H // G, scale, window, causal, D)
+    # 1. dq, and delta, which the second kernel reads
+    grid = (triton.cdiv(T, blocks["M"]) * B * H,)
+    attention_query_kernel[grid](q, k, v, start, lse, dq, dy, y, delta, *strides, T, H, *sizes, **blocks)
+    # 2. dk and dv
+    grid = (triton.cdiv(T, key_blocks["N"]) * B * G,)
+    strides.append(dk.stride())
+    attention_key_kernel[grid](q, k, v, start, lse, dk, dv, dy, delta, *strides, T, G, *sizes, **key_blocks)
     return dq, dk, dv
 
 
-_flash_attention.register_fake(lambda q, *_: (new_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)))
 _flash_attention_backward.register_fake(lambda dy, q, k, v, *_: (new_heads(q), new_heads(k), new_heads(v)))
 
 
 def _flash_attention_setup(ctx, inputs, output):
-    ctx.options = inputs[4:]
-    ctx.save_for_backward(*inputs[:4], *output)
+    q, k, v, start, *ctx.options = inputs
+    y, lse = output
+    ctx.save_for_backward(q, k, v, start, y, lse)
 
 
 def _flash_attention_gradient(ctx, dy, _):
-    return *_flash_attention_backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None
+    dq, dk, dv = _flash_attention_backward(dy, *ctx.saved_tensors, *ctx.options)
+    return dq, dk, dv, None, None, None, None
 
 
 _flash_attention.register_autograd(_flash_attention_gradient, setup_context=_flash_attention_setup)
 
 
+def _with_rows(x):
+    """Returns x (..., D) with the numbers of a row side by side in memory: other strides may be any."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int = 0,
                     start: Tensor | None = None, scale: float | None = None) -> Tensor:  # fmt: skip
-    """softmax(scale q k^T) v without a (T, T) matrix in memory (FlashAttention-2, https://arxiv.org/abs/2307.08691).
+    """Returns softmax(scale q k^T) v without a (T, T) matrix in memory: FlashAttention-2 (arXiv 2307.08691).
 
     q (B, H, T, D), k and v (B, G, T, D) of any strides -> (B, H, T, D) in the memory order (B, T, H, D); H // G query
     heads share a key/value head; scale > 0 is 1 / sqrt(D) if None. Causal: query t sees the keys s <= t; of these, a
@@ -515,20 +655,30 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window
     FLOPs, backward 14, not 10: scores are computed twice there, so that no sum has an order left to chance.
     Floor of B 4, H 16, T 4096, D 128, causal, at 790 TFLOP/s: 0.35 and 1.22 ms.
     """
-    if (window or start is not None) and not causal:
+    if (window > 0 or start is not None) and not causal:
         raise ValueError(f"window={window} or start without causal=True: only a causal query has a first key")
     B, H, T, D = q.shape
     fits = k.shape == v.shape == (B, k.size(1), T, D) and H % k.size(1) == 0 and D in (16, 32, 64, 128)
-    fits = fits and q.dtype == k.dtype == v.dtype and (start is None or start.shape == (B, T))
+    fits = fits and q.dtype == k.dtype == v.dtype
+    if start is not None:
+        fits = fits and start.shape == (B, T)
     if not runs("flash_attention", q, k, v, fits=fits):
         return flash_attention_ref(q, k, v, causal, window, start, scale)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    start = None if start is None else start.int().contiguous()
-    window, scale = window if window < T else 0, D**-0.5 if scale is None else scale
+    q = _with_rows(q)
+    k = _with_rows(k)
+    v = _with_rows(v)
+    if start is not None:
+        start = start.int().contiguous()
+    if window >= T:
+        window = 0
+    if scale is None:
+        scale = D**-0.5
     return _flash_attention(q, k, v, start, causal, window, scale)[0]
 
 
 # ---- Linear layer and cross-entropy, a chunk of tokens at a time -----------------------------------------------------
+
+
 def linear_cross_entropy_ref(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logits = F.linear(x, weight)
     return F.cross_entropy(logits.to(torch.promote_types(x.dtype, torch.float32)), targets, ignore_index=-1)
@@ -559,7 +709,7 @@ def cross_entropy_kernel(LOGITS, TARGETS, LOSS, V: tl.constexpr, GRAD: tl.conste
 
 
 def _add_product(sums, a, b):
-    """sums += a @ b, all in fp32 but for the operands."""
+    """Adds a @ b to sums, all in fp32 but for the operands."""
     if a.is_cuda:
         torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
     else:
@@ -569,24 +719,30 @@ def _add_product(sums, a, b):
 @operator
 def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int,
                           grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    N, V = len(x), len(weight)
-    losses, count = x.new_empty(N, dtype=torch.float32), (targets != -1).sum()
-    dx, dw = (torch.zeros_like(z if grad else z[:0], dtype=torch.float32) for z in (x, weight))
+    """Returns the loss, the gradients of its sum over tokens, empty without grad, and one over how many are counted."""
+    N = len(x)
+    V = len(weight)
+    losses = x.new_empty(N, dtype=torch.float32)
+    dx = torch.zeros_like(x if grad else x[:0], dtype=torch.float32)
+    dw = torch.zeros_like(weight if grad else weight[:0], dtype=torch.float32)
     buffer = x.new_empty(min(chunk, N), V)
     for i in range(0, N, chunk):
         tokens = x[i : i + chunk]  # (n, C)
-        logits = torch.mm(tokens, weight.T, out=buffer[: len(tokens)])  # (n, V), then their gradient
+        logits = torch.mm(tokens, weight.T, out=buffer[: len(tokens)])  # (n, V), which the kernel makes their gradient
         cross_entropy_kernel[(len(tokens),)](logits, targets[i:], losses[i:], V, grad, 8192, num_warps=16)
         if grad:
             _add_product(dx[i : i + chunk], logits, weight)
             _add_product(dw, logits.T, tokens)
+    count = (targets != -1).sum()
     return losses.sum() / count, dx, dw, 1 / count.clamp(min=1).float()
 
 
 @_linear_cross_entropy.register_fake
 def _(x, weight, targets, chunk, grad):
-    dx, dw = (torch.empty_like(z if grad else z[:0], dtype=torch.float32) for z in (x, weight))
-    return x.new_empty((), dtype=torch.float32), dx, dw, x.new_empty((), dtype=torch.float32)
+    loss = x.new_empty((), dtype=torch.float32)
+    dx = torch.empty_like(x if grad else x[:0], dtype=torch.float32)
+    dw = torch.empty_like(weight if grad else weight[:0], dtype=torch.float32)
+    return loss, dx, dw, torch.empty_like(loss)
 
 
 def _linear_cross_entropy_setup(ctx, inputs, output):
@@ -598,7 +754,8 @@ def _linear_cross_entropy_setup(ctx, inputs, output):
 def _linear_cross_entropy_gradient(ctx, dloss, *_):
     dx, dw, scale = ctx.saved_tensors
     scale = scale * dloss  # here and not in the chunks, where 1 / count would underflow in fp16
-    dx, dw = (torch.mul(z, scale, out=torch.empty_like(z, dtype=ctx.dtype)) for z in (dx, dw))
+    dx = torch.mul(dx, scale, out=torch.empty_like(dx, dtype=ctx.dtype))
+    dw = torch.mul(dw, scale, out=torch.empty_like(dw, dtype=ctx.dtype))
     return dx, dw, None, None, None
 
 
@@ -606,7 +763,7 @@ _linear_cross_entropy.register_autograd(_linear_cross_entropy_gradient, setup_co
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 2048) -> Tensor:
-    """The mean cross-entropy, in fp32, of the logits x @ weight.T against targets (N,), of which -1 are ignored.
+    """Returns the mean cross-entropy, in fp32, of the logits x @ weight.T against targets (N,); -1 are ignored.
 
     x (N, C), weight (V, C). Logits exist for `chunk` tokens at a time: 2048 * 151,936 * 2 bytes = 0.62 GB for Qwen3.
     The gradients are made along with the loss and kept in fp32: 6 N C V FLOPs and 12 N V b bytes in all. A target
@@ -614,36 +771,56 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int 
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    weight, grad = weight.to(x.dtype), torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    weight = weight.to(x.dtype)
     if not runs("linear_cross_entropy", x, weight):
         return linear_cross_entropy_ref(x, weight, targets)
+    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return _linear_cross_entropy(x.contiguous(), weight.contiguous(), targets.contiguous(), chunk, grad)[0]
 
 
 # ---- Mixture of experts ----------------------------------------------------------------------------------------------
+
+
 def moe_plan(experts: Tensor, E: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
-    """experts (N, K) -> the choices sorted by expert (N K,), where each expert's begin in that order (E + 1,), and its
-    tiles of b rows (n, 2): expert, first row. n is the most there can be; first rows of what is too much are past N K.
+    """Sorts the choices of experts (N, K) by expert, and cuts each expert's into tiles of b rows.
+
+    Returns order (N K,), the sorted choices, of which n K + k is token n's k-th; edge (E + 1,), where each expert's
+    begin in that order; and tiles (n, 2), expert and first row. n is the most there can be, so that no shape depends
+    on the load: tiles left over begin at or behind the end of their expert. Three tokens of two choices, E = 3, b = 2:
+        experts   2 0 | 2 1 | 2 0
+        order     1 5 3 0 2 4          expert 0 has choices 1 and 5, expert 1 has 3, expert 2 has 0, 2, 4
+        edge      0 2 3 6
+        tiles     (0, 0) (1, 2) (2, 3) (2, 5)
     """
-    expert, order = experts.flatten().int().sort(stable=True)  # choice n K + k is token n's k-th
+    expert, order = experts.flatten().int().sort(stable=True)
     edge = torch.searchsorted(expert, torch.arange(E + 1, device=expert.device, dtype=torch.int32))
-    tiles = (edge.diff() + b - 1) // b  # (E,)
-    tile = torch.arange(min(len(expert), E + (len(expert) - E) // b), device=expert.device)
-    e = torch.searchsorted(tiles.cumsum(0), tile, right=True).clamp(max=E - 1)
-    return order, edge, torch.stack((e, edge[e] + (tile - (tiles.cumsum(0) - tiles)[e]) * b), dim=1)
+    count = (edge.diff() + b - 1) // b  # (E,): tiles of each expert
+    end = count.cumsum(0)
+    n = min(len(expert), E + (len(expert) - E) // b)
+    tile = torch.arange(n, device=expert.device)
+    e = torch.searchsorted(end, tile, right=True).clamp(max=E - 1)
+    first = edge[e] + (tile - (end - count)[e]) * b
+    return order, edge, torch.stack((e, first), dim=1)
 
 
 def moe_ref(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-    (N, K), (E, C, _) = experts.shape, w_gate.shape
+    N, K = experts.shape
+    E, C, _ = w_gate.shape
     b = max(1, -(-N * K // E))  # the mean load: 2 E tiles at most
+    # 1. a tile's rows, whose choice N K is padding, of a token of zeros
     order, edge, tiles = moe_plan(experts, E, b)
-    e, rows = tiles[:, 0], tiles[:, 1:] + torch.arange(b, device=x.device)  # (n,), (n, b)
-    choice = torch.where(rows < edge[e + 1][:, None], order[rows.clamp(max=N * K - 1)], N * K)  # (n, b); N K: padding
+    e = tiles[:, 0]  # (n,)
+    rows = tiles[:, 1:] + torch.arange(b, device=x.device)  # (n, b)
+    inside = rows < edge[e + 1][:, None]
+    choice = torch.where(inside, order[rows.clamp(max=N * K - 1)], N * K)  # (n, b)
     padded = torch.cat((x, x.new_zeros(1, C)))[choice // K]  # (n, b, C)
-    w_gate, w_up, w_down = (w.to(x.dtype).index_select(0, e) for w in (w_gate, w_up, w_down))
-    h = (F.silu(padded @ w_gate) * (padded @ w_up)) @ w_down  # (n, b, C)
-    h = h.new_zeros(N * K + 1, C).index_copy(0, choice.flatten(), h.flatten(0, 1))[:-1]
-    return (h.view(N, K, C) * gates.to(x.dtype)[..., None]).sum(dim=1)
+    # 2. the experts
+    gate = padded @ w_gate.to(x.dtype).index_select(0, e)  # (n, b, I)
+    up = padded @ w_up.to(x.dtype).index_select(0, e)  # (n, b, I)
+    h = (F.silu(gate) * up) @ w_down.to(x.dtype).index_select(0, e)  # (n, b, C)
+    # 3. back to the tokens
+    y = h.new_zeros(N * K + 1, C).index_copy(0, choice.flatten(), h.flatten(0, 1))[:-1]
+    return (y.view(N, K, C) * gates.to(x.dtype)[..., None]).sum(dim=1)
 
 
 @jit
@@ -713,23 +890,34 @@ def moe_weight_kernel(A, B, DW, ORDER, EDGE, K: tl.constexpr, C: tl.constexpr, I
 
 
 def moe_sizes(x):
-    """Blocks that fit into 227 KB and the registers, and wider ones for one weight and little else to hold."""
-    BM, BN, BK = (32, 32, 32) if INTERPRETED else (128, 128, 64) if x.element_size() == 2 else (128, 64, 32)
+    """Returns launch options whose blocks fit 227 KB and the registers, and wider ones for one weight at a time."""
+    BM, BN, BK = (128, 64, 32)
+    if INTERPRETED:
+        BM, BN, BK = (32, 32, 32)
+    elif x.element_size() == 2:
+        BM, BN, BK = (128, 128, 64)
     sizes = dict(BM=BM, BN=BN, BK=BK, num_warps=8, num_stages=3)
-    return sizes, sizes | dict(BN=2 * BN)
+    wider = dict(sizes, BN=2 * BN)
+    return sizes, wider
 
 
 @operator
 def _moe(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, gates: Tensor, order: Tensor, edge: Tensor, tiles: Tensor
 ) -> tuple[Tensor, Tensor]:
-    (N, K), (_, C, I), (sizes, wider) = gates.shape, w_gate.shape, moe_sizes(x)
-    kept, out, plan = x.new_empty(3, N * K, I), x.new_empty(N * K, C), (order, edge, tiles, N * K, K)
-    (g, u, h), grid = kept, (len(tiles) * triton.cdiv(I, sizes["BN"]),)
+    """Returns y, and for the gradient g, u and h of each choice, h times its gate."""
+    N, K = gates.shape
+    _, C, I = w_gate.shape
+    sizes, wider = moe_sizes(x)
+    kept = x.new_empty(3, N * K, I)
+    g, u, h = kept
+    out = x.new_empty(N * K, C)
+    plan = (order, edge, tiles, N * K, K)
+    grid = (len(tiles) * triton.cdiv(I, sizes["BN"]),)
     moe_kernel[grid](x, w_gate, *plan, C, I, I, 1, True, W2=w_up, G=g, U=u, H=h, GATES=gates, **sizes)
     grid = (len(tiles) * triton.cdiv(C, wider["BN"]),)
     moe_kernel[grid](h, w_down, *plan, I, C, C, 1, False, OUT=out, **wider)
-    return out.view(N, K, C).sum(dim=1), kept  # the gates are in h
+    return out.view(N, K, C).sum(dim=1), kept
 
 
 _moe.register_fake(lambda x, w, _u, _d, gates, *_: (torch.empty_like(x), x.new_empty(3, gates.numel(), w.size(2))))
@@ -740,17 +928,31 @@ def _moe_backward(
     dy: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, gates: Tensor, order: Tensor, edge: Tensor,
     tiles: Tensor, kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (N, K), (E, C, I), (sizes, wider), (g, u, h) = gates.shape, w_gate.shape, moe_sizes(x), kept
-    dg, du, dw_gate, dw_up, dw_down = (torch.empty_like(t) for t in (g, u, w_gate, w_up, w_down))
-    out, blocks, plan = x.new_empty(N * K, C), triton.cdiv(I, sizes["BN"]), (order, edge, tiles, N * K, K)
-    dgates, grid = x.new_empty(blocks, N, K, dtype=torch.float32), (len(tiles) * blocks,)
+    N, K = gates.shape
+    E, C, I = w_gate.shape
+    sizes, wider = moe_sizes(x)
+    plan = (order, edge, tiles, N * K, K)
+    # 1. from dy to the gates' gradient and to dg, du
+    g, u, h = kept
+    dg = torch.empty_like(g)
+    du = torch.empty_like(u)
+    blocks = triton.cdiv(I, sizes["BN"])
+    dgates = x.new_empty(blocks, N, K, dtype=torch.float32)
+    grid = (len(tiles) * blocks,)
     moe_kernel[grid](dy, w_down, *plan, C, I, 1, C, True, G=g, U=u, GATES=gates, DG=dg, DU=du, DGATES=dgates, **sizes)
+    # 2. from those to dx
+    out = x.new_empty(N * K, C)
     grid = (len(tiles) * triton.cdiv(C, sizes["BN"]),)
     moe_kernel[grid](dg, w_gate, *plan, I, C, 1, I, False, A2=du, W2=w_up, OUT=out, **sizes)
+    # 3. the weights' gradients
+    dw_gate = torch.empty_like(w_gate)
+    dw_up = torch.empty_like(w_up)
+    dw_down = torch.empty_like(w_down)
     wider["num_stages"] = 5  # of which two wait for ORDER
     grid = (E * triton.cdiv(C, wider["BM"]) * triton.cdiv(I, wider["BN"]),)
-    for a, b, dw, strides in ((x, dg, dw_gate, (I, 1)), (x, du, dw_up, (I, 1)), (dy, h, dw_down, (1, C))):
-        moe_weight_kernel[grid](a, b, dw, order, edge, K, C, I, *strides, **wider)
+    moe_weight_kernel[grid](x, dg, dw_gate, order, edge, K, C, I, I, 1, **wider)
+    moe_weight_kernel[grid](x, du, dw_up, order, edge, K, C, I, I, 1, **wider)
+    moe_weight_kernel[grid](dy, h, dw_down, order, edge, K, C, I, 1, C, **wider)
     return out.view(N, K, C).sum(dim=1), dw_gate, dw_up, dw_down, dgates.sum(dim=0).to(gates.dtype)
 
 
@@ -763,134 +965,389 @@ def _moe_setup(ctx, inputs, output):
 
 
 def _moe_gradient(ctx, dy, _):
-    return *_moe_backward(dy.contiguous(), *ctx.saved_tensors), None, None, None
+    gradients = _moe_backward(dy.contiguous(), *ctx.saved_tensors)
+    return *gradients, None, None, None
 
 
 _moe.register_autograd(_moe_gradient, setup_context=_moe_setup)
 
 
 def moe(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-    """y_n = sum over k of gates[n, k] silu(x_n w_gate[e]) * (x_n w_up[e]) w_down[e], e = experts[n, k]; never waits.
+    """Returns y_n = sum over k of gates[n, k] silu(x_n w_gate[e]) * (x_n w_up[e]) w_down[e] with e = experts[n, k].
 
     x (N, C), w_gate and w_up (E, C, I), w_down (E, I, C), all cast to x's type; experts (N, K) int64, gates (N, K), 0
-    for a dropped choice -> (N, C). Forward 6 N K C I FLOPs, backward 12 N K C I; floor of N = 32,768, E = 128,
-    C = 2048, I = 768, K = 8 in bf16: 3.1 and 6.3 ms. Kept for backward: x, cast weights, and 3 N K I b bytes.
+    for a dropped choice -> (N, C). Never waits for the device. Forward 6 N K C I FLOPs, backward 12 N K C I; floor of
+    N = 32,768, E = 128, C = 2048, I = 768, K = 8 in bf16: 3.1 and 6.3 ms. Kept for backward: x, cast weights, and
+    3 N K I b bytes.
     """
     if not runs("moe", x, w_gate, w_up, w_down, gates):
         return moe_ref(x, w_gate, w_up, w_down, experts, gates)
-    weights = (w.to(x.dtype).contiguous() for w in (w_gate, w_up, w_down))
-    plan = (t.int() for t in moe_plan(experts, len(w_gate), moe_sizes(x)[0]["BM"]))
+    weights = [w.to(x.dtype).contiguous() for w in (w_gate, w_up, w_down)]
+    tile_rows = moe_sizes(x)[0]["BM"]
+    plan = [t.int() for t in moe_plan(experts, len(w_gate), tile_rows)]
     return _moe(x.contiguous(), *weights, gates.contiguous(), *plan)[0]
 
 
 # ---- Into a model ----------------------------------------------------------------------------------------------------
-# Methods that take the place of a module's own. Bound as methods, they follow the module into its deep copies.
+# Methods that take the place of a model's own, with the names and arguments that the model files share. Bound to a
+# module they follow it into its deep copies, and they leave to the class what has no kernel.
+
+
 def _norm(self, x):
-    return rms_norm(x, 1 + self.weight if self.stored_less_one else self.weight, self.eps)
+    return rms_norm(x, self.weight, self.eps)
 
 
-def _norm_later(self, x):  # together with the rotation that follows
-    return x, 1 + self.weight if self.stored_less_one else self.weight, self.eps
-
-
-def _apply_rope(x, cos, sin):
-    return norm_rope(*x, cos, sin) if isinstance(x, tuple) else rope(x, cos, sin)
+def _norm_around_one(self, x):
+    return rms_norm(x, 1 + self.weight, self.eps)
 
 
 def _mlp(self, x):
     return self.w_down(swiglu(self.w_gate(x), self.w_up(x)))
 
 
-def _mixture(self, x, experts, gates, chosen):
-    kind = x.device.type
-    rows = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-    weights = (w.weight for w in (self.w_gate, self.w_up, self.w_down))
-    return moe(rows.flatten(0, 1), *weights, experts.flatten(0, 1), gates.flatten(0, 1)).view_as(rows)
+def _norm_and_rotate(self, q, k, angles):
+    q = norm_rope(q, self.q_norm.weight, self.q_norm.eps, *angles)
+    k = norm_rope(k, self.k_norm.weight, self.k_norm.eps, *angles)
+    return q, k
 
 
-def _positions_and_start(self, idx, cache):
-    """Instead of a mask (B, 1, T, T) where each token's document begins (B, T), in int32, which tells as much."""
-    if cache is not None or self.config.eot_id < 0 or idx.size(1) > self.config.block_size:
-        return type(self).positions_and_mask(self, idx, cache)
-    t = torch.arange(idx.size(1), device=idx.device)
-    start = torch.where(idx == self.config.eot_id, t, 0).cummax(dim=1).values
-    return t - start, start.int()
+def _norm_then_rotate(self, q, k, angles):
+    return rope(self.q_norm(q), *angles), rope(self.k_norm(k), *angles)
 
 
-def _attention(q, k, v, mask=None, is_causal=False, scale=None, enable_gqa=False):
+def _rotate(self, q, k, angles):
+    return rope(q, *angles), rope(k, *angles)
+
+
+def _attend(self, q, k, v, mask):
+    """Takes for a mask also where each token's document begins (B, T), in int32: what _positions_and_start returns."""
+    scale = getattr(self, "scale", None)
     if mask is not None and mask.dtype == torch.int32:
         return flash_attention(q, k, v, start=mask, scale=scale)
-    if is_causal and q.size(2) == k.size(2):
+    if mask is None and q.size(2) == k.size(2) > 1:
         return flash_attention(q, k, v, scale=scale)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    return type(self).attend(self, q, k, v, mask)
+
+
+def _attend_by_mask(self, q, k, v, mask):
+    """Computes what _attend does, also from a bool mask."""
+    scale = getattr(self, "scale", None)
+    if mask is None:
+        return flash_attention_ref(q, k, v, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
+
+
+def _positions_and_start(self, idx, cache=None):
+    """Returns each token's position, and where its document begins (B, T): as much as a mask (B, 1, T, T) says."""
+    T = idx.size(1)
+    if cache is not None or self.config.eot_id < 0 or T == 1 or T > self.config.block_size:
+        return type(self).positions_and_mask(self, idx, cache)
+    place = torch.arange(T, device=idx.device)
+    start = torch.where(idx == self.config.eot_id, place, 0).cummax(dim=1).values
+    return place - start, start.int()
+
+
+def _positions_and_mask(self, idx):
+    """Returns the mask that _positions_and_start stands for."""
+    positions, start = _positions_and_start(self, idx)
+    place = torch.arange(idx.size(1))
+    mask = (place >= start[:, :, None]) & (place <= place[:, None])  # (B, T, T)
+    return positions, mask[:, None]
+
+
+def _experts(self, x, chosen, gates):
+    return moe(x, self.w_gate.weight, self.w_up.weight, self.w_down.weight, chosen, gates)
 
 
 def _lm_loss(self, x, targets):
-    head = getattr(self, "lm_head", None) or self.embed
+    head = getattr(self, "lm_head", None)
+    if head is None:
+        head = self.embed
     return linear_cross_entropy(x.flatten(0, 1), head.weight, targets.flatten())
 
 
-def _with_names(method, **names):
-    """The same method, to whose code these global names mean something else."""
-    scope = method.__globals__ | names
-    del scope["__name__"]  # else torch.compile looks the names up in the module of that name
-    return FunctionType(method.__code__, scope, method.__name__, method.__defaults__)
+# A method is taken over only where it is proved to compute the same: it and its candidates run on small random inputs
+# and weights, in training mode and with plain twins for kernels, and outputs and gradients are compared. What a variant
+# changed is found by that, whatever the change is.
+#
+# The method runs on its own module, whose flags are the true ones, with weights lent to it for the call: made anew,
+# since a model on the meta device has none yet, in fp64, where rounding hides no difference, and small. To build a
+# small module instead one would have to know which fields of a variant's config are sizes.
 
 
-def install(model: torch.nn.Module) -> dict[str, int]:
-    """Puts the kernels into a model of this project, in place, and returns how many of what: {"rms_norm": 9, ...}.
+@dataclass
+class Candidate:
+    """A method that computes an operation by its kernel. twin: what is compared in its place, if its inputs differ."""
 
-    Parts are known by the names that the model files share; what has no kernel stays as it is. Parameters and their
-    names are untouched, results differ by rounding. To be done before torch.compile; `uninstall` undoes it.
+    operation: str
+    method: Callable
+    twin: Callable | None = None
+
+
+@dataclass
+class Seam:
+    """A method of the model files that kernels can take over: the first candidate that computes the same does."""
+
+    owner: str  # the name of its class
+    method: str
+    inputs: Callable  # (model, module) -> what to compare it on: a list of tuples of arguments
+    candidates: list[Candidate]
+
+    def choose(self, model, module):
+        """Returns a candidate, or None and why."""
+        own = getattr(type(module), self.method)
+        if self.method in vars(module):
+            return None, "overridden already"
+        weights = stand_ins(module)
+        try:
+            trials = self.inputs(model, module)
+            wanted = [results(module, own, weights, inputs) for inputs in trials]
+        except Exception as error:  # a variant's method may ask for anything
+            return None, f"not tried, {type(error).__name__}"
+        for candidate in self.candidates:
+            method = candidate.method
+            if candidate.twin is not None:
+                method = candidate.twin
+            try:
+                got = [results(module, method, weights, inputs) for inputs in trials]
+            except Exception:  # for example a weight that the module does not have
+                continue
+            if all(same(a, b) for a, b in zip(got, wanted)):
+                return candidate, ""
+        return None, "computes something else"
+
+
+class Method(torch.nn.Module):
+    """A module's method as a module, for functional_call."""
+
+    def __init__(self, module, method):
+        super().__init__()
+        self.module = module
+        self.method = method
+
+    def forward(self, *inputs):
+        return self.method(self.module, *inputs)
+
+
+def narrow(n):
+    """Returns a small width for a large one, by one rule for all tensors: those that fit together still do."""
+    return n if n <= 256 else 32
+
+
+def normal(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def stand_ins(module):
+    """Returns {name: tensor} for a module's parameters and buffers, except those of a model's blocks.
+
+    Those have seams of their own. Matrices are narrow, and all experts are there: 128 of 32 x 32 for 128 of 2048 x 768.
     """
-    if any("swapped" in vars(module) for module in model.modules()):
+    tensors = {}
+    for name, x in [*module.named_parameters(), *module.named_buffers()]:
+        shape = [*x.shape[:-2], *map(narrow, x.shape[-2:])]
+        if name.startswith("blocks."):
+            continue
+        if x.is_floating_point():
+            tensors[name] = 0.3 * normal(*shape)
+        else:
+            tensors[name] = torch.zeros(shape, dtype=x.dtype)
+    return tensors
+
+
+def results(module, method, weights, inputs):
+    """Returns the outputs of a module's method, and along random directions the gradients of inputs and weights."""
+
+    def leaf(x):
+        if torch.is_tensor(x) and x.dtype == torch.float64:
+            return x.clone().requires_grad_()
+        return x
+
+    weights = {f"module.{name}": leaf(x) for name, x in weights.items()}
+    inputs = tuple(leaf(x) for x in inputs)
+    torch.default_generator.manual_seed(0)  # what a method draws: torch.manual_seed would reset the GPUs' numbers too
+    outputs = functional_call(Method(module, method), weights, inputs)
+    if torch.is_tensor(outputs):
+        outputs = [outputs]
+    moving = [y for y in outputs if y.requires_grad]
+    if not moving:
+        return outputs
+    torch.default_generator.manual_seed(1)
+    directions = [normal(*y.shape).to(y.dtype) for y in moving]
+    leaves = [x for x in (*inputs, *weights.values()) if torch.is_tensor(x) and x.requires_grad]
+    return [*outputs, *torch.autograd.grad(moving, leaves, directions, materialize_grads=True)]
+
+
+def same(ours, theirs):
+    """Returns whether two lists of results are equal, up to the rounding of a method that computes in fp32 inside."""
+    if len(ours) != len(theirs):
+        return False
+    for a, b in zip(ours, theirs):
+        if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
+            return False
+        if not b.is_floating_point() and not torch.equal(a, b):
+            return False
+        if b.is_floating_point() and not (a - b).abs().max() <= 1e-4 * b.abs().max():  # False for NaN
+            return False
+    return True
+
+
+@contextmanager
+def proving(model):
+    """Sets training mode and twins in place of kernels; puts these and the random numbers back afterwards."""
+    global TWINS_ONLY
+    training = {module: module.training for module in model.modules()}
+    TWINS_ONLY = True
+    try:
+        for module in training:
+            module.training = True
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.default_generator.manual_seed(0)
+            yield
+    finally:
+        TWINS_ONLY = False
+        for module, mode in training.items():
+            module.training = mode
+
+
+# What methods are compared on. Each is tried at two scales: small rows show an eps, large ones a cap or a clamp.
+
+
+def norm_inputs(model, module):
+    x = normal(2, 3, narrow(module.weight.numel()))
+    return [(x,), (0.001 * x,)]
+
+
+def mlp_inputs(model, module):
+    x = normal(2, 3, narrow(model.config.n_embd))
+    return [(x,), (10 * x,)]
+
+
+def rotate_inputs(model, module):
+    angles = sys.modules[type(model).__module__].rope_cos_sin
+    cos, sin = angles(torch.randint(model.config.block_size, (2, 3)), model.config)  # (2, 3, 1, D/2)
+    D = getattr(module, "head_dim", 2 * cos.size(-1))
+    q = normal(2, 3, 4, D)
+    k = normal(2, 3, 2, D)
+    return [(q, k, (cos, sin)), (0.001 * q, 0.001 * k, (cos, sin))]
+
+
+def attend_inputs(model, module):
+    H = model.config.n_head
+    G = getattr(model.config, "n_kv_head", H)
+    D = getattr(module, "head_dim", 16)
+    # 1. few tokens, without documents and with them: tokens 0 and 3 begin one
+    q = normal(2, H, 8, D)
+    k = normal(2, G, 8, D)
+    v = normal(2, G, 8, D)
+    documents = torch.ones(8, 8, dtype=torch.bool).tril()
+    documents[3:, :3] = False
+    # 2. as many tokens as a window could hide some of, and the last ones behind a past: one head, in fp32, no gradients
+    T = min(model.config.block_size, 8192)
+    queries, keys, values = normal(3, 1, 1, T, D).float()
+    causal = torch.ones(3, T, dtype=torch.bool).tril(T - 3)
+    return [
+        (q, k, v, None),
+        (10 * q, k, v, documents.expand(2, 1, 8, 8)),
+        (queries, keys, values, None),
+        (queries[:, :, -3:], keys, values, causal),
+    ]
+
+
+def experts_inputs(model, module):
+    E, C, _ = module.w_gate.weight.shape
+    K = model.config.n_expert_per_token
+    x = normal(7, narrow(C))
+    chosen = torch.rand(7, E).topk(K).indices
+    gates = normal(7, K)
+    gates[3] = 0.0
+    return [(x, chosen, gates), (10 * x, chosen, gates)]
+
+
+def lm_loss_inputs(model, module):
+    x = normal(2, 5, narrow(model.config.n_embd))
+    targets = torch.randint(narrow(model.config.vocab_size), (2, 5))
+    targets[0, :2] = -1
+    return [(x, targets), (30 * x, targets)]
+
+
+def positions_inputs(model, module):
+    config = model.config
+    T = min(config.block_size, 8192)  # a mask of 67 MB
+    short = config.eot_id + torch.randint(2, (2, min(T, 64)))  # documents, of which about half are one token
+    long = torch.full((1, T), config.eot_id + 1)
+    return [(short,), (long,)]
+
+
+NORM = [Candidate("rms_norm", _norm), Candidate("rms_norm", _norm_around_one)]
+ROTATE = [Candidate("norm_rope", _norm_and_rotate), Candidate("rope", _norm_then_rotate), Candidate("rope", _rotate)]
+ATTEND = [Candidate("flash_attention", _attend, twin=_attend_by_mask)]
+POSITIONS = [Candidate("document_starts", _positions_and_start, twin=_positions_and_mask)]
+SEAMS = [
+    Seam("RMSNorm", "forward", norm_inputs, NORM),
+    Seam("MLP", "forward", mlp_inputs, [Candidate("swiglu", _mlp)]),
+    Seam("Attention", "rotate", rotate_inputs, ROTATE),
+    Seam("Attention", "attend", attend_inputs, ATTEND),
+    Seam("MoE", "experts", experts_inputs, [Candidate("moe", _experts)]),
+    Seam("GPT", "lm_loss", lm_loss_inputs, [Candidate("linear_cross_entropy", _lm_loss)]),
+]
+DOCUMENTS = Seam("GPT", "positions_and_mask", positions_inputs, POSITIONS)  # goes with every attend, or with none
+
+
+class Installed(NamedTuple):
+    """What install did: {operation: methods that its kernel took over}, {method (why): how many stay as they are}."""
+
+    swapped: dict[str, int]
+    left_alone: dict[str, int]
+
+    def __str__(self):
+        text = ", ".join(f"{n} x {name}" for name, n in self.swapped.items())
+        if self.left_alone:
+            text += "; left alone: " + ", ".join(f"{n} x {name}" for name, n in self.left_alone.items())
+        return text
+
+
+def install(model: torch.nn.Module, seams: Sequence[Seam] = SEAMS) -> Installed:
+    """Lets kernels take over the methods of a model that compute the same, in place, and returns how many of what.
+
+    Parameters and their names are untouched, results differ by rounding. To be done before torch.compile and before
+    weights are sharded; they need not exist yet. `uninstall` undoes it.
+    """
+    modules = list(model.modules())
+    if any("swapped" in vars(module) for module in modules):
         raise ValueError("the kernels are installed already: uninstall(model) first")
-    swapped, config = Counter(), model.config
-
-    def swap(module, method, name="forward"):
-        setattr(module, name, MethodType(method, module))
-        vars(module).setdefault("swapped", []).append(name)
-
-    def swap_norm(module, method):
-        n = module.weight.numel()
-        module.stored_less_one = functional_call(module, {"weight": torch.zeros(n)}, torch.ones(n)).any().item()
-        swap(module, method)
-
-    for module in model.modules():
-        kind, forward = type(module).__name__, type(module).forward
-        if kind == "Attention":
-            used, names = forward.__code__.co_names, {}
-            if "F" in used:
-                names["F"] = SimpleNamespace(scaled_dot_product_attention=_attention)
-                swapped["flash_attention"] += 1
-            if "apply_rope" in used and getattr(config, "rotary_fraction", 1.0) == 1.0:
-                names["apply_rope"] = _apply_rope
-                norms = [n for n in (module.q_norm, getattr(module, "k_norm", None)) if type(n).__name__ == "RMSNorm"]
-                fused = len(norms) == 2 and not any(getattr(module, "gates", ()))
-                for norm in norms if fused else ():
-                    swap_norm(norm, _norm_later)
-                swapped["norm_rope" if fused else "rope"] += 2
-            swap(module, _with_names(forward, **names))
-        elif kind == "RMSNorm" and "swapped" not in vars(module):
-            swap_norm(module, _norm)
-            swapped["rms_norm"] += 1
-        elif kind == "MLP" and hasattr(module, "w_gate"):
-            swap(module, _mlp)
-            swapped["swiglu"] += 1
-        elif kind == "MoE":
-            swap(module, _mixture, "mixture")
-            swapped["moe"] += 1
-        elif kind == "GatedDelta":
-            from kernels_delta import gated_delta_rule  # which needs this file
-
-            swap(module, _with_names(forward, chunked_delta_rule=gated_delta_rule))
-            swapped["gated_delta_rule"] += 1
-    if swapped["flash_attention"]:
-        swap(model, _positions_and_start, "positions_and_mask")
-    if not getattr(config, "logit_softcap", 0.0):
-        swap(model, _lm_loss, "lm_loss")
-        swapped["linear_cross_entropy"] += 1
-    return dict(swapped)
+    taken = []  # (module, seam, candidate)
+    left_alone = Counter()
+    with proving(model):
+        # 1. each method by itself
+        rotated = set()  # norms that a rotation does too; they come behind it, as children of its module
+        for module in modules:
+            for seam in seams:
+                if type(module).__name__ != seam.owner or not hasattr(module, seam.method) or module in rotated:
+                    continue
+                candidate, why = seam.choose(model, module)
+                if candidate is None:
+                    left_alone[f"{seam.owner}.{seam.method} ({why})"] += 1
+                    continue
+                taken.append((module, seam, candidate))
+                if candidate.method is _norm_and_rotate:
+                    rotated |= {module.q_norm, module.k_norm}
+        # 2. with documents, starts in place of the mask, if all that take the mask are methods from here
+        attending = [module for module, seam, _ in taken if seam.method == "attend"]
+        if attending and model.config.eot_id >= 0:
+            candidate, why = DOCUMENTS.choose(model, model)
+            if len(attending) < sum(hasattr(module, "attend") for module in modules):
+                candidate = None
+                why = "another one needs the mask"
+            if candidate is None:
+                taken = [each for each in taken if each[1].method != "attend"]
+                left_alone[f"Attention.attend (its mask: {why})"] += len(attending)
+            else:
+                taken.append((model, DOCUMENTS, candidate))
+    for module, seam, candidate in taken:
+        setattr(module, seam.method, MethodType(candidate.method, module))
+        vars(module).setdefault("swapped", []).append(seam.method)
+    return Installed(dict(Counter(candidate.operation for *_, candidate in taken)), dict(left_alone))
 
 
 def uninstall(model: torch.nn.Module) -> None:

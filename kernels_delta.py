@@ -2,36 +2,67 @@
 
     S_t = exp(log_decay_t) S_{t-1} + k_t beta_t (v_t - exp(log_decay_t) S_{t-1}^T k_t)^T        y_t = S_t^T q_t
 
+    kernels_delta.install(model)      is kernels.install, with this kernel too
+
 In chunks of L = 64 tokens (https://arxiv.org/abs/2412.06464, section 3.3): what the tokens of a chunk write is the
 solution of a triangular system, and only the state goes from chunk to chunk. Forward: prepare (all chunks at once),
 then scan (one after the other). Backward: both again, a scan from the end, then the gradients (all chunks at once).
 
-B batch, T time, H heads, N chunks of L tokens, Dk and Dv widths of keys and values.
+B   batch
+T   time
+H   heads
+N   chunks of a sequence
+L   tokens of a chunk
+Dk  width of keys
+Dv  width of values
 """
+
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from kernels import jit, operator, runs, tl, triton
 
 
 def gated_delta_rule_ref(q, k, v, log_decay, beta, first, state, chunk=64):
-    T, L, dtype = q.size(2), min(chunk, q.size(2)), v.dtype
-    # 1. cut into N chunks of L tokens: padding at the right writes nothing and decays nothing
-    q, k, v = (F.pad(y, (0, 0, 0, -T % L)).unflatten(2, (-1, L)).to(state.dtype) for y in (q, k, v))  # (B, H, N, L, .)
-    log_decay, beta, first = (F.pad(y, (0, -T % L)).unflatten(2, (-1, L)) for y in (log_decay, beta, first))
+    dtype = v.dtype
+    # 1. cut into N chunks of L tokens; the padding at the right writes nothing and decays nothing
+    T = q.size(2)
+    L = min(T, chunk)
+    missing = -T % L
+    q = F.pad(q, (0, 0, 0, missing)).unflatten(2, (-1, L)).to(state.dtype)  # (B, H, N, L, Dk)
+    k = F.pad(k, (0, 0, 0, missing)).unflatten(2, (-1, L)).to(state.dtype)  # (B, H, N, L, Dk)
+    v = F.pad(v, (0, 0, 0, missing)).unflatten(2, (-1, L)).to(state.dtype)  # (B, H, N, L, Dv)
+    log_decay = F.pad(log_decay, (0, missing)).unflatten(2, (-1, L))  # (B, H, N, L)
+    beta = F.pad(beta, (0, missing)).unflatten(2, (-1, L))[..., None]  # (B, H, N, L, 1)
+    first = F.pad(first, (0, missing)).unflatten(2, (-1, L))  # (B or 1, 1, N, L)
+
     # 2. decay[i, j]: what is left at i of what j wrote; 0 is the state before the chunk, 1 the chunk's first token.
     #    Each entry sums its own steps: differences of running sums would feel what lies before j, or overflow.
-    log_decay, document = F.pad(log_decay, (1, 0)), F.pad(first, (1, 0)).cumsum(dim=-1)  # (B, H, N, L + 1)
-    decay = (log_decay[..., None] * q.new_ones(L + 1, L + 1).tril(-1)).cumsum(dim=-2).exp()
-    decay = decay * (document[..., :, None] == document[..., None, :]).tril()  # (B, H, N, L + 1, L + 1)
-    start, inner, end = decay[..., 1:, :1], decay[..., 1:, 1:], decay[..., -1, :, None]  # (L, 1), (L, L), (L + 1, 1)
+    log_decay = F.pad(log_decay, (1, 0))  # (B, H, N, L + 1)
+    steps = log_decay[..., None] * q.new_ones(L + 1, L + 1).tril(-1)
+    decay = steps.cumsum(dim=-2).exp()  # (B, H, N, L + 1, L + 1)
+    document = F.pad(first, (1, 0)).cumsum(dim=-1)  # (B or 1, 1, N, L + 1)
+    same = document[..., :, None] == document[..., None, :]
+    decay = decay * same.tril()
+    start = decay[..., 1:, :1]  # (B, H, N, L, 1), of the state
+    inner = decay[..., 1:, 1:]  # (B, H, N, L, L)
+    end = decay[..., -1, :, None]  # (B, H, N, L + 1, 1)
+
     # 3. what a token writes depends on what those before it wrote: solve (1 + A) [u, w] = beta [v, k start]
-    A, both = (k @ k.mT) * inner * beta[..., None], torch.cat((v, k * start), dim=-1) * beta[..., None]
-    u, w = torch.linalg.solve_triangular(A, both, upper=False, unitriangular=True).tensor_split((v.size(-1),), dim=-1)
+    A = (k @ k.mT) * inner * beta  # used below its diagonal
+    both = torch.cat((v, k * start), dim=-1) * beta
+    solved = torch.linalg.solve_triangular(A, both, upper=False, unitriangular=True)
+    u, w = solved.tensor_split((v.size(-1),), dim=-1)
+
     # 4. from chunk to chunk
-    scores, q, k, y = (q @ k.mT) * inner, q * start, k * end[..., 1:, :], []
+    scores = (q @ k.mT) * inner  # (B, H, N, L, L)
+    q = q * start
+    k = k * end[..., 1:, :]
+    y = []
     for n in range(q.size(2)):
         written = u[:, :, n] - w[:, :, n] @ state  # (B, H, L, Dv)
         y.append(q[:, :, n] @ state + scores[:, :, n] @ written)
@@ -198,73 +229,163 @@ def delta_gradient_kernel(Q, K, V, LOG_DECAY, BETA, DOCUMENT, SCORES, KEYS, ENDS
     tl.store(DBETA + row + i * H, dbeta, live)
 
 
-def _delta_prepare(q, k, v, log_decay, beta, document):
-    """The first kernel's results, and what the others share: grid and integers, then constants."""
-    (B, T, H, Dk), Dv, N = q.shape, v.size(-1), triton.cdiv(q.size(1), 64)
-    P = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    exact, block, BV, options = "tf32x3", 64, 32, dict(num_warps=4, num_stages=3)  # tf32x3: fp32 by tensor cores
-    if q.dtype == torch.float32:  # tiles that fit the shared memory or, without tensor cores, nearly the registers
-        block, BV, options = 32, 16, dict(num_warps=4, num_stages=2)
-        if P == "ieee":
-            exact, block, options = "ieee", 16, dict(num_warps=8, num_stages=1)
-    BK, wide = max(16, triton.next_power_of_2(Dk)), max(16, triton.next_power_of_2(Dv))
-    parts = [q.new_empty(B * H, N, 64, 64) for _ in range(3)] + [beta.new_empty(B * H, N, 2, 64)]
-    delta_prepare_kernel[(N, B * H)](q, k, log_decay, beta, document, *parts, T, N, H, Dk, min(BK, block), 64, P, exact,
-                                     **options)  # fmt: skip
-    scan, rest = (Dk, Dv, BK, min(BV, wide), 64, P), (Dk, Dv, min(BK, block), min(wide, block), 64, P)
-    return parts, (triton.cdiv(Dv, scan[3]), B * H), (T, N, H), scan, rest, options
+def delta_sizes(q, v):
+    """Returns the grids, the integers and constants of each kernel, and the launch options."""
+    B, T, H, Dk = q.shape
+    Dv = v.size(-1)
+    L = 64
+    N = triton.cdiv(T, L)
+    P = "tf32"
+    if torch.get_float32_matmul_precision() == "highest":
+        P = "ieee"
+    exact = "tf32x3"  # fp32 by tensor cores
+    block = 64
+    columns = 32
+    options = dict(num_warps=4, num_stages=3)
+    if q.dtype == torch.float32:  # tiles that fit the shared memory
+        block = 32
+        columns = 16
+        options = dict(num_warps=4, num_stages=2)
+    if q.dtype == torch.float32 and P == "ieee":  # and nearly fit the registers, without tensor cores
+        exact = "ieee"
+        block = 16
+        options = dict(num_warps=8, num_stages=1)
+    BK = max(16, triton.next_power_of_2(Dk))
+    BV = max(16, triton.next_power_of_2(Dv))
+    columns = min(columns, BV)
+    return SimpleNamespace(
+        grid=(N, B * H),
+        scan_grid=(triton.cdiv(Dv, columns), B * H),
+        prepare=(T, N, H, Dk, min(BK, block), L, P, exact),
+        scan=(T, N, H, Dk, Dv, BK, columns, L, P),
+        gradient=(T, N, H, Dk, Dv, min(BK, block), min(BV, block), L, P),
+        options=options,
+    )
+
+
+def delta_prepare(q, k, log_decay, beta, document, sizes):
+    """Returns 1 / (1 + A), the scores and A without beta (B H, N, L, L), and what is left of states (B H, N, 2, L).
+
+    Of the state before the chunk at each token, and of what each token wrote at the end.
+    """
+    N, BH = sizes.grid
+    inverse = q.new_empty(BH, N, 64, 64)
+    scores = torch.empty_like(inverse)
+    keys = torch.empty_like(inverse)
+    ends = beta.new_empty(BH, N, 2, 64)
+    delta_prepare_kernel[sizes.grid](
+        q, k, log_decay, beta, document, inverse, scores, keys, ends, *sizes.prepare, **sizes.options
+    )
+    return inverse, scores, keys, ends
 
 
 @operator
 def _gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, document: Tensor,
                       state: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (inverse, scores, _, ends), grid, sizes, scan, _, options = _delta_prepare(q, k, v, log_decay, beta, document)
-    y, last = torch.empty_like(v), torch.empty_like(state)
-    delta_scan_kernel[grid](q, k, v, beta, inverse, scores, ends, state, y, last, None, *sizes, *scan, False, **options)
+    sizes = delta_sizes(q, v)
+    inverse, scores, _, ends = delta_prepare(q, k, log_decay, beta, document, sizes)
+    y = torch.empty_like(v)
+    last = torch.empty_like(state)
+    delta_scan_kernel[sizes.scan_grid](
+        q, k, v, beta, inverse, scores, ends, state, y, last, None, *sizes.scan, False, **sizes.options
+    )
     return y, last
+
+
+_gated_delta_rule.register_fake(lambda *inputs: (torch.empty_like(inputs[2]), torch.empty_like(inputs[6])))
 
 
 @operator
 def _gated_delta_rule_backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
                                beta: Tensor, document: Tensor, state: Tensor
                                ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    parts, grid, sizes, scan, rest, options = _delta_prepare(q, k, v, log_decay, beta, document)
-    (inverse, scores, _, ends), (BH, N) = parts, parts[0].shape[:2]
-    *grads, dstate = (torch.empty_like(x) for x in (q, k, v, log_decay, beta, state))
-    written, dw, states = torch.empty_like(v), torch.empty_like(v), q.new_empty(BH, N, *state.shape[2:])
-    dstates, both = torch.empty_like(states), (beta, inverse, scores, ends)
-    delta_scan_kernel[grid](q, k, v, *both, state, written, None, states, *sizes, *scan, False, **options)
-    delta_scan_kernel[grid](q, k, dy, *both, dlast, dw, dstate, dstates, *sizes, *scan, True, **options)
-    options["num_warps"], results = 8, (dy, written, dw, states, dstates, *grads)
-    delta_gradient_kernel[(N, BH)](q, k, v, log_decay, beta, document, *parts[1:], *results, *sizes, *rest, **options)
-    return *grads, dstate
+    sizes = delta_sizes(q, v)
+    N, BH = sizes.grid
+    # 1. what was written, and the states before each chunk
+    inverse, scores, keys, ends = delta_prepare(q, k, log_decay, beta, document, sizes)
+    written = torch.empty_like(v)
+    states = q.new_empty(BH, N, *state.shape[2:])
+    delta_scan_kernel[sizes.scan_grid](
+        q, k, v, beta, inverse, scores, ends, state, written, None, states, *sizes.scan, False, **sizes.options
+    )
+    # 2. from the last chunk to the first, the gradients of both
+    dw = torch.empty_like(v)
+    dstates = torch.empty_like(states)
+    dstate = torch.empty_like(state)
+    delta_scan_kernel[sizes.scan_grid](
+        q, k, dy, beta, inverse, scores, ends, dlast, dw, dstate, dstates, *sizes.scan, True, **sizes.options
+    )
+    # 3. those of the inputs
+    gradients = [torch.empty_like(x) for x in (q, k, v, log_decay, beta)]
+    sizes.options["num_warps"] = 8
+    delta_gradient_kernel[sizes.grid](
+        q, k, v, log_decay, beta, document, scores, keys, ends, dy, written, dw, states, dstates,
+        *gradients, *sizes.gradient, **sizes.options,
+    )  # fmt: skip
+    return *gradients, dstate
+
+
+_gated_delta_rule_backward.register_fake(lambda *inputs: tuple(torch.empty_like(inputs[i]) for i in (2, 3, 4, 5, 6, 8)))
+
+
+def _gated_delta_rule_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
 
 
 def _gated_delta_rule_gradient(ctx, dy, dlast):
-    *grads, dstate = _gated_delta_rule_backward(dy.contiguous(), dlast.contiguous(), *ctx.saved_tensors)
-    return *grads, None, dstate
+    *gradients, dstate = _gated_delta_rule_backward(dy.contiguous(), dlast.contiguous(), *ctx.saved_tensors)
+    return *gradients, None, dstate
 
 
-_gated_delta_rule.register_fake(lambda *inputs: (torch.empty_like(inputs[2]), torch.empty_like(inputs[6])))
-_gated_delta_rule_backward.register_fake(lambda *inputs: tuple(torch.empty_like(inputs[i]) for i in (2, 3, 4, 5, 6, 8)))
-_gated_delta_rule.register_autograd(
-    _gated_delta_rule_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-)
+_gated_delta_rule.register_autograd(_gated_delta_rule_gradient, setup_context=_gated_delta_rule_setup)
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, first: Tensor,
                      state: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """S = exp(log_decay) S; S = S + k beta (v - S^T k)^T; y = S^T q (https://arxiv.org/abs/2412.06464) -> y, last S.
+    """Returns y and the last S of S = exp(log_decay) S; S = S + k beta (v - S^T k)^T; y = S^T q, token by token.
 
     q, k (B, H, T, Dk), v and y (B, H, T, Dv), log_decay, beta (B, H, T) and state S (B, H, Dk, Dv) in fp32, widths up
     to 128; first (B or 1, 1, T): a document begins here. Views of (B, T, H, .) are read as they are, others copied.
     A token and head takes 6 Dk Dv + 128 (3 Dk + 2 Dv) FLOPs and (2 Dk + 2 Dv) b + 8 bytes: 0.031 ms at 4.3 TB/s for
     T = 8192, 16 heads of 128 in bf16. But chunks follow each other: 128 steps, however fast the GPU.
     """
-    exact = {x.dtype for x in (log_decay, beta, state)} == {torch.float32} and q.dtype == k.dtype == v.dtype
-    if not runs("gated_delta_rule", q, k, v, fits=exact and max(q.size(-1), v.size(-1)) <= 128):
+    fits = log_decay.dtype == beta.dtype == state.dtype == torch.float32 and q.dtype == k.dtype == v.dtype
+    fits = fits and q.size(-1) <= 128 and v.size(-1) <= 128
+    if not runs("gated_delta_rule", q, k, v, fits=fits):
         return gated_delta_rule_ref(q, k, v, log_decay, beta, first, state)
-    q, k, v, log_decay, beta = (x.transpose(1, 2).contiguous() for x in (q, k, v, log_decay, beta))
+    inputs = [x.transpose(1, 2).contiguous() for x in (q, k, v, log_decay, beta)]  # (B, T, H, .)
     document = first[:, 0].cumsum(dim=-1, dtype=torch.int32).expand(len(q), -1).contiguous()  # (B, T)
-    y, last = _gated_delta_rule(q, k, v, log_decay, beta, document, state.contiguous())
+    y, last = _gated_delta_rule(*inputs, document, state.contiguous())
     return y.transpose(1, 2), last
+
+
+# ---- Into a model ----------------------------------------------------------------------------------------------------
+
+
+def _delta_rule(self, q, k, v, log_decay, beta, first, state):
+    if q.size(2) == 1:  # a single token needs no chunk
+        return type(self).delta_rule(self, q, k, v, log_decay, beta, first, state)
+    return gated_delta_rule(q, k, v, log_decay, beta, first, state)
+
+
+def delta_rule_inputs(model, module):
+    normal = kernels.normal
+    q = normal(2, 3, 70, 8)
+    k = F.normalize(normal(2, 3, 70, 8), dim=-1)
+    v = normal(2, 3, 70, 6)
+    log_decay = -normal(2, 3, 70).abs()
+    beta = normal(2, 3, 70).sigmoid()
+    first = torch.zeros(2, 1, 70, dtype=torch.bool)
+    first[0, 0, [5, 66]] = True
+    state = normal(2, 3, 8, 6)
+    return [(q, k, v, log_decay, beta, first, state), (q, k, 10 * v, 10 * log_decay, beta, first, 10 * state)]
+
+
+DELTA_RULE = kernels.Seam(
+    "GatedDelta", "delta_rule", delta_rule_inputs, [kernels.Candidate("gated_delta_rule", _delta_rule)]
+)
+
+
+def install(model: torch.nn.Module) -> kernels.Installed:
+    """Does what kernels.install does, with the delta rule's kernel too."""
+    return kernels.install(model, [*kernels.SEAMS, DELTA_RULE])

@@ -1,31 +1,47 @@
-"""As in Qwen3-Next (https://arxiv.org/abs/2412.06464): gated delta rule layers, with gated full attention every few.
+"""Layers that remember in a matrix by the gated delta rule, with gated attention every few: the plan of Qwen3-Next.
 
-    S = decay S;  S = S + k beta (v - S^T k)^T;  o = S^T q         S (Dk, Dv) is a delta layer's memory, and all of it
-    decay = exp(-exp(A_log) softplus(a + dt_bias)), beta = sigmoid(b)         a, b: of u, one per value head
-    q, k, v = silu(conv(Wqkv u)), q and k of length 1;  x = x + Wo (RMSNorm(o) * silu(Wz u))         u = RMSNorm(x)
-    x = x + Wo (attention(u) * sigmoid(Wgate u)) in every fourth layer (https://arxiv.org/abs/2505.06708)
+    q, k, v = silu(conv(Wq u, Wk u, Wv u)), then q and k are brought to length 1          u = RMSNorm(x)
+    decay = exp(-exp(A_log) softplus(Wa u + dt_bias)), beta = sigmoid(Wb u)
+    M = decay M;  M = M + k (beta (v - M^T k))^T;  y = M^T q        (https://arxiv.org/abs/2412.06464)
+    x = x + Wo (RMSNorm(y) * silu(Wz u))
 
-B batch, T time, S time with the cached past, C n_embd, H query heads, G key/value heads, D head_dim, V vocabulary.
-In delta layers: Hk key heads of Dk, Hv value heads of Dv, K taps of the convolution, N chunks of L tokens, S a state.
-Differs from model_baseline.py in: GPTConfig, RMSNorm, rope_cos_sin, apply_rope, KVCache, Attention, Block,
-GPT.init_weights, GPT.forward, config_from_hf, config_to_hf, recurrent_delta_rule, chunked_delta_rule, GatedDelta
+M^T k is what the memory answers to the key k: with beta = 1 writing replaces that answer by v, where linear attention
+would add v to it. M has one size at every length, so a token costs as much after 100,000 others as after 10.
+
+B  batch
+T  time: the tokens of one call
+S  time with the cached past
+C  n_embd, the width of the residual stream
+H  query heads
+G  key/value heads
+D  head_dim
+V  vocabulary
+Hk key heads of a delta layer
+Hv value heads of a delta layer, Hv / Hk to a key head
+Dk key_dim
+Dv value_dim
+K  conv_kernel, the taps of the convolution
+M  state (Dk, Dv), the memory of one value head
+N  chunks
+L  tokens of a chunk
+
+Differs from model_gated.py in: X
 """
 
 import copy
-import json
 import math
-import re
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 50304  # 50,257 of GPT-2 rounded up to a multiple of 64: faster matmuls
+    vocab_size: int = 50304  # GPT-2's 50,257 tokens rounded up to a multiple of 64: faster matmuls
     block_size: int = 1024  # the longest sequence
     n_layer: int = 12
     n_head: int = 12  # query heads
@@ -34,45 +50,62 @@ class GPTConfig:
     n_embd: int = 768
     n_inner: int = 2048  # width of the MLP, about 8/3 n_embd
     qk_norm: bool = True  # RMSNorm on each query and key head: attention logits stay small at high learning rates
-    layer_pattern: str = "ddda"  # layers in order, d delta rule, a attention, repeated to n_layer: "ddda" is 3 to 1
+    layer_pattern: str = "ddda"  # a full attention, d delta rule; repeated and cut to n_layer letters
     n_key_head: int = 3  # query and key heads of a delta layer
-    n_value_head: int = 6  # its value heads: that many states; a multiple of n_key_head
+    n_value_head: int = 6  # its value heads, each with a state; a multiple of n_key_head
     key_dim: int = 128  # rows of a state: how many keys it can tell apart
     value_dim: int = 128  # columns of a state
     conv_kernel: int = 4  # tokens that the convolution before the delta rule sees
-    output_gate: str = "element"  # of attention: none, head (one per head) or element
-    qkv_gates: str = ""  # what else attention gates, per element: "v" the values, "qkv" queries, keys and values
-    rotary_fraction: float = 0.25  # of head_dim that RoPE turns: what it leaves alone matches by content only
-    rope_theta: float = 10000.0  # wavelengths reach 2 pi theta tokens: 1e6 for long context
-    rope_scaling: str = "none"  # stretch positions past the trained length: none, linear or yarn
-    rope_factor: float = 1.0  # by how much: 4.0 is 4 times the trained length
-    rope_original: int = 0  # the trained length (yarn)
+    output_gate: Literal["none", "head", "element"] = "element"  # one gate a head, or one for each of its elements
+    gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"  # of the output gate; softplus can amplify too
+    qkv_gates: str = ""  # what else has a sigmoid gate per element: "v" the values, "qkv" queries, keys and values
+    rotary_fraction: float = 0.25  # of head_dim that RoPE turns; the rest matches by content at any distance
+    rope_theta: float = 10000.0  # wavelengths reach 2 pi rope_theta tokens: 1e6 for long context
+    rope_scaling: Literal["none", "linear", "yarn"] = "none"  # stretches positions past the trained length
+    rope_factor: float = 1.0  # how far rope_scaling stretches: 4.0 is 4 times the trained length
+    rope_original: int = 0  # the trained length, which yarn needs
     norm_eps: float = 1e-6
     tie_embeddings: bool = True  # the head is the embedding transposed
     scale_embeddings: bool = False  # multiply embeddings by sqrt(n_embd)
     logit_softcap: float = 0.0  # c > 0: logits become c * tanh(logits / c)
     dropout: float = 0.0  # on the output of each branch: for many epochs over little data
-    init_std: float = 0.02  # of every matrix; those that write to the residual stream get 1 / sqrt(2 n_layer) of it
-    zero_init_residual: bool = False  # those start at 0 instead, so that every block starts as the identity
-    eot_id: int = -1  # the token that begins a document: nothing crosses it; -1: one document, the fast causal path
+    init_std: float = 0.02  # std of every weight matrix; wo and w_down use init_std / sqrt(2 n_layer)
+    zero_init_residual: bool = False  # wo and w_down start at 0, so that every block starts as the identity
+    eot_id: int = -1  # the token that begins a document, which nothing crosses; -1 sees one document: the fast path
 
     def __post_init__(self):
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: try 1 or n_head")
-        if (D := self.head_dim * self.rotary_fraction) not in range(2, self.head_dim + 1, 2):
-            raise ValueError(f"RoPE cannot turn {D:g} of head_dim={self.head_dim} numbers: try rotary_fraction=1.0")
-        if self.layer_pattern.strip("da") or not 0 < len(self.layer_pattern) <= self.n_layer:
-            raise ValueError(f"layer_pattern={self.layer_pattern!r}: try 1 to n_layer={self.n_layer} letters, d or a")
+        rotary_dim = self.head_dim * self.rotary_fraction
+        if rotary_dim not in range(2, self.head_dim + 1, 2):
+            size = f"{rotary_dim:g} of head_dim={self.head_dim} numbers"
+            raise ValueError(f"RoPE turns pairs, and cannot turn {size}: try rotary_fraction=1.0")
+        elsewhere = dict(
+            l="local attention",
+            n="full attention without positions",
+            m="local attention without positions",
+            s="a state space layer",
+            k="linear attention",
+        )
+        for letter in self.layer_pattern:
+            if letter not in "ad":
+                meaning = elsewhere.get(letter, "no kind of layer")
+                raise ValueError(f"layer_pattern={self.layer_pattern!r}: {letter} is {meaning}: try letters a and d")
+        if not self.layer_pattern:
+            raise ValueError("layer_pattern='' says nothing: try ddda")
+        self.layer_pattern = (self.layer_pattern * self.n_layer)[: self.n_layer]
         if self.n_value_head % self.n_key_head:
             raise ValueError(f"n_value_head={self.n_value_head} is not a multiple of n_key_head={self.n_key_head}")
-        if self.output_gate not in ("none", "head", "element") or set(self.qkv_gates) - set("qkv"):
-            both = f"output_gate={self.output_gate!r}, qkv_gates={self.qkv_gates!r}"
-            raise ValueError(f"{both}: try none, head or element, and letters of qkv")
+        if self.output_gate not in ("none", "head", "element"):
+            raise ValueError(f"output_gate={self.output_gate!r} is unknown: try none, head or element")
+        if self.gate_activation not in ("sigmoid", "softplus"):
+            raise ValueError(f"gate_activation={self.gate_activation!r} is unknown: try sigmoid or softplus")
+        if self.qkv_gates.strip("qkv"):
+            raise ValueError(f"qkv_gates={self.qkv_gates!r} is unknown: try letters of qkv, or none")
         if self.rope_scaling not in ("none", "linear", "yarn"):
             raise ValueError(f"rope_scaling={self.rope_scaling!r} is unknown: try none, linear or yarn")
         if self.rope_scaling == "yarn" and self.rope_original < 1:
             raise ValueError(f"rope_original={self.rope_original}, and yarn needs the trained length: try 4096")
-        self.layer_pattern = (self.layer_pattern * self.n_layer)[: self.n_layer]  # one letter a layer
 
 
 class RMSNorm(nn.Module):
@@ -84,186 +117,298 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return (F.rms_norm(x, x.shape[-1:], eps=self.eps) * (1 + self.weight)).to(x.dtype)
+        # In bf16 a weight below 1/256 would be lost beside the 1.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = F.rms_norm(x.to(wide), x.shape[-1:], 1 + self.weight.to(wide), self.eps)
+        return y.to(x.dtype)
 
 
 def rope_cos_sin(positions, config):
-    """positions (..., T) -> cos, sin (..., T, 1, D/2) in fp32. YaRN: https://arxiv.org/abs/2309.00071, section 3."""
-    D, theta, factor = int(config.head_dim * config.rotary_fraction), config.rope_theta, config.rope_factor
+    """Returns cos and sin (..., T, 1, D/2) in fp32 of the angles position * theta^(-2i/D), one for each pair i."""
+    D = int(config.head_dim * config.rotary_fraction)  # here the part that turns
     i = torch.arange(D // 2, device=positions.device).float()
-    inv_freq, stretch, magnitude = 1.0 / theta ** (2 * i / D), float(config.rope_scaling == "linear"), 1.0
-    if config.rope_scaling == "yarn":
-        # Pairs that turn over 32 times within the trained length are kept, those under once are stretched in full.
-        low, high = (D * math.log(config.rope_original / (2 * math.pi * n)) / (2 * math.log(theta)) for n in (32, 1))
-        low, high = max(math.floor(low), 0), min(math.ceil(high), D - 1)
-        stretch = ((i - low) / max(high - low, 0.001)).clamp(0, 1)
-        magnitude = 0.1 * math.log(max(factor, 1.0)) + 1.0  # a longer context wants sharper attention
-    inv_freq = inv_freq * (1 - stretch) + inv_freq / factor * stretch
+    inv_freq = 1.0 / config.rope_theta ** (2 * i / D)  # (D/2,)
+    magnitude = 1.0
+    if config.rope_scaling == "linear":
+        inv_freq = inv_freq / config.rope_factor
+    elif config.rope_scaling == "yarn":
+        inv_freq, magnitude = yarn(inv_freq, config)
     angle = positions[..., None, None].float() * inv_freq
     return angle.cos() * magnitude, angle.sin() * magnitude
 
 
+def yarn(inv_freq, config):
+    """Returns stretched frequencies (D/2,) and the factor of cos and sin (https://arxiv.org/abs/2309.00071, section 3).
+
+    Pairs that turn more than 32 times within the trained length stay as they are, those that turn less than once are
+    stretched by the whole rope_factor, and in between the share grows linearly.
+    """
+    D = 2 * len(inv_freq)
+
+    def pair_that_turns(n):
+        return D * math.log(config.rope_original / (2 * math.pi * n)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_that_turns(32)), 0)
+    high = min(math.ceil(pair_that_turns(1)), D - 1)
+    i = torch.arange(D // 2, device=inv_freq.device).float()
+    stretched = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # (D/2,)
+    inv_freq = inv_freq * (1 - stretched) + inv_freq / config.rope_factor * stretched
+    # Over a longer context attention spreads: larger logits sharpen it again. Scores grow by the square of this.
+    magnitude = 0.1 * math.log(max(config.rope_factor, 1.0)) + 1.0
+    return inv_freq, magnitude
+
+
 def apply_rope(x, cos, sin):
-    """Turns the pairs (x_i, x_{i + D/2}) of x (B, T, H, D or more) by their angles (https://arxiv.org/abs/2104.09864)."""
-    x1, x2, rest = x.tensor_split((cos.size(-1), 2 * cos.size(-1)), dim=-1)
+    """Turns the first pairs of x (B, T, H, D) by their angles, and leaves the rest (https://arxiv.org/abs/2104.09864)."""
+    half = cos.size(-1)
+    x1, x2, rest = x.tensor_split((half, 2 * half), dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1).to(x.dtype)
-
-
-class KVCache:
-    """Keys and values so far, preallocated: a layer's k, v (B, G, max_len, D). pad (B,) counts padding at the left."""
-
-    def __init__(self, config, batch_size, max_len, pad=None, device=None, dtype=None):
-        def zeros(kind, *shape, dtype=dtype):
-            layers = range(config.layer_pattern.count(kind))
-            return [torch.zeros(batch_size, *shape, device=device, dtype=dtype) for _ in layers]
-
-        self.k, self.v = (zeros("a", config.n_kv_head, max_len, config.head_dim) for _ in range(2))
-        # Delta layers need the same for any length: a state (Dk, Dv) per head, and the last inputs of the convolution.
-        exact = torch.promote_types(dtype or torch.float32, torch.float32)
-        self.state = zeros("d", config.n_value_head, config.key_dim, config.value_dim, dtype=exact)
-        channels = 2 * config.n_key_head * config.key_dim + config.n_value_head * config.value_dim
-        self.tail = zeros("d", config.conv_kernel - 1, channels)
-        self.length, self.padded = 0, pad is not None
-        pad = torch.zeros(batch_size, dtype=torch.long, device=device) if pad is None else pad
-        self.start = torch.where(torch.arange(max_len, device=device) < pad[:, None], 0, pad[:, None])  # of documents
-
-    def check(self, B, T):
-        if B != self.start.size(0) or self.length + T > self.start.size(1):
-            raise ValueError(f"{B} x ({self.length} + {T}) tokens do not fit a cache of {tuple(self.start.shape)}")
-
-    def append(self, layer, k, v):
-        """Writes k, v (B, G, T, D) behind a layer's past and returns past and present, (B, G, S, D)."""
-        end = self.length + k.size(2)
-        self.k[layer][:, :, self.length : end] = k
-        self.v[layer][:, :, self.length : end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
-
-    def branch(self, n):
-        """A new cache in which each row stands n times in a row: n continuations of one prefill."""
-        new = copy.copy(self)
-        new.k, new.v = ([x.repeat_interleave(n, dim=0) for x in xs] for xs in (self.k, self.v))
-        new.state, new.tail = ([x.repeat_interleave(n, dim=0) for x in xs] for xs in (self.state, self.tail))
-        new.start = self.start.repeat_interleave(n, dim=0)
-        return new
-
-    def bytes_per_token(self):
-        return sum(x.nbytes for x in self.k + self.v) // self.start.numel()
-
-    def state_bytes(self):  # of a sequence of any length
-        return sum(x.nbytes for x in self.state + self.tail) // self.start.size(0)
 
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        C, H, G, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
-        self.layer, self.head_dim = layer, D
-        self.gate = {"none": 0, "head": 1, "element": D}[config.output_gate]  # numbers per head
-        self.wq = nn.Linear(C, H * (D + self.gate), bias=False)  # of each head: its query, then its output gate
-        self.wk = nn.Linear(C, G * D, bias=False)
-        self.wv = nn.Linear(C, G * D, bias=False)
-        self.wo = nn.Linear(H * D, C, bias=False)
+        C = config.n_embd
+        D = config.head_dim
+        self.layer = layer
+        self.head_dim = D
+        self.wq = nn.Linear(C, config.n_head * D, bias=False)
+        self.wk = nn.Linear(C, config.n_kv_head * D, bias=False)
+        self.wv = nn.Linear(C, config.n_kv_head * D, bias=False)
+        self.wo = nn.Linear(config.n_head * D, C, bias=False)
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-        sizes = (n * D * (part in config.qkv_gates) for part, n in zip("qkv", (H, G, G)))
-        self.gates = nn.ModuleList(nn.Linear(C, size, bias=False) if size else None for size in sizes)
+        self.wq_gate = None
+        self.wk_gate = None
+        self.wv_gate = None
+        self.wo_gate = None
+        if "q" in config.qkv_gates:
+            self.wq_gate = nn.Linear(C, config.n_head * D, bias=False)
+        if "k" in config.qkv_gates:
+            self.wk_gate = nn.Linear(C, config.n_kv_head * D, bias=False)
+        if "v" in config.qkv_gates:
+            self.wv_gate = nn.Linear(C, config.n_kv_head * D, bias=False)
+        self.gate_activation = torch.sigmoid
+        if config.gate_activation == "softplus":
+            self.gate_activation = F.softplus
+        if config.output_gate == "head":
+            self.wo_gate = nn.Linear(C, config.n_head, bias=False)
+        elif config.output_gate == "element":
+            self.wo_gate = nn.Linear(C, config.n_head * D, bias=False)
 
     def forward(self, x, rope, mask=None, cache=None):
         B, T, _ = x.shape
-        q, gate = self.wq(x).view(B, T, -1, self.head_dim + self.gate).split((self.head_dim, self.gate), dim=-1)
-        k, v = (w(x).view(B, T, -1, self.head_dim) for w in (self.wk, self.wv))  # (B, T, G, D)
-        q, k = self.q_norm(q), self.k_norm(k)  # before the gates, which a norm would undo
-        q, k, v = (y * w(x).view_as(y).sigmoid() if w else y for w, y in zip(self.gates, (q, k, v)))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
+        # 1. project; -1 counts the heads, which are fewer where a model is cut by heads over devices
+        q = self.wq(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.wk(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
+        v = self.wv(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
+        # 2. norm, then gate: a norm behind the gates would bring a closed head back to full size
+        q = self.q_norm(q)
+        k = self.k_norm(k)
+        if self.wq_gate is not None:
+            q = q * self.wq_gate(x).view_as(q).sigmoid()
+        if self.wk_gate is not None:
+            k = k * self.wk_gate(x).view_as(k).sigmoid()
+        if self.wv_gate is not None:
+            v = v * self.wv_gate(x).view_as(v).sigmoid()
+        q, k = self.rotate(q, k, rope)
+        # 3. attend, heads before time
+        q = q.transpose(1, 2)  # (B, H, T, D)
+        k = k.transpose(1, 2)  # (B, G, T, D)
+        v = v.transpose(1, 2)  # (B, G, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
-        causal = True if mask is None and T > 1 else False  # torch.compile wants a bool; one query sees all the past
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
-        y = y.transpose(1, 2) * gate.sigmoid() if self.gate else y.transpose(1, 2)  # (B, T, H, D)
+        y = self.attend(q, k, v, mask).transpose(1, 2)  # (B, T, H, D)
+        # 4. gate each head, or each of its elements
+        if self.wo_gate is not None:
+            gate = self.wo_gate(x).view(B, T, y.size(2), -1)  # (B, T, H, 1 or D)
+            y = y * self.gate_activation(gate)
+        # 5. merge the heads
         return self.wo(y.reshape(B, T, -1))  # (B, T, C)
+
+    def rotate(self, q, k, rope):
+        """Turns each head of q (B, T, H, D) and k (B, T, G, D) by its position."""
+        q = apply_rope(q, *rope)
+        k = apply_rope(k, *rope)
+        return q, k
+
+    def attend(self, q, k, v, mask):
+        """Softmax attention of q (B, H, T, D) to k, v (B, G, S, D), H / G query heads to a key head: (B, H, T, D)."""
+        causal = False
+        if mask is None and q.size(2) > 1:  # a single query sees all keys
+            causal = True
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
 
 
 def recurrent_delta_rule(q, k, v, log_decay, beta, first, state):
-    """The delta rule for one token, T = 1: its output and the state after it, (B, Hv, Dk, Dv)."""
-    state = state * (log_decay.exp() * ~first)[..., None]  # (B, Hv, Dk, Dv)
-    written = (v - k @ state) * beta[..., None]  # (B, Hv, 1, Dv): what the state does not yet answer to k
+    """Returns the output (B, Hv, 1, Dv) of one token, T = 1, and the state after it (B, Hv, Dk, Dv)."""
+    decay = log_decay.exp() * ~first  # (B, Hv, 1)
+    state = state * decay[..., None]
+    answer = k @ state  # (B, Hv, 1, Dv)
+    written = (v - answer) * beta[..., None]
     state = state + k.mT @ written
     return q @ state, state
 
 
 def chunked_delta_rule(q, k, v, log_decay, beta, first, state, chunk=64):
-    """The same by matmuls (https://arxiv.org/abs/2412.06464, section 3.3): outputs (B, Hv, T, Dv), the last state.
+    """Returns the outputs (B, Hv, T, Dv) of T tokens and the state after them, by matmuls (section 3.3 of the paper).
 
     q, k (B, Hv, T, Dk), v (B, Hv, T, Dv), log_decay, beta (B, Hv, T), first (B or 1, 1, T): does a document begin here?
+    A chunk of 2 tokens after the state M, with their decays d1 and d2, writes u1 and u2:
+        u1 = beta1 (v1 - d1 M^T k1)                             y1 = d1 M^T q1 + (q1 . k1) u1
+        u2 = beta2 (v2 - d2 d1 M^T k2 - d2 (k2 . k1) u1)        y2 = d2 d1 M^T q2 + d2 (q2 . k1) u1 + (q2 . k2) u2
+    and leaves d2 d1 M + d2 k1 u1^T + k2 u2^T. Only M has to come from the chunk before.
     """
-    # 1. cut into N chunks of L tokens: padding at the right writes nothing and decays nothing
-    T, L = q.size(2), min(chunk, q.size(2))
-    q, k, v = (F.pad(y, (0, 0, 0, -T % L)).unflatten(2, (-1, L)) for y in (q, k, v))  # (B, Hv, N, L, Dk or Dv)
-    log_decay, beta, first = (F.pad(y, (0, -T % L)).unflatten(2, (-1, L)) for y in (log_decay, beta, first))
-    # 2. decay[i, j]: what is left at i of what j wrote; 0 is the state before the chunk, 1 the chunk's first token.
-    #    Each entry sums its own steps: differences of running sums would feel what lies before j, or overflow.
-    log_decay, document = F.pad(log_decay, (1, 0)), F.pad(first, (1, 0)).cumsum(dim=-1)  # (B, Hv, N, L + 1)
-    decay = (log_decay[..., None] * q.new_ones(L + 1, L + 1).tril(-1)).cumsum(dim=-2).exp()
-    decay = decay * (document[..., :, None] == document[..., None, :]).tril()  # (B, Hv, N, L + 1, L + 1)
-    start, inner, end = decay[..., 1:, :1], decay[..., 1:, 1:], decay[..., -1, :, None]  # (L, 1), (L, L), (L + 1, 1)
-    # 3. what a token writes depends on what those before it wrote: solve (1 + A) [u, w] = beta [v, k start]
-    A, both = (k @ k.mT) * inner * beta[..., None], torch.cat((v, k * start), dim=-1) * beta[..., None]
-    u, w = torch.linalg.solve_triangular(A, both, upper=False, unitriangular=True).tensor_split((v.size(-1),), dim=-1)
-    # 4. from chunk to chunk
-    scores, q, k, y = (q @ k.mT) * inner, q * start, k * end[..., 1:, :], []
+    # 1. cut into N chunks of L tokens; the padding at the right writes nothing and decays nothing
+    T = q.size(2)
+    L = chunk
+    if T < chunk:  # min() would stay a symbol in the graphs of torch.compile
+        L = T
+    missing = -T % L
+    q = F.pad(q, (0, 0, 0, missing)).unflatten(2, (-1, L))  # (B, Hv, N, L, Dk)
+    k = F.pad(k, (0, 0, 0, missing)).unflatten(2, (-1, L))  # (B, Hv, N, L, Dk)
+    v = F.pad(v, (0, 0, 0, missing)).unflatten(2, (-1, L))  # (B, Hv, N, L, Dv)
+    log_decay = F.pad(log_decay, (0, missing)).unflatten(2, (-1, L))  # (B, Hv, N, L)
+    beta = F.pad(beta, (0, missing)).unflatten(2, (-1, L))[..., None]  # (B, Hv, N, L, 1)
+    first = F.pad(first, (0, missing)).unflatten(2, (-1, L))  # (B or 1, 1, N, L)
+
+    # 2. decay[i, j]: how much is left at i of what j wrote; 0 is the state before the chunk, 1 its first token:
+    #     1
+    #     d1     1
+    #     d2 d1  d2  1
+    # Each entry sums its own steps: a difference of running sums would be -inf + inf behind a decay of 0.
+    log_decay = F.pad(log_decay, (1, 0))  # (B, Hv, N, L + 1)
+    later = torch.ones(L + 1, L + 1, dtype=torch.bool, device=q.device).tril(-1)  # i > j
+    decay = torch.where(later, log_decay[..., None], 0.0).cumsum(dim=-2).exp()  # (B, Hv, N, L + 1, L + 1)
+    document = F.pad(first, (1, 0)).cumsum(dim=-1)  # (B or 1, 1, N, L + 1)
+    same = document[..., :, None] == document[..., None, :]
+    decay = decay * same.tril()
+    of_state = decay[..., 1:, :1]  # (B, Hv, N, L, 1)
+    of_tokens = decay[..., 1:, 1:]  # (B, Hv, N, L, L)
+    state_at_end = decay[..., -1:, :1]  # (B, Hv, N, 1, 1)
+    tokens_at_end = decay[..., -1, 1:, None]  # (B, Hv, N, L, 1)
+
+    # 3. written = u - w M solves (1 + A) written = beta (v - of_state k M): for u and w at once, without M
+    A = (k @ k.mT) * of_tokens * beta  # used below its diagonal
+    right = torch.cat((v, k * of_state), dim=-1) * beta  # (B, Hv, N, L, Dv + Dk)
+    solved = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True)
+    u, w = solved.tensor_split((v.size(-1),), dim=-1)
+
+    # 4. go from chunk to chunk
+    scores = (q @ k.mT) * of_tokens  # (B, Hv, N, L, L)
+    q = q * of_state
+    k = k * tokens_at_end
+    y = []
     for n in range(q.size(2)):
         written = u[:, :, n] - w[:, :, n] @ state  # (B, Hv, L, Dv)
         y.append(q[:, :, n] @ state + scores[:, :, n] @ written)
-        state = state * end[:, :, n, :1] + k[:, :, n].mT @ written
+        state = state * state_at_end[:, :, n] + k[:, :, n].mT @ written
     return torch.cat(y, dim=2)[:, :, :T], state
 
 
 class GatedDelta(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        C, Hk, Hv, Dk, Dv = config.n_embd, config.n_key_head, config.n_value_head, config.key_dim, config.value_dim
-        self.layer, self.norm_eps, channels = layer, config.norm_eps, 2 * Hk * Dk + Hv * Dv
-        self.parts = Dk, Dk, Hv // Hk * Dv, Hv // Hk * Dv  # of a key head: q, k, then v and gate of its value heads
-        self.wqkvz = nn.Linear(C, Hk * sum(self.parts), bias=False)
-        self.wba = nn.Linear(C, 2 * Hv, bias=False)  # of a key head: b, then a of its value heads
+        C = config.n_embd
+        keys = config.n_key_head * config.key_dim
+        values = config.n_value_head * config.value_dim
+        channels = keys + keys + values
+        self.layer = layer
+        self.key_dim = config.key_dim
+        self.value_dim = config.value_dim
+        self.norm_eps = config.norm_eps
+        self.wq = nn.Linear(C, keys, bias=False)
+        self.wk = nn.Linear(C, keys, bias=False)
+        self.wv = nn.Linear(C, values, bias=False)
+        self.wz = nn.Linear(C, values, bias=False)
+        self.wb = nn.Linear(C, config.n_value_head, bias=False)
+        self.wa = nn.Linear(C, config.n_value_head, bias=False)
         self.conv = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels, bias=False)
-        self.A_log, self.dt_bias, self.o_norm = (nn.Parameter(torch.empty(n)) for n in (Hv, Hv, Dv))
-        self.wo = nn.Linear(Hv * Dv, C, bias=False)
+        self.A_log = nn.Parameter(torch.empty(config.n_value_head))
+        self.dt_bias = nn.Parameter(torch.empty(config.n_value_head))
+        self.o_norm = nn.Parameter(torch.empty(config.value_dim))
+        self.wo = nn.Linear(values, C, bias=False)
 
     def forward(self, x, positions, cache=None):
         B, T, _ = x.shape
-        wide, Dk, Dv = torch.promote_types(x.dtype, torch.float32), self.parts[0], len(self.o_norm)
+        wide = torch.promote_types(x.dtype, torch.float32)  # a state adds up thousands of tokens
+
         # 1. project
-        q, k, v, z = self.wqkvz(x).view(B, T, -1, sum(self.parts)).split(self.parts, dim=-1)  # (B, T, Hk, .)
-        b, a = self.wba(x).view(B, T, q.size(2), -1).chunk(2, dim=-1)  # (B, T, Hk, Hv / Hk)
-        # 2. convolve each channel of q, k and v over the last K tokens, of this document only
-        qkv, taps = torch.cat((q.flatten(2), k.flatten(2), v.flatten(2)), dim=-1), self.conv.weight[:, 0].T
-        tail = qkv.new_zeros(B, len(taps) - 1, qkv.size(-1)) if cache is None else cache.tail[self.layer]
-        past = torch.cat((tail, qkv), dim=1)  # (B, K - 1 + T, channels)
-        qkv = sum(past[:, i : i + T] * (w * (positions[..., None] >= len(taps) - 1 - i)) for i, w in enumerate(taps))
-        # 3. the delta rule, in fp32 at least
-        q, k, v = F.silu(qkv).to(wide).split([y.size(2) * y.size(3) for y in (q, k, v)], dim=-1)
-        q, k = (y.view(B, T, -1, Dk) for y in (q, k))
-        q, k = (y * (y.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
-        q, k = (y.repeat_interleave(b.size(-1), dim=2) for y in (q * Dk**-0.5, k))  # (B, T, Hv, Dk)
-        v, z = v.view(B, T, -1, Dv), z.reshape(B, T, -1, Dv).to(wide)  # (B, T, Hv, Dv)
-        a, b = a.flatten(2).to(wide) + self.dt_bias, b.flatten(2).to(wide)  # (B, T, Hv)
-        log_decay = self.A_log.to(wide).exp() * F.logsigmoid(-a)  # -softplus(a), whose gradient breaks torch.compile
-        inputs = [y.transpose(1, 2) for y in (q, k, v, log_decay, b.sigmoid())]
-        state = q.new_zeros(B, q.size(2), Dk, Dv) if cache is None else cache.state[self.layer]
-        rule = recurrent_delta_rule if T == 1 else chunked_delta_rule
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-            y, state = rule(*inputs, positions.view(-1, 1, T) == 0, state)  # (B, Hv, T, Dv)
+        q = self.wq(x)  # (B, T, Hk * Dk)
+        k = self.wk(x)  # (B, T, Hk * Dk)
+        v = self.wv(x)  # (B, T, Hv * Dv)
+        z = self.wz(x)  # (B, T, Hv * Dv)
+        b = self.wb(x).to(wide)  # (B, T, Hv)
+        a = self.wa(x).to(wide)  # (B, T, Hv)
+
+        # 2. convolve q, k and v, behind the inputs before them
+        qkv = torch.cat((q, k, v), dim=-1)  # (B, T, channels)
+        if cache is None:
+            state = qkv.new_zeros(B, b.size(-1), self.key_dim, self.value_dim, dtype=wide)
+            tail = qkv.new_zeros(B, self.conv.kernel_size[0] - 1, qkv.size(-1))
+        else:
+            state, tail = cache.read_state(self.layer)
+        inputs = torch.cat((tail, qkv), dim=1)  # (B, K - 1 + T, channels)
+        qkv = F.silu(self.convolve(inputs, positions))
+        q, k, v = qkv.split((q.size(-1), k.size(-1), v.size(-1)), dim=-1)
+
+        # 3. heads: queries and keys of length 1, as many as there are value heads
+        q = unit(q.view(B, T, -1, self.key_dim)) * self.key_dim**-0.5  # (B, T, Hk, Dk)
+        k = unit(k.view(B, T, -1, self.key_dim))  # (B, T, Hk, Dk)
+        v = v.view(B, T, -1, self.value_dim)  # (B, T, Hv, Dv)
+        share = v.size(2) // k.size(2)
+        q = q.repeat_interleave(share, dim=2)  # (B, T, Hv, Dk)
+        k = k.repeat_interleave(share, dim=2)  # (B, T, Hv, Dk)
+
+        # 4. the delta rule, heads before time
+        beta = b.sigmoid()
+        # -logsigmoid(-y) is softplus(y)
+        log_decay = self.A_log.to(wide).exp() * F.logsigmoid(-a - self.dt_bias)  # (B, T, Hv)
+        first = positions.view(-1, 1, T) == 0  # (B or 1, 1, T)
+        device_type = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
+        with torch.autocast(device_type, enabled=False):
+            y, state = self.delta_rule(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                log_decay.transpose(1, 2), beta.transpose(1, 2), first, state,
+            )  # fmt: skip
         if cache is not None:
-            cache.state[self.layer].copy_(state)
-            cache.tail[self.layer].copy_(past[:, T:])
-        # 4. norm, gate, project
-        y = F.rms_norm(y.transpose(1, 2), (Dv,), eps=self.norm_eps) * self.o_norm * F.silu(z)
+            cache.write_state(self.layer, state, inputs[:, T:])
+
+        # 5. norm each head, gate, project
+        y = F.rms_norm(y.transpose(1, 2), (self.value_dim,), eps=self.norm_eps) * self.o_norm  # (B, T, Hv, Dv)
+        y = y * F.silu(z.view_as(y).to(wide))
         return self.wo(y.flatten(2).to(x.dtype))  # (B, T, C)
 
+    def convolve(self, x, positions):
+        """Returns each channel of x (B, K - 1 + T, channels) summed over K taps, for the last T tokens, in fp32.
 
-class MLP(nn.Module):  # SwiGLU (https://arxiv.org/abs/2002.05202)
+        A tap that would reach into another document sees 0 there.
+        """
+        T = positions.size(-1)
+        K = self.conv.kernel_size[0]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = torch.zeros_like(x[:, :T])
+        for i in range(K):
+            inside = positions >= K - 1 - i  # (B, T) or (T,): tap i looks back by K - 1 - i tokens
+            y = y + x[:, i : i + T] * (self.conv.weight[:, 0, i] * inside[..., None])
+        return y
+
+    def delta_rule(self, q, k, v, log_decay, beta, first, state):
+        """Returns outputs (B, Hv, T, Dv) and the last state; inputs as in chunked_delta_rule."""
+        rule = chunked_delta_rule
+        if q.size(2) == 1:
+            rule = recurrent_delta_rule
+        return rule(q, k, v, log_decay, beta, first, state)
+
+
+def unit(x):
+    """Returns the vectors x (..., D) at length 1."""
+    return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
+
+
+class MLP(nn.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202)."""
+
     def __init__(self, config):
         super().__init__()
         self.w_gate = nn.Linear(config.n_embd, config.n_inner, bias=False)
@@ -277,18 +422,144 @@ class MLP(nn.Module):  # SwiGLU (https://arxiv.org/abs/2002.05202)
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
+        kind = config.layer_pattern[layer]
+        nth = config.layer_pattern[:layer].count(kind)  # of its kind: the cache counts the kinds apart
         self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
-        before, kind = config.layer_pattern[:layer], config.layer_pattern[layer]
-        self.attn = Attention(config, before.count("a")) if kind == "a" else None
-        self.delta = GatedDelta(config, before.count("d")) if kind == "d" else None
+        self.attn = Attention(config, nth) if kind == "a" else None
+        self.delta = GatedDelta(config, nth) if kind == "d" else None
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, positions, rope, mask=None, cache=None):
         u = self.attn_norm(x)
-        x = x + self.dropout(self.attn(u, rope, mask, cache) if self.attn else self.delta(u, positions, cache))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        if self.attn is not None:
+            y = self.attn(u, rope, mask, cache)
+        else:
+            y = self.delta(u, positions, cache)
+        x = x + self.dropout(y)
+        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x
+
+
+class KVCache:
+    """What layers keep of the tokens so far, in buffers made once; attention: k[layer] and v[layer] (B, G, max_len, D).
+
+    A delta layer keeps as much at any length: state[layer] (B, Hv, Dk, Dv), and tail[layer] (B, K - 1, channels), the
+    last inputs of its convolution.
+
+    doc_start (B, max_len) holds for each place the place where its document begins; tokens see each other where it is
+    equal. Padding at the left is a document of its own. Two rows, the second with pad=1; E is eot_id, - is padding:
+        tokens       a b E c    - a b c
+        doc_start    0 0 2 2    0 1 1 1
+        position     0 1 0 1    0 0 1 2    place - doc_start
+    """
+
+    def __init__(self, config, batch_size, max_len, pad=None, static=False, device=None, dtype=torch.float32):
+        n_attention = config.layer_pattern.count("a")
+        n_delta = config.layer_pattern.count("d")
+        shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_attention)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_attention)]
+        wide = torch.promote_types(dtype, torch.float32)
+        shape = (batch_size, config.n_value_head, config.key_dim, config.value_dim)
+        self.state = [torch.zeros(shape, device=device, dtype=wide) for _ in range(n_delta)]
+        channels = 2 * config.n_key_head * config.key_dim + config.n_value_head * config.value_dim
+        shape = (batch_size, config.conv_kernel - 1, channels)
+        self.tail = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_delta)]
+        self.max_len = max_len
+        self.static = static
+        self.length = torch.zeros((), dtype=torch.long, device=device) if static else 0
+        self.places = torch.arange(max_len, device=device)
+        self.eot_id = config.eot_id
+        self.has_documents = config.eot_id >= 0 or pad is not None
+        self.pad = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        if pad is not None:
+            self.pad = self.pad + pad[:, None]
+        self.doc_start = torch.zeros(batch_size, max_len, dtype=torch.long, device=device)
+
+    def advance(self, idx):
+        """Takes the next places for idx (B, T), and returns what GPT.positions_and_mask does, for all keys so far."""
+        B, T = idx.shape
+        too_long = not self.static and self.length + T > self.max_len
+        if B != len(self.pad) or too_long:
+            size = (len(self.pad), self.max_len)
+            raise ValueError(f"{B} x ({int(self.length)} + {T}) tokens do not fit a cache of {size}")
+        self.length += T
+        place = self.last_places(T)  # (T,)
+        # Behind a past is_causal would be wrong: it counts keys from the first query on, which sees key 0 only.
+        # Without a past it is right, and a single query sees every key there is: neither needs a mask.
+        if not self.has_documents and not self.static and T in (1, self.length):
+            return place, None
+        causal = self.places[: self.n_keys()] <= place[:, None]  # (T, S)
+        if not self.has_documents:
+            return place, causal
+        # A token's document begins at itself if it is eot_id, behind the padding, or where that of the token before it
+        # does, whichever is last. Before the first token entry 0 is 0.
+        at_eot = torch.where(idx == self.eot_id, place, 0)  # (B, T)
+        behind_padding = torch.where(place < self.pad, 0, self.pad)  # (B, T)
+        before = self.doc_start.index_select(1, (place[:1] - 1).clamp(min=0))  # (B, 1)
+        doc_start = torch.maximum(torch.maximum(at_eot, behind_padding), before).cummax(dim=1).values  # (B, T)
+        self.doc_start.index_copy_(1, place, doc_start)
+        same = doc_start[:, :, None] == self.doc_start[:, None, : self.n_keys()]  # (B, T, S)
+        return place - doc_start, (same & causal)[:, None]  # (B, T), (B, 1, T, S)
+
+    def append(self, layer, k, v):
+        """Writes k, v (B, G, T, D) of the newest tokens; returns those of all tokens so far, (B, G, S, D)."""
+        place = self.last_places(k.size(2))
+        self.k[layer].index_copy_(2, place, k.type_as(self.k[layer]))
+        self.v[layer].index_copy_(2, place, v.type_as(self.v[layer]))
+        S = self.n_keys()
+        return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
+
+    def read_state(self, layer):
+        return self.state[layer], self.tail[layer]
+
+    def write_state(self, layer, state, tail):
+        self.state[layer].copy_(state)
+        self.tail[layer].copy_(tail)
+
+    def last_places(self, T):
+        if self.static:
+            return self.length - T + self.places[:T]
+        return self.places[self.length - T : self.length]
+
+    def n_keys(self):
+        """Returns S: a static cache shows all its places at every length, and the mask hides those not yet taken."""
+        return self.max_len if self.static else self.length
+
+    def rewind(self, length):
+        """Forgets all tokens but the first `length`; a state can only forget all."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"a cache of {int(self.length)} tokens cannot be rewound to {length}")
+        if self.state and 0 < length < self.length:
+            raise ValueError(f"the state of {int(self.length)} tokens cannot be rewound to {length}: only to 0")
+        if length == 0:
+            for x in self.state + self.tail:
+                x.zero_()
+        if self.static:
+            self.length.fill_(length)
+        else:
+            self.length = length
+
+    def branch(self, n):
+        """Returns a copy with every sequence repeated n times, to sample n continuations of one prompt."""
+        new = copy.copy(self)
+        new.k = [k.repeat_interleave(n, dim=0) for k in self.k]
+        new.v = [v.repeat_interleave(n, dim=0) for v in self.v]
+        new.state = [state.repeat_interleave(n, dim=0) for state in self.state]
+        new.tail = [tail.repeat_interleave(n, dim=0) for tail in self.tail]
+        new.pad = self.pad.repeat_interleave(n, dim=0)
+        new.doc_start = self.doc_start.repeat_interleave(n, dim=0)
+        new.length = self.length + 0  # a tensor of its own where it is one
+        return new
+
+    def bytes_per_token(self):
+        return sum(x.nbytes for x in self.k + self.v) // self.doc_start.numel()
+
+    def state_bytes(self):
+        """Returns what a sequence takes besides, at any length."""
+        return sum(x.nbytes for x in self.state + self.tail) // len(self.doc_start)
 
 
 class GPT(nn.Module):
@@ -296,31 +567,48 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = None  # tied: logits() takes the embedding
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        residual_scale = 0.0 if self.config.zero_init_residual else (2 * self.config.n_layer) ** -0.5
+        """Sets every parameter; raises on one that it does not know, so that a new weight says how it begins."""
+        std = self.config.init_std
+        residual_std = std / math.sqrt(2 * self.config.n_layer)  # 2 n_layer branches add up in the residual stream
+        if self.config.zero_init_residual:
+            residual_std = 0.0
         for name, p in self.named_parameters():
-            if name.endswith(("norm.weight", "o_norm")):
-                p.fill_(1.0 if name.endswith("o_norm") else 0.0)  # RMSNorm adds a 1
-            elif name.endswith("A_log"):
+            kind = name.removesuffix(".weight").split(".")[-1]  # wq of blocks.0.attn.wq.weight
+            if kind == "o_norm":
+                p.fill_(1.0)
+            elif kind.endswith("norm"):
+                p.fill_(0.0)  # RMSNorm adds 1
+            elif kind == "A_log":
                 p.uniform_(0.01, 16).log_()
-            elif name.endswith("dt_bias"):  # softplus of it is log-uniform in 0.001 to 0.1: a median decay of 0.92
+            elif kind == "dt_bias":
+                # softplus(dt_bias) is log-uniform in 0.001 to 0.1: the median head keeps 92 % at each token
                 p.uniform_(math.log(1e-3), math.log(0.1)).exp_().expm1_().log_()
-            elif name.endswith("conv.weight"):
-                p.uniform_(-(p.size(-1) ** -0.5), p.size(-1) ** -0.5)
+            elif kind == "conv":
+                bound = self.config.conv_kernel**-0.5
+                p.uniform_(-bound, bound)
+            elif kind in ("wo", "w_down"):
+                p.normal_(0.0, residual_std)
+            elif kind in ("embed", "lm_head", "wq", "wk", "wv", "w_gate", "w_up"):
+                p.normal_(0.0, std)
+            elif kind in ("wq_gate", "wk_gate", "wv_gate", "wo_gate", "wz", "wb", "wa"):
+                p.normal_(0.0, std)
             else:
-                scale = residual_scale if name.endswith(("wo.weight", "w_down.weight")) else 1.0
-                p.normal_(0.0, self.config.init_std * scale)
+                raise ValueError(f"init_weights does not know {name}: say how it begins")
 
-    def forward(self, idx, targets=None, cache=None, last_only=False):
-        """idx (B, T) -> logits (B, T, V); with targets (B, T) -> the mean loss, a scalar; targets of -1 are ignored.
+    def forward(self, idx, targets=None, cache=None, last_only=False, per_token=False):
+        """Returns the logits (B, T, V) of idx (B, T), or with targets (B, T) the mean loss; targets of -1 are ignored.
 
-        A cache holds the tokens before idx, and idx is appended to it. last_only: logits (B, 1, V) of the last token.
+        A cache holds the tokens before idx, and takes up idx. last_only: logits (B, 1, V) of the last token.
+        per_token: the negative log-probability of each target (B, T), 0 where ignored, and the auxiliary loss, here 0.
         """
         positions, mask = self.positions_and_mask(idx, cache)
         rope = rope_cos_sin(positions, self.config)
@@ -329,207 +617,115 @@ class GPT(nn.Module):
             x = x * self.config.n_embd**0.5
         for block in self.blocks:
             x = block(x, positions, rope, mask, cache)
-        if cache is not None:
-            cache.length += idx.size(1)
-        x = self.norm(x[:, -1:] if last_only else x)
-        return self.logits(x) if targets is None else self.lm_loss(x, targets)
+        if last_only:
+            x = x[:, -1:]
+        x = self.norm(x)
+        if targets is None:
+            return self.logits(x)
+        if per_token:
+            return self.token_losses(x, targets), torch.zeros((), device=x.device)
+        return self.lm_loss(x, targets)
 
-    def positions_and_mask(self, idx, cache):
-        """Positions (T,) or (B, T) in the document, and a bool mask of the keys that each query sees (None: causal)."""
-        (B, T), past = idx.shape, 0
+    def positions_and_mask(self, idx, cache=None):
+        """Returns each token's position in its document, (T,) or (B, T), and the keys that it sees as a bool mask.
+
+        A mask of None means causal, with the same keys as queries: the fast path. Behind a cache, which also moves its
+        length on here, the mask is (T, S) or (B, 1, T, S). Documents begin at eot_id, for example 9:
+            idx 9 5 9 7  ->  doc_start 0 0 2 2  ->  positions 0 1 0 1;  the last token sees the last two
+        """
         if cache is not None:
-            cache.check(B, T)
-            past = cache.length
-        if past + T > self.config.block_size:
-            raise ValueError(f"{past + T} tokens are more than block_size={self.config.block_size}: give fewer")
-        t, s = torch.arange(past, past + T, device=idx.device), torch.arange(past + T, device=idx.device)
-        if self.config.eot_id < 0 and not (cache is not None and cache.padded):
-            return t, None if past == 0 or T == 1 else s <= t[:, None]  # (T,), (T, S)
-        # A document is known by where it begins: padding by 0, what follows it by the number of padding tokens.
-        start = torch.where(idx == self.config.eot_id, t, 0)  # (B, T)
-        start = start if cache is None else torch.maximum(start, cache.start[:, past : past + T])
-        start = seen = start.cummax(dim=1).values
-        if cache is not None:
-            cache.start[:, past : past + T] = start
-            cache.start[:, past + T :].clamp_(min=start[:, -1:])
-            seen = cache.start[:, : past + T]  # (B, S)
-        mask = (start[:, :, None] == seen[:, None, :]) & (s <= t[:, None])  # (B, T, S)
-        return t - start, mask[:, None]  # (B, T), (B, 1, T, S)
+            return cache.advance(idx)
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}: give fewer")
+        place = torch.arange(T, device=idx.device)
+        if self.config.eot_id < 0:
+            return place, None
+        doc_start = torch.where(idx == self.config.eot_id, place, 0).cummax(dim=1).values  # (B, T)
+        same = doc_start[:, :, None] == doc_start[:, None, :]  # (B, T, T)
+        causal = place <= place[:, None]  # (T, T)
+        return place - doc_start, (same & causal)[:, None]  # (B, T), (B, 1, T, T)
 
     def logits(self, x):
-        logits, cap = F.linear(x, (self.lm_head or self.embed).weight), self.config.logit_softcap  # (B, T, V)
-        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+        """Returns the scores (..., V) of all tokens for hidden states x (..., C)."""
+        if self.lm_head is None:
+            logits = F.linear(x, self.embed.weight)
+        else:
+            logits = self.lm_head(x)
+        cap = self.config.logit_softcap
+        if cap > 0:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
     def lm_loss(self, x, targets):
-        """Cross-entropy in fp32 of the final hidden states x (B, T, C) against targets (B, T)."""
+        """Returns the mean cross-entropy, in fp32, of the final hidden states x (B, T, C) against targets (B, T)."""
         return F.cross_entropy(self.logits(x).flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
-    def new_cache(self, batch_size, max_len, pad=None):
-        return KVCache(self.config, batch_size, max_len, pad, self.embed.weight.device, self.embed.weight.dtype)
+    def token_losses(self, x, targets):
+        """Returns the cross-entropy of each token (B, T), in fp32, from chunks whose logits are computed twice.
 
-    # Here ends the architecture. What follows is the same in every file, but for the names of weights at the end.
-    @torch.no_grad()
-    def stream(
-        self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, stop=(), num_samples=1,
-        crop=False, use_cache=True, generator=None,
-    ):  # fmt: skip
-        """Yields the next token of every row, (B * num_samples,), as they come; -1 in rows that have met a stop token.
-
-        idx: ids (B, T), or a list of B prompts of any lengths, padded at the left. temperature=0 is greedy, top_k=0 and
-        top_p=1 are off; num_samples continues each prompt that often from one prefill. Past block_size it is an error,
-        unless crop=True: each token is then predicted from the last block_size ones by a full forward.
+        Kept for the gradient, the logits of 8 x 2,048 tokens over 151,936 ids would take 10 GB.
         """
-        prompts = idx.tolist() if torch.is_tensor(idx) else [list(prompt) for prompt in idx]
-        if not prompts or not all(prompts):
-            raise ValueError("an empty prompt: begin with a token, for example the one that begins a document")
-        device, block_size, longest = self.embed.weight.device, self.config.block_size, max(map(len, prompts))
-        if longest + max_new_tokens - 1 > block_size and not crop:  # the last token is never fed back
-            raise ValueError(f"{longest} + {max_new_tokens} tokens do not fit block_size={block_size}: try crop=True")
-        idx = torch.tensor([p[:1] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T)
-        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-        done = torch.zeros(len(prompts) * num_samples, dtype=torch.bool, device=device)
-        stop = torch.tensor(list(stop), dtype=torch.long, device=device)
-        for step in range(max_new_tokens):
-            lost = max(idx.size(1) - block_size, 0)
-            if step == 0 or lost > 0 or not use_cache:
-                left = (pad - lost).clamp(min=0) if min(map(len, prompts)) < longest else None
-                cache = self.new_cache(len(idx), min(longest + max_new_tokens, block_size), left)
-            logits = self(idx[:, lost + cache.length :], cache=cache, last_only=True)[:, -1]  # (B, V)
-            if step == 0 and num_samples > 1:
-                logits, idx, pad = (x.repeat_interleave(num_samples, dim=0) for x in (logits, idx, pad))
-                cache = cache.branch(num_samples)
-            token = pick_token(logits, idx, temperature, top_k, top_p, repetition_penalty, generator)
-            done |= torch.isin(token, stop)
-            if done.all():
-                return
-            yield torch.where(done, -1, token)
-            idx = torch.cat((idx, token[:, None]), dim=1)
 
-    def generate(self, idx, max_new_tokens, num_samples=1, **options):
-        """The new tokens of every row as lists, without the stop token that ended them; options as in `stream`."""
-        columns = [c.tolist() for c in self.stream(idx, max_new_tokens, num_samples=num_samples, **options)]
-        return [[c[row] for c in columns if c[row] >= 0] for row in range(len(idx) * num_samples)]
+        def chunk_losses(x, targets):
+            return F.cross_entropy(self.logits(x).float(), targets, ignore_index=-1, reduction="none")
 
-    def metrics(self):
-        """What a training step should log beside the loss: {name: float}."""
-        return {}
+        losses = []
+        for rows, wanted in zip(x.flatten(0, 1).split(1024), targets.flatten().split(1024)):
+            losses.append(checkpoint(chunk_losses, rows, wanted, use_reentrant=False))
+        return torch.cat(losses).view_as(targets)
 
-    @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """A model from a Hugging Face folder: config.json and *.safetensors, sharded or not. Nothing is unpickled."""
-        import safetensors.torch
+    def new_cache(self, batch_size, max_len, pad=None, static=False):
+        """Returns an empty cache for max_len tokens a row, of which the first pad (B,) are padding.
 
-        config = config_from_hf(json.loads((Path(folder) / "config.json").read_text()))
-        with torch.device("meta"):
-            model = cls(config).to(dtype)
-        missing = hf_views(model.to_empty(device=device))
-        for file in sorted(Path(folder).glob("*.safetensors")):
-            try:
-                tensors = safetensors.torch.load_file(file)
-            except safetensors.SafetensorError as error:
-                raise ValueError(f"{file} is damaged or cut short ({error}): fetch it again") from error
-            for name, tensor in tensors.items():
-                view = missing.pop(name if name in missing else HF_PREFIX + name, None)
-                if view is not None and tensor.shape == view.shape:
-                    view.copy_(tensor)
-                elif view is not None or not name.endswith(HF_IGNORED):
-                    raise ValueError(f"{file}: {name} is {tensor.shape}, not {getattr(view, 'shape', 'in this model')}")
-        if missing:  # pickled weights (.bin) are not read
-            raise ValueError(f"{folder}/*.safetensors lack {len(missing)} weights: {', '.join(list(missing)[:5])}")
-        return model.eval()
+        static: shapes never depend on the length, so that one compiled step serves every token.
+        """
+        if max_len > self.config.block_size:
+            raise ValueError(f"max_len={max_len} is more than block_size={self.config.block_size}: give less")
+        weight = self.embed.weight
+        return KVCache(self.config, batch_size, max_len, pad, static, weight.device, weight.dtype)
 
-    def save_pretrained(self, folder):
-        """Writes config.json and model.safetensors as transformers' AutoModelForCausalLM reads them."""
-        import safetensors.torch
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0):
+        """Returns idx (B, T) continued by max_new_tokens ids; temperature=0 is greedy, top_k=0 draws from all ids.
 
-        folder, config = Path(folder), json.dumps(config_to_hf(self.config), indent=2)
-        if any(folder.glob("*.safetensors")):
-            raise FileExistsError(f"{folder} holds a model already: give another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: view.contiguous() for name, view in hf_views(self).items()}
-        safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(config)
+        When block_size is full, each further token is predicted from the last block_size ones, without their cache.
+        """
+        max_len = min(idx.size(1) + max_new_tokens, self.config.block_size)
+        cache = None
+        for _ in range(max_new_tokens):
+            if cache is None or cache.length == self.config.block_size:
+                cache = self.new_cache(len(idx), max_len)
+            new = idx[:, cache.length :][:, -max_len:]
+            logits = self(new, cache=cache, last_only=True)[:, -1].float()  # (B, V)
+            if top_k > 0:
+                least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -math.inf)
+            token = logits.argmax(dim=-1, keepdim=True)
+            if temperature > 0:
+                token = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
+            idx = torch.cat((idx, token), dim=1)
+        return idx
 
 
-def pick_token(logits, idx, temperature, top_k, top_p, repetition_penalty, generator):
-    """logits (B, V) and the tokens so far (B, S) -> the next token (B,)."""
-    logits = logits.float()
-    if repetition_penalty != 1.0:  # https://arxiv.org/abs/1909.05858: what was said becomes less likely
-        said = logits.gather(1, idx)
-        logits = logits.scatter(1, idx, torch.where(said > 0, said / repetition_penalty, said * repetition_penalty))
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    if top_k > 0:
-        probs[:, top_k:] = 0.0
-    if top_p < 1:  # the smallest set that reaches top_p of what is left
-        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p * probs.sum(dim=-1, keepdim=True), 0.0)
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+TINY = dict(
+    vocab_size=256, block_size=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, n_embd=64, n_inner=160,
+    layer_pattern="da", n_key_head=2, n_value_head=4, key_dim=16, value_dim=12,
+)  # fmt: skip
 
-
-def hf_views(model):
-    """{Hugging Face's name: our weight, seen in its shape there}: copying into a view loads, reading it saves."""
-    views = {}
-    for name, p in model.named_parameters():
-        for ours, theirs in HF_NAMES:
-            name = re.sub(ours, theirs, name)
-        views[name] = p.data
-    return views
-
-
-def config_from_hf(hf):
-    hf = hf | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})  # as transformers 4 and 5 write them
-    for key, value in (HF_FIXED | HF_YARN | dict(mlp_only_layers=list(range(hf["num_hidden_layers"])))).items():
-        if hf.get(key, value) != value:
-            raise ValueError(f"config.json: {key}={hf[key]!r} is not supported, only {value!r}")
-    fields = {ours: hf[theirs] for ours, theirs in HF_FIELDS.items()}
-    scaling = hf.get("rope_type", hf.get("type", "default"))
-    if scaling != "default":
-        fields |= dict(rope_scaling=scaling, rope_factor=hf["factor"])
-        fields |= dict(rope_original=hf.get("original_max_position_embeddings", 0))
-    kinds = "".join("a" if kind == "full_attention" else "d" for kind in hf.get("layer_types") or ())
-    return GPTConfig(**fields, layer_pattern=kinds or "d" * (hf.get("full_attention_interval", 4) - 1) + "a")
-
-
-def config_to_hf(config):
-    gates = dict(output_gate="element", qkv_gates="")
-    for key, value in (gates | dict(qk_norm=True, scale_embeddings=False, logit_softcap=0.0)).items():
-        if getattr(config, key) != value:
-            raise ValueError(f"Qwen3-Next has no {key}={getattr(config, key)}: this model cannot be saved as one")
-    hf = HF_FIXED | {theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()}
-    if config.rope_scaling != "none":
-        original = {"original_max_position_embeddings": config.rope_original} if config.rope_original else {}
-        hf["rope_scaling"] = dict(rope_type=config.rope_scaling, factor=config.rope_factor) | original
-    hf["layer_types"] = [{"a": "full_attention", "d": "linear_attention"}[kind] for kind in config.layer_pattern]
-    return hf | dict(architectures=["Qwen3NextForCausalLM"], mlp_only_layers=list(range(config.n_layer)))
-
-
-HF_PREFIX, HF_IGNORED = "model.", ("lm_head.weight", "inv_freq")  # may be absent; copies of what is here already
-HF_NAMES = [("^embed", "model.embed_tokens"), ("^blocks", "model.layers"), ("^norm", "model.norm"),
-            ("attn_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"), (r"\.attn\.", ".self_attn."),
-            (r"\.delta\.wo", ".linear_attn.out_proj"), (r"\.delta\.", ".linear_attn."), (r"\.conv\.", ".conv1d."),
-            (r"\.w(ba|qkvz)\.", r".in_proj_\1."), (r"\.o_norm", ".norm.weight"),
-            (r"\.w([qkvo])\.", r".\1_proj."), (r"\.w_(gate|up|down)\.", r".\1_proj.")]  # fmt: skip
-HF_FIELDS = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
-                 n_embd="hidden_size", n_inner="intermediate_size", block_size="max_position_embeddings",
-                 vocab_size="vocab_size", head_dim="head_dim", norm_eps="rms_norm_eps", rope_theta="rope_theta",
-                 tie_embeddings="tie_word_embeddings", n_key_head="linear_num_key_heads", key_dim="linear_key_head_dim",
-                 n_value_head="linear_num_value_heads", value_dim="linear_value_head_dim",
-                 conv_kernel="linear_conv_kernel_dim", rotary_fraction="partial_rotary_factor")  # fmt: skip
-HF_FIXED = dict(model_type="qwen3_next", hidden_act="silu", attention_bias=False)
-HF_YARN = dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None, mscale=None, mscale_all_dim=None)
-
-if __name__ == "__main__":  # overfit one batch for 20 steps, then continue its first tokens
+if __name__ == "__main__":  # learns one batch by heart in 20 steps, then continues its first tokens
     torch.manual_seed(0)
-    sizes = dict(vocab_size=256, block_size=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, n_embd=64, n_inner=160)
-    sizes |= dict(layer_pattern="da", n_key_head=2, n_value_head=4, key_dim=16, value_dim=16)
-    model, batch, losses = GPT(GPTConfig(**sizes)), torch.randint(256, (4, 33)), []
+    model = GPT(GPTConfig(**TINY))
+    batch = torch.randint(model.config.vocab_size, (4, 33))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
     for _ in range(20):
-        losses.append(model(batch[:, :-1], batch[:, 1:]))
+        loss = model(batch[:, :-1], batch[:, 1:])
         optimizer.zero_grad()
-        losses[-1].backward()
+        loss.backward()
         optimizer.step()
-    size, cache_bytes = sum(p.numel() for p in model.parameters()), model.new_cache(1, 8).bytes_per_token()
-    print(f"{size:,} parameters, {cache_bytes} cache bytes per token, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    print(f"greedy {model.generate(batch[:1, :8], 8, temperature=0)[0]} of {batch[0, 8:16].tolist()}")
+        losses.append(loss.item())
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    print(f"{model.new_cache(1, 8).bytes_per_token()} cache bytes per token")
+    continued = model.generate(batch[:1, :8], 8, temperature=0)[0, 8:]
+    print(f"greedy {continued.tolist()} of {batch[0, 8:16].tolist()}")

@@ -1,33 +1,49 @@
 """A mixture of experts: each token passes through a few of many MLPs (https://arxiv.org/abs/2101.03961).
 
-    s = softmax(Wr u) or sigmoid(Wr u)                        chosen: the K experts with the largest s_e + bias_e
-    x = x + sum over chosen e of g_e MLP_e(u) + MLP_shared(u)               g_e = gate_scale s_e / sum over chosen s
+    s = softmax(Wr u)                     u = RMSNorm(x), chosen: the K experts with the largest s_e + bias_e
+    g_e = s_e / sum over chosen s         the gates
+    x = x + sum over chosen e of g_e MLP_e(u) + sigmoid(Wg u) MLP_shared(u)
     loss = cross-entropy + sum over layers of balance_loss E sum_e f_e P_e + z_loss mean logsumexp(Wr u)^2
 
-u = RMSNorm(x), f_e is e's share of the choices (no gradient), P_e its mean share of the scores: E f P is 1 in balance.
-B batch, T time, S time with the cached past, C n_embd, H query heads, G key/value heads, D head_dim, V vocabulary,
-E experts, K experts per token, N = B T tokens, L layers with experts. Narrow and shared experts: arXiv 2401.06066;
-sigmoid, groups and bias: 2412.19437, 2408.15664; the load of the global batch: 2501.11873; z-loss: 2202.08906.
-Differs from model_baseline.py in: GPTConfig, Block, GPT.__init__, GPT.forward, GPT.metrics, hf_views, config_from_hf,
-config_to_hf, Router, ExpertLinear, has_grouped_mm, MoE, GPT._apply, GPT.auxiliary_loss, GPT.after_step, sum_over_ranks
+B  batch
+T  time: the tokens of one call
+S  time with the cached past
+C  n_embd, the width of the residual stream
+H  query heads
+G  key/value heads
+D  head_dim
+V  vocabulary
+E  experts
+K  experts per token
+N  B T, the tokens of one call in a row
+L  layers with experts
+f  each expert's share of the last step's choices: no gradient
+P  each expert's mean share of the scores: E f P is 1 when the load is even
+
+Softmax scores and a shared expert with a gate are as in Qwen2-MoE (https://arxiv.org/abs/2407.10671) and Qwen3-MoE.
+Narrow and shared experts: https://arxiv.org/abs/2401.06066. Sigmoid scores, groups and bias: 2412.19437 and 2408.15664.
+Balance over the global batch: 2501.11873. z-loss: 2202.08906.
+
+Differs from model_baseline.py in: GPTConfig, Block, GPT.__init__, GPT.init_weights, GPT.forward, Router,
+has_grouped_mm, grouped_matmul, ExpertLinear, MoE, GPT.OPTIMIZER, GPT.auxiliary_loss, GPT.after_step, GPT.metrics,
+sum_over_processes
 """
 
 import copy
-import json
 import math
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 50304  # 50,257 of GPT-2 rounded up to a multiple of 64: faster matmuls
+    vocab_size: int = 50304  # GPT-2's 50,257 tokens rounded up to a multiple of 64: faster matmuls
     block_size: int = 1024  # the longest sequence
     n_layer: int = 12
     n_head: int = 12  # query heads
@@ -36,38 +52,34 @@ class GPTConfig:
     n_embd: int = 768
     n_inner: int = 2048  # width of the MLP in layers without experts, about 8/3 n_embd
     n_expert: int = 32  # experts in a layer
-    n_expert_per_token: int = 4
-    n_expert_inner: int = 512  # width of an expert: 4 of 512 cost as much as one MLP of 2048
-    n_shared_expert: int = 0  # further ones that every token passes through: one MLP, so many times as wide
-    shared_gate: bool = False  # scale their output by a sigmoid of the token
-    n_dense_layer: int = 0  # the first layers have the plain MLP
-    moe_every: int = 1  # of the others, every n-th has experts
-    moe_layers: list | tuple = ()  # exactly these have experts; empty: as the two above say
-    router_score: str = "softmax"  # or sigmoid: each expert is scored by itself
-    normalize_gates: bool = True  # the chosen experts' weights sum to 1
-    gate_scale: float = 1.0  # and are multiplied by this: 2.5 in DeepSeek-V3
-    n_group: int = 1  # experts stand in groups (a machine each, say)
-    n_group_per_token: int = 1  # and a token chooses within its best groups: by the sum of their two best experts
-    router_jitter: float = 0.0  # in training the router's input is multiplied by 1 +- this at random
-    capacity_factor: float = 0.0  # in training an expert takes so many times its even share of a sequence; 0: all
-    drop_by: str = "position"  # what is too much: the sequence's last choices, or those of the lowest score
+    n_expert_per_token: int = 4  # experts that a token passes through
+    n_expert_inner: int = 512  # width of an expert: 4 of 512 cost a token as much as one MLP of 2048
+    n_shared_expert: int = 0  # shared experts, applied to every token, fused into one wider MLP
+    shared_gate: bool = False  # scale the shared experts' output by a sigmoid of the token
+    n_dense_layer: int = 0  # so many first layers have the plain MLP
+    moe_every: int = 1  # 2 gives experts to every second layer: 1, 3, 5...
+    moe_layers: list | tuple = ()  # exactly these layers have experts; empty: what n_dense_layer and moe_every say
+    router_score: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid scores each expert by itself
+    normalize_gates: bool = True  # the gates of a token sum to 1
+    gate_scale: float = 1.0  # multiplies the gates: 2.5 in DeepSeek-V3
+    n_group: int = 1  # groups that the experts are cut into, for example one for each machine
+    n_group_per_token: int = 1  # groups that a token may choose in: those whose two best experts sum to most
     balance_loss: float = 0.01  # coefficient of the loss that evens the load: 0.001 to 0.1
-    balance_over: str = "global"  # load of the step so far on all ranks; batch: of a micro-batch; or of each sequence
     z_loss: float = 0.001  # coefficient of the loss that keeps the router's logits small
-    bias_rate: float = 0.0  # a step's change of each bias, against the load: 0.001, in place of balance_loss
+    bias_rate: float = 0.0  # how far a step moves each bias against the load: 0.001, in place of balance_loss
     qk_norm: bool = True  # RMSNorm on each query and key head: attention logits stay small at high learning rates
-    rope_theta: float = 10000.0  # wavelengths reach 2 pi theta tokens: 1e6 for long context
-    rope_scaling: str = "none"  # stretch positions past the trained length: none, linear or yarn
-    rope_factor: float = 1.0  # by how much: 4.0 is 4 times the trained length
-    rope_original: int = 0  # the trained length (yarn)
+    rope_theta: float = 10000.0  # wavelengths reach 2 pi rope_theta tokens: 1e6 for long context
+    rope_scaling: Literal["none", "linear", "yarn"] = "none"  # stretches positions past the trained length
+    rope_factor: float = 1.0  # how far rope_scaling stretches: 4.0 is 4 times the trained length
+    rope_original: int = 0  # the trained length, which yarn needs
     norm_eps: float = 1e-6
     tie_embeddings: bool = True  # the head is the embedding transposed
     scale_embeddings: bool = False  # multiply embeddings by sqrt(n_embd)
     logit_softcap: float = 0.0  # c > 0: logits become c * tanh(logits / c)
     dropout: float = 0.0  # on the output of each branch: for many epochs over little data
-    init_std: float = 0.02  # of every matrix; those that write to the residual stream get 1 / sqrt(2 n_layer) of it
-    zero_init_residual: bool = False  # those start at 0 instead, so that every block starts as the identity
-    eot_id: int = -1  # the token that begins a document: nothing crosses it; -1: one document, the fast causal path
+    init_std: float = 0.02  # std of every weight matrix; wo and w_down use init_std / sqrt(2 n_layer)
+    zero_init_residual: bool = False  # wo and w_down start at 0, so that every block starts as the identity
+    eot_id: int = -1  # the token that begins a document, which nothing crosses; -1 sees one document: the fast path
 
     def __post_init__(self):
         if self.n_head % self.n_kv_head:
@@ -78,19 +90,29 @@ class GPTConfig:
             raise ValueError(f"rope_scaling={self.rope_scaling!r} is unknown: try none, linear or yarn")
         if self.rope_scaling == "yarn" and self.rope_original < 1:
             raise ValueError(f"rope_original={self.rope_original}, and yarn needs the trained length: try 4096")
-        E, K, groups, within = self.n_expert, self.n_expert_per_token, self.n_group, self.n_group_per_token
-        if groups < 1 or E % groups or not 1 <= within <= groups or not 1 <= K <= E // groups * within:
-            raise ValueError(f"n_expert_per_token={K} cannot be chosen in n_group_per_token={within} of "
-                             f"n_group={groups} equal groups of n_expert={E}: try fewer, or 1 group")  # fmt: skip
-        known = dict(router_score="softmax sigmoid", drop_by="position score", balance_over="global batch sequence")
-        for name, values in known.items():
-            if getattr(self, name) not in values.split():
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: try one of {values}")
-        every = range(self.moe_every - 1, self.n_layer, self.moe_every) if self.moe_every > 0 else ()
-        self.moe_layers = list(self.moe_layers) or [i for i in every if i >= self.n_dense_layer]
-        if not self.moe_layers or not set(self.moe_layers) <= set(range(self.n_layer)):
-            raise ValueError(f"moe_layers={self.moe_layers}: try one or more of 0 to {self.n_layer - 1}; if empty, "
-                             f"lower n_dense_layer={self.n_dense_layer} or moe_every={self.moe_every}")  # fmt: skip
+        if self.router_score not in ("softmax", "sigmoid"):
+            raise ValueError(f"router_score={self.router_score!r} is unknown: try softmax or sigmoid")
+        if self.n_group < 1 or self.n_expert % self.n_group:
+            raise ValueError(f"n_expert={self.n_expert} cannot be cut into n_group={self.n_group} groups: try 1")
+        if not 1 <= self.n_group_per_token <= self.n_group:
+            raise ValueError(f"n_group_per_token={self.n_group_per_token} is not from 1 to n_group={self.n_group}")
+        n_open = self.n_expert // self.n_group * self.n_group_per_token
+        if not 1 <= self.n_expert_per_token <= n_open:
+            raise ValueError(
+                f"n_expert_per_token={self.n_expert_per_token} is not from 1 to {n_open}: try fewer groups"
+            )
+        if self.moe_every < 1:
+            raise ValueError(f"moe_every={self.moe_every} is not 1 or more: try 1")
+        layers = range(self.n_dense_layer, self.n_layer)
+        if not self.moe_layers:
+            self.moe_layers = [layer for layer in layers if (layer + 1) % self.moe_every == 0]
+        self.moe_layers = sorted(set(self.moe_layers))
+        if not self.moe_layers:
+            raise ValueError(
+                f"no layer has experts: lower n_dense_layer={self.n_dense_layer} or moe_every={self.moe_every}"
+            )
+        if self.moe_layers[0] < 0 or self.moe_layers[-1] >= self.n_layer:
+            raise ValueError(f"moe_layers={self.moe_layers} are not all from 0 to {self.n_layer - 1}: leave some out")
 
 
 class RMSNorm(nn.Module):
@@ -106,19 +128,38 @@ class RMSNorm(nn.Module):
 
 
 def rope_cos_sin(positions, config):
-    """positions (..., T) -> cos, sin (..., T, 1, D/2) in fp32. YaRN: https://arxiv.org/abs/2309.00071, section 3."""
-    D, theta, factor = config.head_dim, config.rope_theta, config.rope_factor
+    """Returns cos and sin (..., T, 1, D/2) in fp32 of the angles position * theta^(-2i/D), one for each pair i."""
+    D = config.head_dim
     i = torch.arange(D // 2, device=positions.device).float()
-    inv_freq, stretch, magnitude = 1.0 / theta ** (2 * i / D), float(config.rope_scaling == "linear"), 1.0
-    if config.rope_scaling == "yarn":
-        # Pairs that turn over 32 times within the trained length are kept, those under once are stretched in full.
-        low, high = (D * math.log(config.rope_original / (2 * math.pi * n)) / (2 * math.log(theta)) for n in (32, 1))
-        low, high = max(math.floor(low), 0), min(math.ceil(high), D - 1)
-        stretch = ((i - low) / max(high - low, 0.001)).clamp(0, 1)
-        magnitude = 0.1 * math.log(max(factor, 1.0)) + 1.0  # a longer context wants sharper attention
-    inv_freq = inv_freq * (1 - stretch) + inv_freq / factor * stretch
+    inv_freq = 1.0 / config.rope_theta ** (2 * i / D)  # (D/2,)
+    magnitude = 1.0
+    if config.rope_scaling == "linear":
+        inv_freq = inv_freq / config.rope_factor
+    elif config.rope_scaling == "yarn":
+        inv_freq, magnitude = yarn(inv_freq, config)
     angle = positions[..., None, None].float() * inv_freq
     return angle.cos() * magnitude, angle.sin() * magnitude
+
+
+def yarn(inv_freq, config):
+    """Returns stretched frequencies (D/2,) and the factor of cos and sin (https://arxiv.org/abs/2309.00071, section 3).
+
+    Pairs that turn more than 32 times within the trained length stay as they are, those that turn less than once are
+    stretched by the whole rope_factor, and in between the share grows linearly.
+    """
+    D = 2 * len(inv_freq)
+
+    def pair_that_turns(n):
+        return D * math.log(config.rope_original / (2 * math.pi * n)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_that_turns(32)), 0)
+    high = min(math.ceil(pair_that_turns(1)), D - 1)
+    i = torch.arange(D // 2, device=inv_freq.device).float()
+    stretched = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # (D/2,)
+    inv_freq = inv_freq * (1 - stretched) + inv_freq / config.rope_factor * stretched
+    # Over a longer context attention spreads: larger logits sharpen it again. Scores grow by the square of this.
+    magnitude = 0.1 * math.log(max(config.rope_factor, 1.0)) + 1.0
+    return inv_freq, magnitude
 
 
 def apply_rope(x, cos, sin):
@@ -127,63 +168,54 @@ def apply_rope(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
-class KVCache:
-    """Keys and values so far, preallocated: a layer's k, v (B, G, max_len, D). pad (B,) counts padding at the left."""
-
-    def __init__(self, config, batch_size, max_len, pad=None, device=None, dtype=None):
-        shape, layers = (batch_size, config.n_kv_head, max_len, config.head_dim), range(config.n_layer)
-        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in layers] for _ in range(2))
-        self.length, self.padded = 0, pad is not None
-        pad = torch.zeros(batch_size, dtype=torch.long, device=device) if pad is None else pad
-        self.start = torch.where(torch.arange(max_len, device=device) < pad[:, None], 0, pad[:, None])  # of documents
-
-    def check(self, B, T):
-        if B != self.start.size(0) or self.length + T > self.start.size(1):
-            raise ValueError(f"{B} x ({self.length} + {T}) tokens do not fit a cache of {tuple(self.start.shape)}")
-
-    def append(self, layer, k, v):
-        """Writes k, v (B, G, T, D) behind a layer's past and returns past and present, (B, G, S, D)."""
-        end = self.length + k.size(2)
-        self.k[layer][:, :, self.length : end] = k
-        self.v[layer][:, :, self.length : end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
-
-    def branch(self, n):
-        """A new cache in which each row stands n times in a row: n continuations of one prefill."""
-        new = copy.copy(self)
-        new.k, new.v = ([x.repeat_interleave(n, dim=0) for x in xs] for xs in (self.k, self.v))
-        new.start = self.start.repeat_interleave(n, dim=0)
-        return new
-
-    def bytes_per_token(self):
-        return sum(x.nbytes for x in self.k + self.v) // self.start.numel()
-
-
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        C, H, G, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
-        self.layer, self.head_dim = layer, D
-        self.wq = nn.Linear(C, H * D, bias=False)
-        self.wk = nn.Linear(C, G * D, bias=False)
-        self.wv = nn.Linear(C, G * D, bias=False)
-        self.wo = nn.Linear(H * D, C, bias=False)
+        C = config.n_embd
+        D = config.head_dim
+        self.layer = layer
+        self.head_dim = D
+        self.wq = nn.Linear(C, config.n_head * D, bias=False)
+        self.wk = nn.Linear(C, config.n_kv_head * D, bias=False)
+        self.wv = nn.Linear(C, config.n_kv_head * D, bias=False)
+        self.wo = nn.Linear(config.n_head * D, C, bias=False)
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask=None, cache=None):
         B, T, _ = x.shape
-        q, k, v = (w(x).view(B, T, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))  # (B, T, H or G, D)
-        q, k = apply_rope(self.q_norm(q), *rope), apply_rope(self.k_norm(k), *rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, D)
+        # 1. project; -1 counts the heads, which are fewer where a model is cut by heads over devices
+        q = self.wq(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.wk(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
+        v = self.wv(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
+        q, k = self.rotate(q, k, rope)
+        # 2. attend, heads before time
+        q = q.transpose(1, 2)  # (B, H, T, D)
+        k = k.transpose(1, 2)  # (B, G, T, D)
+        v = v.transpose(1, 2)  # (B, G, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
-        causal = True if mask is None and T > 1 else False  # torch.compile wants a bool; one query sees all the past
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+        y = self.attend(q, k, v, mask)  # (B, H, T, D)
+        # 3. merge the heads
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
+    def rotate(self, q, k, rope):
+        """Norms each head of q (B, T, H, D) and k (B, T, G, D), and turns it by its position."""
+        q = apply_rope(self.q_norm(q), *rope)
+        k = apply_rope(self.k_norm(k), *rope)
+        return q, k
 
-class MLP(nn.Module):  # SwiGLU (https://arxiv.org/abs/2002.05202)
+    def attend(self, q, k, v, mask):
+        """Softmax attention of q (B, H, T, D) to k, v (B, G, S, D), H / G query heads to a key head: (B, H, T, D)."""
+        causal = False
+        if mask is None and q.size(2) > 1:  # a single query sees all keys
+            causal = True
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202)."""
+
     def __init__(self, config):
         super().__init__()
         self.w_gate = nn.Linear(config.n_embd, config.n_inner, bias=False)
@@ -195,122 +227,183 @@ class MLP(nn.Module):  # SwiGLU (https://arxiv.org/abs/2002.05202)
 
 
 class Router(nn.Module):
+    """Scores the experts for each token and chooses K of them; its buffers hold what evens the load."""
+
     def __init__(self, config):
         super().__init__()
+        E = config.n_expert
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
-        self.register_buffer("bias", torch.zeros(config.n_expert))  # of the choice alone; moved by after_step alone
+        self.weight = nn.Parameter(torch.empty(E, config.n_embd))
+        self.register_buffer("bias", torch.zeros(E))  # added to the scores for the choice alone
+        self.register_buffer("load", torch.zeros(E, dtype=torch.long))  # choices of the last step, on all processes
+        # Sums over the step so far, on this process: choices of each expert; balance and z-loss times choices.
+        self.register_buffer("step_load", torch.zeros(E, dtype=torch.long), persistent=False)
+        self.register_buffer("step_losses", torch.zeros(2), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """A cast leaves the bias in fp32: its steps would vanish in bf16. Off the meta device it begins at 0."""
-        bias = self.bias
+        """Moves the buffers with the weight but casts none: the bias would lose its small steps in bf16.
+
+        Where they leave the meta device, which has no values, they begin at 0.
+        """
+        before = dict(self.named_buffers())
         super()._apply(fn, recurse)
-        self.bias = torch.zeros_like(bias, device=self.bias.device) if bias.is_meta else bias.to(self.bias.device)
+        for name, buffer in before.items():
+            device = getattr(self, name).device
+            if buffer.is_meta:
+                setattr(self, name, torch.zeros_like(buffer, device=device))
+            else:
+                setattr(self, name, buffer.to(device))
         return self
 
     def forward(self, x):
-        """x (B, T, C) -> logits, scores (B, T, E); chosen experts, the weights of their outputs (B, T, K)."""
-        c, exact = self.config, torch.promote_types(x.dtype, torch.float32)  # in bf16 experts would often tie
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(exact)
-            if self.training and c.router_jitter > 0:
-                x = x * torch.empty_like(x).uniform_(1 - c.router_jitter, 1 + c.router_jitter)
-            logits = F.linear(x, self.weight.to(exact))
-        scores = logits.softmax(dim=-1) if c.router_score == "softmax" else logits.sigmoid()
-        choice = scores.detach() + self.bias
-        if c.n_group > 1:
-            groups = choice.unflatten(-1, (c.n_group, -1))  # (B, T, groups, E / groups)
-            best = groups.topk(min(2, groups.size(-1))).values.sum(dim=-1).topk(c.n_group_per_token).indices
-            closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
-            choice = groups.masked_fill(closed[..., None], -math.inf).flatten(-2)  # not 0: choices may be negative
-        experts = choice.topk(c.n_expert_per_token).indices
-        gates = scores.gather(-1, experts)
-        if c.normalize_gates:
+        """Returns for x (B, T, C) the chosen experts and their gates (B, T, K), and in training the statistics."""
+        logits, scores = self.score(x)  # (B, T, E)
+        chosen = self.choose(scores)  # (B, T, K)
+        gates = scores.gather(-1, chosen)
+        if self.config.normalize_gates:
             gates = gates / gates.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-        return logits, scores, experts, gates * c.gate_scale
+        gates = gates * self.config.gate_scale
+        if not self.training:
+            return chosen, gates, None
+        return chosen, gates, self.statistics(logits, scores, chosen)
+
+    def score(self, x):
+        """Returns logits and scores (B, T, E), in fp32 at least: in bf16 experts would often tie."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        device_type = "cpu" if x.is_meta else x.device.type  # autocast does not know the meta device
+        x = x.to(dtype)
+        with torch.autocast(device_type, enabled=False):
+            logits = F.linear(x, self.weight.to(dtype))
+        if self.config.router_score == "softmax":
+            return logits, logits.softmax(dim=-1)
+        return logits, logits.sigmoid()
+
+    def choose(self, scores):
+        """Returns the K experts (B, T, K) of the largest biased scores, within each token's best groups."""
+        choice = scores.detach() + self.bias
+        if self.config.n_group > 1:
+            groups = choice.unflatten(-1, (self.config.n_group, -1))  # (B, T, groups, E / groups)
+            best_two = groups.topk(min(2, groups.size(-1))).values
+            best = best_two.sum(dim=-1).topk(self.config.n_group_per_token).indices  # (B, T, n_group_per_token)
+            closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)  # (B, T, groups)
+            # Not 0, which is more than a score with a negative bias.
+            choice = groups.masked_fill(closed[..., None], -math.inf).flatten(-2)
+        return choice.topk(self.config.n_expert_per_token).indices
+
+    def statistics(self, logits, scores, chosen):
+        """Returns how often each expert was chosen (E,), the balance loss and the z-loss.
+
+        The balance loss takes the load of the last step, which all micro-batches and processes of a step have in
+        common: it is linear in their own scores, and its mean over them is that of the whole batch.
+        """
+        E = self.config.n_expert
+        load = torch.zeros_like(scores).scatter(-1, chosen, 1.0).sum(dim=(0, 1))  # (E,)
+        share = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)  # (B, T, E)
+        P = share.mean(dim=(0, 1))  # (E,)
+        total = self.load.sum()
+        f = torch.where(total > 0, self.load / total, 1 / E)  # (E,), uniform before the first step
+        balance = E * (f * P).sum()
+        z = logits.logsumexp(dim=-1).square().mean()
+        return load, balance, z
+
+
+def has_grouped_mm(x, weight):
+    """Says whether F.grouped_mm takes x (n_rows, n_in) and weight (E, n_in, n_out) without waiting for the device."""
+    whole = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])  # it wants rows of whole 16 bytes
+    if x.is_cuda:
+        hopper = torch.cuda.get_device_properties(x.device).major >= 9
+        return whole and hopper and x.dtype == torch.bfloat16
+    if x.dtype == torch.float32 and torch.compiler.is_compiling():
+        return False
+    return whole and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+
+
+def grouped_matmul(x, weight, expert):
+    """Returns row i of x (n_rows, n_in) times weight[expert[i]] of (E, n_in, n_out), for all rows, sorted by expert.
+
+    Where torch has no such product, the rows are cut into blocks of b, each with rows of one expert only. With b = 2:
+        expert    0 0 0 2 2
+        place     0 1 2 4 5        place 3 is padding
+        owner     0 0 2 0          the expert of each block; the last block is not needed
+    """
+    n_rows, n_in = x.shape
+    E = len(weight)
+    weight = weight.to(x.dtype)
+    ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)  # (E,)
+    if has_grouped_mm(x, weight):
+        return F.grouped_mm(x, weight, offs=ends.int())
+    b = -(-n_rows // E)  # the mean load, rounded up
+    n = E + (n_rows - E) // b  # the most blocks that can be needed: one an expert, and one for b rows beyond those
+    padding = -ends.diff(prepend=ends.new_zeros(1)) % b  # (E,): rows that fill an expert's last block
+    place = torch.arange(n_rows, device=x.device) + (padding.cumsum(0) - padding)[expert]  # (n_rows,)
+    owner = expert.new_zeros(n).scatter(0, place // b, expert)  # (n,)
+    blocks = x.new_zeros(n * b, n_in).index_copy(0, place, x).view(n, b, n_in)
+    y = torch.bmm(blocks, weight.index_select(0, owner))  # (n, b, n_out)
+    return y.flatten(0, 1).index_select(0, place)
 
 
 class ExpertLinear(nn.Module):
+    """A linear map for each expert."""
+
     def __init__(self, n_expert, n_in, n_out):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_expert, n_in, n_out))
 
-    def forward(self, x, group):
-        """x: rows (R, in), those of expert e up to group[e]; or blocks (n, b, in), the i-th one of expert group[i]."""
-        weight = self.weight.to(x.dtype)
-        return F.grouped_mm(x, weight, offs=group) if x.ndim == 2 else torch.bmm(x, weight.index_select(0, group))
-
-
-def has_grouped_mm(x, training, *widths):
-    """In bf16 on GPUs since Hopper and on CPUs; elsewhere it is missing, or a loop that waits for the device."""
-    if x.is_cuda:
-        fast = x.dtype == torch.bfloat16 and torch.cuda.get_device_properties(x.device).major >= 9
-    else:  # in fp32 a row's rounding depends on how many there are, and torch.compile refuses it
-        fp32 = x.dtype == torch.float32 and training and not torch.compiler.is_compiling()
-        fast = x.device.type == "cpu" and (x.dtype == torch.bfloat16 or fp32)
-    return fast and all(width * x.element_size() % 16 == 0 for width in widths)  # it wants rows of whole 16 bytes
+    def forward(self, x, expert):
+        return grouped_matmul(x, self.weight, expert)
 
 
 class MoE(nn.Module):
+    """SwiGLU experts, of which each token passes through K, and a shared one for all tokens."""
+
     def __init__(self, config):
         super().__init__()
-        E, C, width, n_shared = config.n_expert, config.n_embd, config.n_expert_inner, config.n_shared_expert
-        self.config, self.router = config, Router(config)
-        self.w_gate = ExpertLinear(E, C, width)
-        self.w_up = ExpertLinear(E, C, width)
-        self.w_down = ExpertLinear(E, width, C)
-        self.shared = MLP(replace(config, n_inner=n_shared * width)) if n_shared else None
-        self.shared_router = nn.Linear(C, 1, bias=False) if n_shared and config.shared_gate else None
+        C = config.n_embd
+        width = config.n_expert_inner
+        self.router = Router(config)
+        self.w_gate = ExpertLinear(config.n_expert, C, width)
+        self.w_up = ExpertLinear(config.n_expert, C, width)
+        self.w_down = ExpertLinear(config.n_expert, width, C)
+        self.shared = None
+        self.shared_router = None
+        if config.n_shared_expert > 0:
+            self.shared = MLP(replace(config, n_inner=config.n_shared_expert * width))
+        if config.n_shared_expert > 0 and config.shared_gate:
+            self.shared_router = nn.Linear(C, 1, bias=False)
 
     def forward(self, x):
-        """x (B, T, C) -> y (B, T, C) and what `auxiliary_loss` wants. No shape depends on data: no loop, no waiting."""
-        c, T = self.config, x.size(1)
-        # 1. route
-        logits, scores, experts, gates = self.router(x)
-        chosen = torch.zeros_like(scores, dtype=torch.long).scatter(-1, experts, 1)  # (B, T, E)
-        routing = None
-        if self.training:
-            # 2. drop; each sequence has its own capacity, or a token would depend on what else is in the batch
-            dropped = torch.zeros_like(experts, dtype=torch.bool)
-            if c.capacity_factor > 0:
-                capacity = math.ceil(c.capacity_factor * c.n_expert_per_token * T / c.n_expert)
-                worth = gates.detach() if c.drop_by == "score" else torch.zeros_like(gates)
-                queue = torch.full_like(scores, -math.inf).scatter(-1, experts, worth)  # (B, T, E)
-                queue = queue.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # stable: ties go by position
-                dropped = queue.gather(-1, experts) >= capacity  # (B, T, K)
-            gates = gates.masked_fill(dropped, 0.0)
-            share = (scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)).mean(dim=1)  # (B, E)
-            routing = chosen.sum(dim=1), share, logits.logsumexp(dim=-1).square().mean(), dropped.sum()
-        y = self.mixture(x, experts, gates, chosen)
+        """Returns the output (B, T, C) and, in training, the router's statistics."""
+        chosen, gates, statistics = self.router(x)  # (B, T, K), (B, T, K)
+        rows = x.flatten(0, 1)  # (N, C)
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+            rows = rows.to(torch.get_autocast_dtype(x.device.type))  # F.grouped_mm does not cast by itself
+        y = self.experts(rows, chosen.flatten(0, 1), gates.flatten(0, 1)).view_as(x)
         if self.shared is not None:
             shared = self.shared(x)
-            y = y + (shared if self.shared_router is None else self.shared_router(x).sigmoid() * shared)
-        return y, routing
+            if self.shared_router is not None:
+                shared = shared * self.shared_router(x).sigmoid()
+            y = y + shared
+        return y, statistics
 
-    def mixture(self, x, experts, gates, chosen):
-        """The experts' outputs, weighted and summed: x (B, T, C), experts and gates (B, T, K), chosen (B, T, E)."""
-        (B, T, C), (K, E), kind = x.shape, (experts.size(-1), chosen.size(-1)), x.device.type
-        # 3. dispatch: copies of the tokens, sorted by expert, each expert's padded to whole blocks of b rows. With the
-        # mean load as b, that is 2 E blocks at most. grouped_mm needs no padding.
-        rows = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-        N, grouped = B * T, has_grouped_mm(rows, self.training, C, self.config.n_expert_inner)
-        b = 1 if grouped else -(-N * K // E)
-        n = N * K if b == 1 else E + (N * K - E) // b  # blocks: with the fewest full ones there can be
-        experts, chosen = experts.view(N, K), chosen.view(N, E)
-        blocks = (chosen.sum(dim=0) + b - 1) // b  # (E,)
-        first = blocks.cumsum(0) - blocks  # (E,): each expert's first block
-        place = (first * b + chosen.cumsum(0) - 1).gather(1, experts).flatten()  # (N K,): where a copy goes
-        source = place.new_zeros(n * b).scatter_(0, place, torch.arange(N * K, device=x.device) // K)
-        h = rows.reshape(N, C).index_select(0, source)  # (n b, C); padding copies token 0, and nobody reads it
-        # 4. experts
-        group = (first + blocks).int()
-        if not grouped:
-            h, block = h.view(n, b, C), torch.arange(n, device=x.device)
-            group = torch.searchsorted(first, block, right=True) - 1  # (n,): the block's expert
-        h = self.w_down(F.silu(self.w_gate(h, group)) * self.w_up(h, group), group)
-        # 5. combine
-        h = h.view(n * b, C).index_select(0, place).view(B, T, K, C)
-        return (h * gates.to(h.dtype)[..., None]).sum(dim=2)
+    def experts(self, x, chosen, gates):
+        """Returns sum over k of gates[n, k] MLP_chosen[n, k](x[n]), (N, C), for x (N, C), chosen and gates (N, K).
+
+        No shape depends on who is chosen, and nothing waits for the device. Three tokens of two choices each:
+            chosen    2 0 | 0 1 | 0 2
+            expert    0 0 0 1 2 2        the choices, sorted
+            order     1 2 4 3 0 5        where each stood before
+            token     0 1 2 1 0 2        order // 2, whose row it takes
+        """
+        N, K = chosen.shape
+        # 1. sort the choices by expert
+        expert, order = chosen.flatten().sort(stable=True)  # (N K,)
+        rows = x.index_select(0, order // K)  # (N K, C)
+        # 2. pass each expert's rows through it
+        h = F.silu(self.w_gate(rows, expert)) * self.w_up(rows, expert)  # (N K, n_expert_inner)
+        y = self.w_down(h, expert)  # (N K, C)
+        # 3. bring the rows back to their tokens, weigh and add them
+        y = y.index_select(0, order.argsort()).view(N, K, -1)
+        return (y * gates[..., None].to(y.dtype)).sum(dim=1)
 
 
 class Block(nn.Module):
@@ -325,304 +418,319 @@ class Block(nn.Module):
     def forward(self, x, rope, mask=None, cache=None):
         x = x + self.dropout(self.attn(self.attn_norm(x), rope, mask, cache))
         u = self.mlp_norm(x)
-        y, routing = self.mlp(u) if isinstance(self.mlp, MoE) else (self.mlp(u), None)
-        return x + self.dropout(y), routing
+        if isinstance(self.mlp, MoE):
+            y, statistics = self.mlp(u)
+        else:
+            y = self.mlp(u)
+            statistics = None
+        return x + self.dropout(y), statistics
+
+
+class KVCache:
+    """Keys and values of the tokens so far, in buffers made once: k[layer] and v[layer] (B, G, max_len, D).
+
+    doc_start (B, max_len) holds for each place the place where its document begins; tokens see each other where it is
+    equal. Padding at the left is a document of its own. Two rows, the second with pad=1; E is eot_id, - is padding:
+        tokens       a b E c    - a b c
+        doc_start    0 0 2 2    0 1 1 1
+        position     0 1 0 1    0 0 1 2    place - doc_start
+    """
+
+    def __init__(self, config, batch_size, max_len, pad=None, static=False, device=None, dtype=None):
+        shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.max_len = max_len
+        self.static = static
+        self.length = torch.zeros((), dtype=torch.long, device=device) if static else 0
+        self.places = torch.arange(max_len, device=device)
+        self.eot_id = config.eot_id
+        self.has_documents = config.eot_id >= 0 or pad is not None
+        self.pad = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        if pad is not None:
+            self.pad = self.pad + pad[:, None]
+        self.doc_start = torch.zeros(batch_size, max_len, dtype=torch.long, device=device)
+
+    def advance(self, idx):
+        """Takes the next places for idx (B, T), and returns what GPT.positions_and_mask does, for all keys so far."""
+        B, T = idx.shape
+        too_long = not self.static and self.length + T > self.max_len
+        if B != len(self.pad) or too_long:
+            size = (len(self.pad), self.max_len)
+            raise ValueError(f"{B} x ({int(self.length)} + {T}) tokens do not fit a cache of {size}")
+        self.length += T
+        place = self.last_places(T)  # (T,)
+        # Behind a past is_causal would be wrong: it counts keys from the first query on, which sees key 0 only.
+        # Without a past it is right, and a single query sees every key there is: neither needs a mask.
+        if not self.has_documents and not self.static and T in (1, self.length):
+            return place, None
+        causal = self.places[: self.n_keys()] <= place[:, None]  # (T, S)
+        if not self.has_documents:
+            return place, causal
+        # A token's document begins at itself if it is eot_id, behind the padding, or where that of the token before it
+        # does, whichever is last. Before the first token entry 0 is 0.
+        at_eot = torch.where(idx == self.eot_id, place, 0)  # (B, T)
+        behind_padding = torch.where(place < self.pad, 0, self.pad)  # (B, T)
+        before = self.doc_start.index_select(1, (place[:1] - 1).clamp(min=0))  # (B, 1)
+        doc_start = torch.maximum(torch.maximum(at_eot, behind_padding), before).cummax(dim=1).values  # (B, T)
+        self.doc_start.index_copy_(1, place, doc_start)
+        same = doc_start[:, :, None] == self.doc_start[:, None, : self.n_keys()]  # (B, T, S)
+        return place - doc_start, (same & causal)[:, None]  # (B, T), (B, 1, T, S)
+
+    def append(self, layer, k, v):
+        """Writes k, v (B, G, T, D) of the newest tokens; returns those of all tokens so far, (B, G, S, D)."""
+        place = self.last_places(k.size(2))
+        self.k[layer].index_copy_(2, place, k.type_as(self.k[layer]))
+        self.v[layer].index_copy_(2, place, v.type_as(self.v[layer]))
+        S = self.n_keys()
+        return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
+
+    def last_places(self, T):
+        if self.static:
+            return self.length - T + self.places[:T]
+        return self.places[self.length - T : self.length]
+
+    def n_keys(self):
+        """Returns S: a static cache shows all its places at every length, and the mask hides those not yet taken."""
+        return self.max_len if self.static else self.length
+
+    def rewind(self, length):
+        """Forgets all tokens but the first `length`."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"a cache of {int(self.length)} tokens cannot be rewound to {length}")
+        if self.static:
+            self.length.fill_(length)
+        else:
+            self.length = length
+
+    def branch(self, n):
+        """Returns a copy with every sequence repeated n times, to sample n continuations of one prompt."""
+        new = copy.copy(self)
+        new.k = [k.repeat_interleave(n, dim=0) for k in self.k]
+        new.v = [v.repeat_interleave(n, dim=0) for v in self.v]
+        new.pad = self.pad.repeat_interleave(n, dim=0)
+        new.doc_start = self.doc_start.repeat_interleave(n, dim=0)
+        new.length = self.length + 0  # a tensor of its own where it is one
+        return new
+
+    def bytes_per_token(self):
+        return sum(x.nbytes for x in self.k + self.v) // self.doc_start.numel()
 
 
 class GPT(nn.Module):
+    # Routers are for AdamW: a row is an expert's own vector, and no matrix that Muon should make orthogonal.
+    OPTIMIZER = {"router": dict(method="adamw"), "shared_router": dict(method="adamw")}
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Of the step so far: choices of each expert, in the last column those dropped; sums of the loss terms.
-        self.register_buffer("load", torch.zeros(len(config.moe_layers), config.n_expert + 1).long(), persistent=False)
-        self.register_buffer("terms", torch.zeros(3), persistent=False)
-        self.expert_load = None  # (L, E), of the last step
+        self.lm_head = None  # tied: logits() takes the embedding
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.expert_load = None  # (L, E): choices of each expert in the last step
+        self.router_losses = None  # (2,): balance and z-loss of the last step, means over layers
         self.init_weights()
-
-    def _apply(self, fn, recurse=True):
-        """Off the meta device the counts begin at 0."""
-        begin = self.load.is_meta
-        super()._apply(fn, recurse)
-        for counts in (self.load, self.terms) if begin else ():
-            counts.zero_()
-        return self
 
     @torch.no_grad()
     def init_weights(self):
-        residual_scale = 0.0 if self.config.zero_init_residual else (2 * self.config.n_layer) ** -0.5
+        """Sets every parameter; raises on one that it does not know, so that a new weight says how it begins."""
+        std = self.config.init_std
+        residual_std = std / math.sqrt(2 * self.config.n_layer)  # 2 n_layer branches add up in the residual stream
+        if self.config.zero_init_residual:
+            residual_std = 0.0
         for name, p in self.named_parameters():
-            if name.endswith("norm.weight"):
+            kind = name.removesuffix(".weight").split(".")[-1]  # wq of blocks.0.attn.wq.weight
+            if kind.endswith("norm"):
                 p.fill_(1.0)
+            elif kind in ("wo", "w_down"):
+                p.normal_(0.0, residual_std)
+            elif kind in ("embed", "lm_head", "wq", "wk", "wv", "w_gate", "w_up", "router", "shared_router"):
+                p.normal_(0.0, std)
             else:
-                scale = residual_scale if name.endswith(("wo.weight", "w_down.weight")) else 1.0
-                p.normal_(0.0, self.config.init_std * scale)
+                raise ValueError(f"init_weights does not know {name}: say how it begins")
 
-    def forward(self, idx, targets=None, cache=None, last_only=False):
-        """idx (B, T) -> logits (B, T, V); with targets (B, T) -> the mean loss, a scalar; targets of -1 are ignored.
+    def forward(self, idx, targets=None, cache=None, last_only=False, per_token=False):
+        """Returns the logits (B, T, V) of idx (B, T), or with targets (B, T) the mean loss; targets of -1 are ignored.
 
-        A cache holds the tokens before idx, and idx is appended to it. last_only: logits (B, 1, V) of the last token.
+        A cache holds the tokens before idx, and takes up idx. last_only: logits (B, 1, V) of the last token.
+        per_token: the negative log-probability of each target (B, T), 0 where ignored, and the auxiliary loss.
         """
         positions, mask = self.positions_and_mask(idx, cache)
         rope = rope_cos_sin(positions, self.config)
         x = self.embed(idx)  # (B, T, C)
         if self.config.scale_embeddings:
             x = x * self.config.n_embd**0.5
-        routing = []
+        statistics = []
         for block in self.blocks:
-            x, stats = block(x, rope, mask, cache)
-            routing += [stats] if stats else []
-        if cache is not None:
-            cache.length += idx.size(1)
-        x = self.norm(x[:, -1:] if last_only else x)
+            x, of_layer = block(x, rope, mask, cache)
+            statistics.append(of_layer)
+        if last_only:
+            x = x[:, -1:]
+        x = self.norm(x)
         if targets is None:
             return self.logits(x)
-        return self.lm_loss(x, targets) + (self.auxiliary_loss(routing) if self.training else 0.0)
+        auxiliary = torch.zeros((), device=x.device)
+        if self.training:
+            auxiliary = self.auxiliary_loss(statistics)
+        if per_token:
+            return self.token_losses(x, targets), auxiliary
+        return self.lm_loss(x, targets) + auxiliary
 
-    def positions_and_mask(self, idx, cache):
-        """Positions (T,) or (B, T) in the document, and a bool mask of the keys that each query sees (None: causal)."""
-        (B, T), past = idx.shape, 0
+    def positions_and_mask(self, idx, cache=None):
+        """Returns each token's position in its document, (T,) or (B, T), and the keys that it sees as a bool mask.
+
+        A mask of None means causal, with the same keys as queries: the fast path. Behind a cache, which also moves its
+        length on here, the mask is (T, S) or (B, 1, T, S). Documents begin at eot_id, for example 9:
+            idx 9 5 9 7  ->  doc_start 0 0 2 2  ->  positions 0 1 0 1;  the last token sees the last two
+        """
         if cache is not None:
-            cache.check(B, T)
-            past = cache.length
-        if past + T > self.config.block_size:
-            raise ValueError(f"{past + T} tokens are more than block_size={self.config.block_size}: give fewer")
-        t, s = torch.arange(past, past + T, device=idx.device), torch.arange(past + T, device=idx.device)
-        if self.config.eot_id < 0 and not (cache is not None and cache.padded):
-            return t, None if past == 0 or T == 1 else s <= t[:, None]  # (T,), (T, S)
-        # A document is known by where it begins: padding by 0, what follows it by the number of padding tokens.
-        start = torch.where(idx == self.config.eot_id, t, 0)  # (B, T)
-        start = start if cache is None else torch.maximum(start, cache.start[:, past : past + T])
-        start = seen = start.cummax(dim=1).values
-        if cache is not None:
-            cache.start[:, past : past + T] = start
-            cache.start[:, past + T :].clamp_(min=start[:, -1:])
-            seen = cache.start[:, : past + T]  # (B, S)
-        mask = (start[:, :, None] == seen[:, None, :]) & (s <= t[:, None])  # (B, T, S)
-        return t - start, mask[:, None]  # (B, T), (B, 1, T, S)
+            return cache.advance(idx)
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}: give fewer")
+        place = torch.arange(T, device=idx.device)
+        if self.config.eot_id < 0:
+            return place, None
+        doc_start = torch.where(idx == self.config.eot_id, place, 0).cummax(dim=1).values  # (B, T)
+        same = doc_start[:, :, None] == doc_start[:, None, :]  # (B, T, T)
+        causal = place <= place[:, None]  # (T, T)
+        return place - doc_start, (same & causal)[:, None]  # (B, T), (B, 1, T, T)
 
     def logits(self, x):
-        logits, cap = F.linear(x, (self.lm_head or self.embed).weight), self.config.logit_softcap  # (B, T, V)
-        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+        """Returns the scores (..., V) of all tokens for hidden states x (..., C)."""
+        if self.lm_head is None:
+            logits = F.linear(x, self.embed.weight)
+        else:
+            logits = self.lm_head(x)
+        cap = self.config.logit_softcap
+        if cap > 0:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
     def lm_loss(self, x, targets):
-        """Cross-entropy in fp32 of the final hidden states x (B, T, C) against targets (B, T)."""
+        """Returns the mean cross-entropy, in fp32, of the final hidden states x (B, T, C) against targets (B, T)."""
         return F.cross_entropy(self.logits(x).flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
-    def auxiliary_loss(self, routing):
-        """Balance and z-loss, summed over layers. The load is counted here: a recomputed block would count it twice."""
-        c = self.config
-        load, share, z, dropped = (torch.stack(values) for values in zip(*routing))  # (L, B, E) twice, (L,) twice
-        self.load.add_(torch.cat((load.sum(dim=1), dropped[:, None]), dim=1))
-        if c.balance_over == "batch":
-            load = load.sum(dim=1, keepdim=True)  # (L, 1, E)
-        elif c.balance_over == "global":
-            load = sum_over_ranks(self.load[:, None, :-1].clone())  # (L, 1, E)
-        fraction = load / load.sum(dim=-1, keepdim=True)
-        balance = c.n_expert * (fraction * share).sum(dim=-1).mean(dim=1)  # (L,)
-        self.terms.add_(torch.stack((balance.mean(), z.mean(), torch.ones_like(z[0]))).detach())
-        return c.balance_loss * balance.sum() + c.z_loss * z.sum()
+    def token_losses(self, x, targets):
+        """Returns the cross-entropy of each token (B, T), in fp32, from chunks whose logits are computed twice.
+
+        Kept for the gradient, the logits of 8 x 2,048 tokens over 151,936 ids would take 10 GB.
+        """
+
+        def chunk_losses(x, targets):
+            return F.cross_entropy(self.logits(x).float(), targets, ignore_index=-1, reduction="none")
+
+        losses = []
+        for rows, wanted in zip(x.flatten(0, 1).split(1024), targets.flatten().split(1024)):
+            losses.append(checkpoint(chunk_losses, rows, wanted, use_reentrant=False))
+        return torch.cat(losses).view_as(targets)
+
+    def auxiliary_loss(self, statistics):
+        """Returns the weighted sum of all balance and z-losses, and adds what the layers counted to their sums.
+
+        Counting is not left to the layers: one that is recomputed for the backward pass would count twice.
+        """
+        total = 0.0
+        for block, of_layer in zip(self.blocks, statistics):
+            if of_layer is None:
+                continue
+            router = block.mlp.router
+            load, balance, z = of_layer
+            router.step_load += load.long()
+            router.step_losses += torch.stack((balance, z)).detach() * load.sum()
+            total = total + self.config.balance_loss * balance + self.config.z_loss * z
+        return total
 
     @torch.no_grad()
     def after_step(self):
-        """To be called after each optimizer step: moves the biases by the load of the whole step, on all ranks."""
-        load, self.step_terms = sum_over_ranks(self.load.clone()), sum_over_ranks(self.terms.clone())
-        self.expert_load, self.dropped = load[:, :-1], load[:, -1]
-        for layer, load in zip(self.config.moe_layers, self.expert_load):
-            direction = (load.sum() - self.config.n_expert * load).sign()
-            self.blocks[layer].mlp.router.bias += self.config.bias_rate * direction
-        self.load.zero_()
-        self.terms.zero_()
-
-    def new_cache(self, batch_size, max_len, pad=None):
-        return KVCache(self.config, batch_size, max_len, pad, self.embed.weight.device, self.embed.weight.dtype)
-
-    # Here ends the architecture. What follows is the same in every file, but for the names of weights at the end.
-    @torch.no_grad()
-    def stream(
-        self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, stop=(), num_samples=1,
-        crop=False, use_cache=True, generator=None,
-    ):  # fmt: skip
-        """Yields the next token of every row, (B * num_samples,), as they come; -1 in rows that have met a stop token.
-
-        idx: ids (B, T), or a list of B prompts of any lengths, padded at the left. temperature=0 is greedy, top_k=0 and
-        top_p=1 are off; num_samples continues each prompt that often from one prefill. Past block_size it is an error,
-        unless crop=True: each token is then predicted from the last block_size ones by a full forward.
-        """
-        prompts = idx.tolist() if torch.is_tensor(idx) else [list(prompt) for prompt in idx]
-        if not prompts or not all(prompts):
-            raise ValueError("an empty prompt: begin with a token, for example the one that begins a document")
-        device, block_size, longest = self.embed.weight.device, self.config.block_size, max(map(len, prompts))
-        if longest + max_new_tokens - 1 > block_size and not crop:  # the last token is never fed back
-            raise ValueError(f"{longest} + {max_new_tokens} tokens do not fit block_size={block_size}: try crop=True")
-        idx = torch.tensor([p[:1] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T)
-        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-        done = torch.zeros(len(prompts) * num_samples, dtype=torch.bool, device=device)
-        stop = torch.tensor(list(stop), dtype=torch.long, device=device)
-        for step in range(max_new_tokens):
-            lost = max(idx.size(1) - block_size, 0)
-            if step == 0 or lost > 0 or not use_cache:
-                left = (pad - lost).clamp(min=0) if min(map(len, prompts)) < longest else None
-                cache = self.new_cache(len(idx), min(longest + max_new_tokens, block_size), left)
-            logits = self(idx[:, lost + cache.length :], cache=cache, last_only=True)[:, -1]  # (B, V)
-            if step == 0 and num_samples > 1:
-                logits, idx, pad = (x.repeat_interleave(num_samples, dim=0) for x in (logits, idx, pad))
-                cache = cache.branch(num_samples)
-            token = pick_token(logits, idx, temperature, top_k, top_p, repetition_penalty, generator)
-            done |= torch.isin(token, stop)
-            if done.all():
-                return
-            yield torch.where(done, -1, token)
-            idx = torch.cat((idx, token[:, None]), dim=1)
-
-    def generate(self, idx, max_new_tokens, num_samples=1, **options):
-        """The new tokens of every row as lists, without the stop token that ended them; options as in `stream`."""
-        columns = [c.tolist() for c in self.stream(idx, max_new_tokens, num_samples=num_samples, **options)]
-        return [[c[row] for c in columns if c[row] >= 0] for row in range(len(idx) * num_samples)]
+        """Ends an optimizer step: its load, of all processes, moves the biases and enters the next balance loss."""
+        routers = [self.blocks[layer].mlp.router for layer in self.config.moe_layers]
+        load = sum_over_processes(torch.stack([router.step_load for router in routers]))  # (L, E)
+        losses = sum_over_processes(torch.stack([router.step_losses for router in routers]))  # (L, 2)
+        for router, of_layer in zip(routers, load):
+            router.load.copy_(of_layer)
+            router.bias += self.config.bias_rate * (of_layer.float().mean() - of_layer).sign()
+            router.step_load.zero_()
+            router.step_losses.zero_()
+        self.expert_load = load
+        self.router_losses = losses.sum(dim=0) / load.sum().clamp(min=1)
 
     def metrics(self):
-        """Of the last step: each layer's entropy of the load (log E in balance), the largest load / mean load - 1, the
-        fraction of choices dropped, the loss terms as means over layers. `expert_load` (L, E) is the load itself.
+        """Returns what the last step did: the load of each expert (L, E), its entropy in each layer (log E when even),
+        and how far the largest load is above the mean (0.5 is 50 %).
+
+        Means over layers: both losses, without their coefficients.
         """
         if self.expert_load is None:
             return {}
-        share = self.expert_load / self.expert_load.sum(dim=-1, keepdim=True)  # (L, E)
-        entropy, violation = -torch.xlogy(share, share).sum(dim=-1), share.max() * self.config.n_expert - 1
-        dropped, terms = self.dropped.sum() / self.expert_load.sum(), self.step_terms[:2] / self.step_terms[2]
+        share = self.expert_load / self.expert_load.sum(dim=-1, keepdim=True).clamp(min=1)  # (L, E)
+        entropy = -torch.xlogy(share, share).sum(dim=-1)  # (L,)
+        violation = share.max() * self.config.n_expert - 1
         names = [f"load_entropy_{layer}" for layer in self.config.moe_layers]
-        names += ["load_violation", "dropped_fraction", "balance_loss", "z_loss"]
-        return dict(zip(names, torch.cat((entropy, torch.stack((violation, dropped)), terms)).tolist()))
+        names += ["load_violation", "balance_loss", "z_loss"]
+        values = torch.cat((entropy, violation[None], self.router_losses))
+        return dict(zip(names, values.tolist())) | {"expert_load": self.expert_load.tolist()}
 
-    @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """A model from a Hugging Face folder: config.json and *.safetensors, sharded or not. Nothing is unpickled."""
-        import safetensors.torch
+    def new_cache(self, batch_size, max_len, pad=None, static=False):
+        """Returns an empty cache for max_len tokens a row, of which the first pad (B,) are padding.
 
-        config = config_from_hf(json.loads((Path(folder) / "config.json").read_text()))
-        with torch.device("meta"):
-            model = cls(config).to(dtype)
-        missing = hf_views(model.to_empty(device=device))
-        for file in sorted(Path(folder).glob("*.safetensors")):
-            try:
-                tensors = safetensors.torch.load_file(file)
-            except safetensors.SafetensorError as error:
-                raise ValueError(f"{file} is damaged or cut short ({error}): fetch it again") from error
-            for name, tensor in tensors.items():
-                view = missing.pop(name if name in missing else HF_PREFIX + name, None)
-                if view is not None and tensor.shape == view.shape:
-                    view.copy_(tensor)
-                elif view is not None or not name.endswith(HF_IGNORED):
-                    raise ValueError(f"{file}: {name} is {tensor.shape}, not {getattr(view, 'shape', 'in this model')}")
-        if missing:  # pickled weights (.bin) are not read
-            raise ValueError(f"{folder}/*.safetensors lack {len(missing)} weights: {', '.join(list(missing)[:5])}")
-        return model.eval()
+        static: shapes never depend on the length, so that one compiled step serves every token.
+        """
+        if max_len > self.config.block_size:
+            raise ValueError(f"max_len={max_len} is more than block_size={self.config.block_size}: give less")
+        weight = self.embed.weight
+        return KVCache(self.config, batch_size, max_len, pad, static, weight.device, weight.dtype)
 
-    def save_pretrained(self, folder):
-        """Writes config.json and model.safetensors as transformers' AutoModelForCausalLM reads them."""
-        import safetensors.torch
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0):
+        """Returns idx (B, T) continued by max_new_tokens ids; temperature=0 is greedy, top_k=0 draws from all ids.
 
-        folder, config = Path(folder), json.dumps(config_to_hf(self.config), indent=2)
-        if any(folder.glob("*.safetensors")):
-            raise FileExistsError(f"{folder} holds a model already: give another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: view.contiguous() for name, view in hf_views(self).items()}
-        safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(config)
+        When block_size is full, each further token is predicted from the last block_size ones, without their cache.
+        """
+        max_len = min(idx.size(1) + max_new_tokens, self.config.block_size)
+        cache = None
+        for _ in range(max_new_tokens):
+            if cache is None or cache.length == self.config.block_size:
+                cache = self.new_cache(len(idx), max_len)
+            new = idx[:, cache.length :][:, -max_len:]
+            logits = self(new, cache=cache, last_only=True)[:, -1].float()  # (B, V)
+            if top_k > 0:
+                least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -math.inf)
+            token = logits.argmax(dim=-1, keepdim=True)
+            if temperature > 0:
+                token = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
+            idx = torch.cat((idx, token), dim=1)
+        return idx
 
 
-def sum_over_ranks(x):
+def sum_over_processes(x):
+    """Returns x, in place, as the sum of that of all processes."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
-def pick_token(logits, idx, temperature, top_k, top_p, repetition_penalty, generator):
-    """logits (B, V) and the tokens so far (B, S) -> the next token (B,)."""
-    logits = logits.float()
-    if repetition_penalty != 1.0:  # https://arxiv.org/abs/1909.05858: what was said becomes less likely
-        said = logits.gather(1, idx)
-        logits = logits.scatter(1, idx, torch.where(said > 0, said / repetition_penalty, said * repetition_penalty))
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    if top_k > 0:
-        probs[:, top_k:] = 0.0
-    if top_p < 1:  # the smallest set that reaches top_p of what is left
-        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p * probs.sum(dim=-1, keepdim=True), 0.0)
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+TINY = dict(vocab_size=256, block_size=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, n_embd=64, n_inner=160,
+            n_dense_layer=1, n_expert=6, n_expert_per_token=2, n_expert_inner=80)  # fmt: skip
 
-
-def hf_views(model):
-    """{Hugging Face's name: our weight, seen in its shape there}: copying into a view loads, reading it saves."""
-    views = {}
-    for name, p in model.named_parameters():
-        for ours, theirs in HF_NAMES:
-            name = re.sub(ours, theirs, name)
-        if p.ndim == 3:
-            views |= {name.replace(".mlp.", f".mlp.experts.{e}."): w.t() for e, w in enumerate(p.data)}
-        else:
-            views[name] = p.data
-    if any(bias.any() for name, bias in model.named_buffers() if name.endswith("router.bias")):
-        raise ValueError("Qwen3-MoE has no router bias, and it is not 0 here: this model cannot be saved as one")
-    return views
-
-
-def config_from_hf(hf):
-    hf = hf | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})  # as transformers 4 and 5 write them
-    for key, value in (HF_FIXED | HF_YARN).items():
-        if hf.get(key, value) != value:
-            raise ValueError(f"config.json: {key}={hf[key]!r} is not supported, only {value!r}")
-    hf = {"num_experts": hf.get("num_local_experts")} | hf  # as transformers 5 calls it
-    fields = {ours: hf[theirs] for ours, theirs in HF_FIELDS.items()}
-    layers, every, dense = range(fields["n_layer"]), hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
-    fields["moe_layers"] = [i for i in layers if (i + 1) % every == 0 and i not in dense]
-    scaling = hf.get("rope_type", hf.get("type", "default"))
-    if scaling != "default":
-        fields |= dict(rope_scaling=scaling, rope_factor=hf["factor"])
-        fields |= dict(rope_original=hf.get("original_max_position_embeddings", 0))
-    return GPTConfig(**fields)
-
-
-def config_to_hf(config):
-    for key, value in (HF_NEEDS | dict(qk_norm=True, scale_embeddings=False, logit_softcap=0.0)).items():
-        if getattr(config, key) != value:
-            raise ValueError(f"Qwen3-MoE has no {key}={getattr(config, key)}: this model cannot be saved as one")
-    hf = HF_FIXED | {theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()}
-    if config.rope_scaling != "none":
-        original = {"original_max_position_embeddings": config.rope_original} if config.rope_original else {}
-        hf["rope_scaling"] = dict(rope_type=config.rope_scaling, factor=config.rope_factor) | original
-    dense = sorted(set(range(config.n_layer)) - set(config.moe_layers))
-    return hf | dict(architectures=["Qwen3MoeForCausalLM"], decoder_sparse_step=1, mlp_only_layers=dense)
-
-
-HF_PREFIX, HF_IGNORED = "model.", ("lm_head.weight", "inv_freq")  # may be absent; copies of what is here already
-HF_NAMES = [("^embed", "model.embed_tokens"), ("^blocks", "model.layers"), ("^norm", "model.norm"),
-            ("attn_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"), (r"\.attn\.", ".self_attn."),
-            (r"\.w([qkvo])\.", r".\1_proj."), (r"\.w_(gate|up|down)\.", r".\1_proj."), ("router", "gate")]  # fmt: skip
-HF_FIELDS = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
-                 n_embd="hidden_size", n_inner="intermediate_size", block_size="max_position_embeddings",
-                 vocab_size="vocab_size", head_dim="head_dim", norm_eps="rms_norm_eps", rope_theta="rope_theta",
-                 tie_embeddings="tie_word_embeddings", n_expert="num_experts", n_expert_per_token="num_experts_per_tok",
-                 n_expert_inner="moe_intermediate_size", normalize_gates="norm_topk_prob")  # fmt: skip
-HF_FIXED = dict(model_type="qwen3_moe", hidden_act="silu", attention_bias=False, use_sliding_window=False)
-HF_NEEDS = dict(n_shared_expert=0, router_score="softmax", gate_scale=1.0, n_group=1)
-HF_YARN = dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None, mscale=None, mscale_all_dim=None)
-
-if __name__ == "__main__":  # overfit one batch for 20 steps, then continue its first tokens
+if __name__ == "__main__":  # learns one batch by heart in 20 steps, then continues its first tokens
     torch.manual_seed(0)
-    sizes = dict(vocab_size=256, block_size=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, n_embd=64, n_inner=160)
-    sizes |= dict(n_expert=8, n_expert_per_token=2, n_expert_inner=80)
-    model, batch, losses = GPT(GPTConfig(**sizes)), torch.randint(256, (4, 33)), []
+    model = GPT(GPTConfig(**TINY))
+    batch = torch.randint(model.config.vocab_size, (4, 33))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
     for _ in range(20):
-        losses.append(model(batch[:, :-1], batch[:, 1:]))
+        loss = model(batch[:, :-1], batch[:, 1:])
         optimizer.zero_grad()
-        losses[-1].backward()
+        loss.backward()
         optimizer.step()
         model.after_step()
-    size, cache_bytes = sum(p.numel() for p in model.parameters()), model.new_cache(1, 8).bytes_per_token()
-    print(f"{size:,} parameters, {cache_bytes} cache bytes per token, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    print(f"greedy {model.generate(batch[:1, :8], 8, temperature=0)[0]} of {batch[0, 8:16].tolist()}")
+        losses.append(loss.item())
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    print(f"{model.new_cache(1, 8).bytes_per_token()} cache bytes per token")
+    continued = model.generate(batch[:1, :8], 8, temperature=0)[0, 8:]
+    print(f"greedy {continued.tolist()} of {batch[0, 8:16].tolist()}")

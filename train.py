@@ -179,8 +179,7 @@ try:
 except ValueError as error:
     die(error)
 if kernels:
-    swapped = importlib.import_module("kernels").install(raw_model)
-    say(f"kernels: {', '.join(f'{n} x {kernel}' for kernel, n in swapped.items())}")
+    say(f"kernels: {importlib.import_module('kernels_delta').install(raw_model)}")
 if gradient_checkpointing:
     for block in raw_model.blocks:
         block.forward = partial(recompute, block.forward, use_reentrant=False)
@@ -203,8 +202,8 @@ opt = muon.make_optimizer(
 )  # fmt: skip
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 parameters = sum(p.numel() for p in raw_model.parameters())
-flops_per_token = flops.training_flops_per_token(model, raw_model.config, block_size)
-peak = flops_per_token and flops.peak_flops(name, dtype)
+flops_per_token = flops.training_flops_per_token(model, raw_model.config, block_size) if main else None
+peak = flops.peak_flops(name, dtype) if main else None
 say(f"{model}: {parameters:,} parameters, {flops_per_token or math.nan:.3g} FLOPs a token; "
     + ", ".join(f"{tensors} {group} by {method}" for group, method, tensors, *_ in muon.group_table(opt)))  # fmt: skip
 
@@ -408,11 +407,12 @@ while True:
     memory = guard.peak_gb(device_type)
     watched = (("loss", losses, loss), ("grad_norm", norms, norm))
     spikes = [name for name, past, value in watched if record.spiked(past, value)]
-    load = getattr(raw_model, "expert_load", None) if step % log_every == 0 else None  # of a mixture of experts
-    extra = raw_model.metrics() | ({} if load is None else {"expert_load": load.tolist()})
+    own = raw_model.metrics() if hasattr(raw_model, "metrics") else {}
+    if step % log_every:  # tables, such as the load of each expert, now and then
+        own = {key: value for key, value in own.items() if isinstance(value, float)}
     log(step=step, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds, tokens_per_second=speed, mfu=mfu,
         memory_gb=memory, resident_gb=guard.resident_gb(), tokens=tokens, skipped=skipped, spikes=spikes,
-        **extra)  # fmt: skip
+        **own)  # fmt: skip
     if math.isfinite(norm):
         losses.append(loss)
         norms.append(norm)

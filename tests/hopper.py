@@ -6,6 +6,8 @@ Triton compiles what a launch asks for, with the launch's own types, alignments 
 is left out. What the functions called here return was therefore never written. Not to be run with TRITON_INTERPRET=1.
 """
 
+import hashlib
+import inspect
 import json
 import subprocess
 import sys
@@ -24,6 +26,7 @@ import kernels
 import kernels_delta
 
 RESULT = Path(__file__).resolve().parent.parent / "results/kernels_hopper.md"
+FIELDS = ("operation", "variant", "name", "registers", "spills", "shared", "wgmma", "mma")  # of a row
 SHARED = 227 * 1024  # bytes of shared memory that one program can have
 
 
@@ -122,6 +125,29 @@ def report():
     return rows
 
 
+def digest() -> str:
+    """Stands for all that decides what the compiler makes: sources without comments, and Triton's version.
+
+    The sources are the kernels with their launches, and what is launched here.
+    """
+    sources = [Path(module.__file__).read_text() for module in (kernels, kernels_delta)]
+    sources += [inspect.getsource(function) for function in (operations, report)]
+    lines = [line.partition("#")[0].rstrip() for source in sources for line in source.splitlines()]
+    code = "\n".join([triton.__version__, *(line for line in lines if line)])
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def rows_of(text: str) -> list[dict]:
+    """The rows that `table` has drawn a text from."""
+    rows = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == len(FIELDS) and cells[-1].isdigit():
+            values = [int(cell) if cell.isdigit() else cell for cell in cells]
+            rows.append(dict(zip(FIELDS, values)))
+    return rows
+
+
 def table(rows):
     lines = [
         "# What the compiler makes of the kernels for Hopper\n",
@@ -129,6 +155,7 @@ def table(rows):
         f"bytes spilled, bytes of shared memory of a program (of {SHARED:,}), instructions for tensor cores. Compiled "
         "without a GPU and never run: how fast the kernels are is not measured yet. `python bench.py kernels` measures "
         "it on a CUDA device and writes results/kernels_cuda.md.\n",
+        f"Digest of the sources: {digest()}\n",
         "| operation | variant | kernel | registers | spilled | shared | wgmma | mma |",
         "|---|---|---|---|---|---|---|---|",
     ]

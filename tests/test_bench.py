@@ -14,8 +14,7 @@ import kernels
 import kernels_delta
 import model_mla
 import timing
-from tests.tiny import MODELS, build, cache_tensors, tokens
-from tests.tiny import TINY as TINY_SIZES
+from tests.tiny import MODELS, build, cache_tensors, module, tokens
 
 TINY = ["--model=baseline", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--head_dim=8", "--n_embd=32", "--n_inner=48",
         "--vocab_size=97", "--block_size=32", "--micro_batch=2"]  # fmt: skip
@@ -94,7 +93,8 @@ def test_token_times_begin_at_the_prompt_and_leave_prefill_out_of_the_time_a_tok
 def test_bandwidth_is_the_data_sheets_where_the_gpu_is_known_and_else_that_of_a_copy(monkeypatch):
     monkeypatch.setattr(timing, "seconds", lambda *_, **__: 0.5)
     assert timing.copy_bandwidth("cpu", megabytes=1) == 2 * 2**20 / 0.5
-    assert timing.bandwidth("cpu")[1] == "measured copy"
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 7e9)
+    assert timing.bandwidth("cpu") == (7e9, "measured copy")
     monkeypatch.setattr(timing.flops, "device_name", lambda device: "NVIDIA H200")
     assert timing.bandwidth("cuda") == (4.8e12, "data sheet")
 
@@ -112,7 +112,7 @@ def test_a_step_without_an_optimizer_leaves_the_weights_and_with_one_is_a_clippe
 def test_the_step_of_a_run_is_that_of_its_saved_config(tmp_path):
     knobs = dict(optimizer="muon", learning_rate=0.5, weight_decay=0.0, beta1=0.8, beta2=0.9, muon_momentum=0.7,
                  muon_steps=3, muon_dtype="auto", seed=1, dtype="bfloat16", compile="auto", micro_batch=1)  # fmt: skip
-    fields = dict(vocab_size=66, block_size=64, **TINY_SIZES["baseline"])
+    fields = module("baseline").TINY | dict(vocab_size=66, block_size=64)
     (tmp_path / "config.json").write_text(json.dumps({"model": "baseline", "model_config": fields, "knobs": knobs}))
     step = bench.step_of(tmp_path)
     names = step.__code__.co_freevars
@@ -129,11 +129,11 @@ def test_the_step_of_a_run_is_that_of_its_saved_config(tmp_path):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_decoding_step_reads_the_weights_but_for_idle_experts_and_rows_and_the_cache(name, batch):
-    """Against the real tensors: the embedding gives a row a sequence, or is read whole as the head."""
+    """Against the real tensors: a table gives a row a sequence; the embedding is read whole where it is the head."""
     model = build(name, tie_embeddings=False) if name != "gpt2" else build(name)
     read = sum(p.nbytes for p in model.parameters()) - model.embed.weight.nbytes + batch * 4 * model.config.n_embd
-    if name == "gpt2":  # its head is the embedding; of the positions it reads one row
-        read += model.embed.weight.nbytes - model.pos_embed.weight.nbytes + 4 * model.config.n_embd
+    if name == "gpt2":  # its head is the embedding, and it has a table of positions
+        read += model.embed.weight.nbytes - model.pos_embed.weight.nbytes + batch * 4 * model.config.n_embd
     if name == "moe":  # an expert is idle where no sequence chooses it
         experts = [p for key, p in model.named_parameters() if p.ndim == 3]
         read -= sum(p.nbytes for p in experts) * (1 - model.config.n_expert_per_token / model.config.n_expert) ** batch
@@ -180,7 +180,15 @@ def test_mfu_is_flops_done_over_the_peak_where_that_is_known():
     assert "| n/a | 5.0 | 1.00 |" in second
 
 
-def test_decode_emits_the_ids_of_transformers_and_a_compiled_step_those_of_eager(tmp_path, monkeypatch):
+@pytest.fixture
+def quick_copy(monkeypatch):
+    """Bandwidth is measured on copies of a megabyte, for which a cache is enough."""
+    quick = partial(timing.copy_bandwidth, megabytes=1)
+    monkeypatch.setattr(timing, "copy_bandwidth", quick)
+    monkeypatch.setattr(bench_kernels, "copy_bandwidth", quick)
+
+
+def test_decode_emits_the_ids_of_transformers_and_a_compiled_step_those_of_eager(tmp_path, monkeypatch, quick_copy):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     words = ["decode", *TINY, "--rounds", "2", "--prompt", "9", "--new", "6", "--batch", "2", "--compile"]
     bench.main(["--out", str(tmp_path), "--device", "cpu", *words])
@@ -197,7 +205,7 @@ def test_decode_emits_the_ids_of_transformers_and_a_compiled_step_those_of_eager
 
 def test_the_first_id_that_differs_is_told(monkeypatch):
     ids = iter([[[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 9, 6]]] * 3)
-    monkeypatch.setattr(bench, "our_tokens", lambda *_: (next(ids), (1.0, 1.0)))
+    monkeypatch.setattr(bench, "our_tokens", lambda *_, **__: (next(ids), (1.0, 1.0)))
     monkeypatch.setattr(bench, "as_transformers", lambda *_: None)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     rows = bench.decoding_rows(build("baseline"), tokens(2, 4), new=3, rounds=1, compiled=True)
@@ -210,8 +218,13 @@ SMALL_KERNELS = dict(
 )  # fmt: skip
 
 
-def test_kernels_measures_each_of_them_in_turn_after_its_error(tmp_path, monkeypatch):
+def test_kernels_measures_each_of_them_in_turn_after_its_error(tmp_path, monkeypatch, quick_copy):
+    def briefly(functions, batch, rounds, times, device):
+        """timing.in_turn calls a function twice before it measures, which an interpreted kernel does not need."""
+        return [[timing.seconds(function, batch, times, device)] * rounds for function in functions]
+
     monkeypatch.setattr(bench_kernels, "SIZES", SMALL_KERNELS)
+    monkeypatch.setattr(bench_kernels, "in_turn", briefly)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
 
     def broken(q, k, v, causal, window):
@@ -309,17 +322,17 @@ def test_each_time_stands_where_it_was_measured(monkeypatch):
     ]
 
 
-def test_a_full_cache_has_room_for_one_token_that_meets_all_of_it():
-    for name in ("mla", "baseline", "hybrid"):
-        model = build(name)
-        cache = bench_variants.full_cache(model, 12)
-        assert cache.length == 11 and all(x.abs().min() > 0 for x in cache_tensors(cache))
-        for _ in range(2):
-            bench_variants.one_token(model, tokens(1, 1), cache)
-            assert cache.length == 11
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prefilled_cache_holds_as_many_tokens_as_asked_for_and_has_the_room(name):
+    model = build(name)
+    full = bench_variants.prefilled_cache(model, 11)
+    assert full.length == 11 and all((x != 0).any() for x in cache_tensors(full))
+    cache = bench_variants.prefilled_cache(model, 11, 2)
+    for length in (12, 13):
         model(tokens(1, 1), cache=cache)
-        with pytest.raises(ValueError, match="do not fit"):
-            model(tokens(1, 1), cache=cache)
+        assert cache.length == length
+    with pytest.raises(ValueError, match="do not fit"):
+        model(tokens(1, 1), cache=cache)
 
 
 def test_each_layer_of_a_kind_runs_and_no_other(monkeypatch):
@@ -328,8 +341,10 @@ def test_each_layer_of_a_kind_runs_and_no_other(monkeypatch):
         for kind in ("delta", "attn"):
             if getattr(block, kind):
                 getattr(block, kind).register_forward_hook(lambda *_, i=i, kind=kind: seen.append((kind, i)))
-    cache = bench_variants.full_cache(model, 8)
-    bench_variants.each_layer(model, "delta", torch.randn(1, 1, 32), torch.tensor([7]), cache)
+    cache = bench_variants.prefilled_cache(model, 8)
+    seen.clear()
+    x = torch.randn(1, 1, model.config.n_embd)
+    bench_variants.each_layer(model, "delta", x, torch.tensor([7]), cache)
     assert seen == [("delta", 0), ("delta", 1), ("delta", 2)]
 
 

@@ -25,9 +25,10 @@ from torch.distributed.fsdp import fully_shard
 
 import atomic
 import checkpoint
+import hf
 import sample
 from checkpoint import CheckpointError, newest, restore, verify
-from tests.tiny import build, module, tokens
+from tests.tiny import build, tokens
 
 MODELS = ["baseline", "moe"]
 
@@ -229,7 +230,7 @@ def test_load_model_reads_a_sharded_checkpoint_in_one_process(chain, name):
 def test_sample_writes_a_hugging_face_folder_from_a_sharded_checkpoint(chain, tmp_path, capsys):
     sample.main([str(chain / "fsdp4" / "baseline"), "--tokenizer", "byte", "--save_pretrained", str(tmp_path / "hf")])
     model, _ = checkpoint.load_model(chain / "fsdp4" / "baseline")
-    again = module("baseline").GPT.from_pretrained(tmp_path / "hf").eval()
+    again = hf.load(tmp_path / "hf")
     with torch.no_grad():
         assert torch.equal(again(tokens(2, 16)), model(tokens(2, 16)))
 

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 import eval as evaluation
+import hf
 from data import sandbox
 from data.shards import write_shard
 from data.tasks import TASKS, Question, accuracies, boxed, final_answer, load_task, plain_math
 from data.tokenizers import load_tokenizer
 from eval import Request, Scorer, bytes_of_tokens, evaluate_task, loss_report, loss_sums, windows
+from generate import generate
 from tests.test_sample import make_run
 from tests.tiny import MODELS, build
 
@@ -116,7 +118,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
 
 def test_a_hugging_face_folder_has_the_loss_of_the_run_it_was_made_of(run, data, tmp_path, capsys):
     folder, model, _ = run
-    model.save_pretrained(tmp_path / "hf")
+    hf.save(model, tmp_path / "hf")
     assert "--tokenizer" in error_of(capsys, tmp_path / "hf", "--data", data)
     theirs = results_of(tmp_path, tmp_path / "hf", "--data", data, "--tokenizer", "byte", "--block_size", 32)["loss"]
     assert theirs == results_of(tmp_path, folder, "--data", data, "--block_size", 32)["loss"]
@@ -201,7 +203,7 @@ def test_log_likelihoods_equal_brute_force_in_every_batch_size(name, eot_id):
 
 def test_greedy_is_true_only_for_the_continuation_that_the_model_writes():
     model = build("baseline", vocab_size=257)
-    ids = model.generate([[EOT, *b"ab"]], 3, temperature=0)[0]
+    ids = generate(model, [[EOT, *b"ab"]], 3, temperature=0)[0]
     scorer = scorer_of(model)
     scorer.tokenizer = ByIds()
     right, wrong = "".join(map(chr, ids)), "".join(map(chr, [*ids[:2], (ids[2] + 1) % 256]))
@@ -242,7 +244,7 @@ def test_answers_equal_generate_in_every_batch_size_and_end_before_a_stop(name):
     model.logits = lambda x: head(x)[..., 32:127]  # it writes text: token i is character 32 + i
     tokenizer = type("Shifted", (ByIds,), {"decode": lambda self, ids: "".join(chr(32 + i) for i in ids)})()
     contexts = ["ab", "hello world", "a" * 45, "x" * 44, "some more text"]  # room for eot and 44: 65 - 20
-    free = [model.generate([[EOT, *map(ord, c)][-(65 - 20) :]], 20, temperature=0)[0] for c in contexts]
+    free = [generate(model, [[EOT, *map(ord, c)][-(65 - 20) :]], 20, temperature=0)[0] for c in contexts]
     free = [tokenizer.decode(ids) for ids in free]
     stops = [free[0][7:9], free[1][12]]
     cut = [min([text.find(stop) for stop in stops if stop in text], default=20) for text in free]

@@ -82,6 +82,15 @@ def test_a_copy_in_an_empty_folder_runs_its_demo(name, tmp_path):
 # ---- what the model computes -----------------------------------------------------------------------------------------
 
 
+def assert_unchanged(name, a, b):
+    """To the bit; with experts to rounding, which depends on where a row stands among the others of its expert."""
+    if hasattr(module(name), "grouped_matmul"):
+        tolerance = 1e-5 if a.dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    else:
+        assert torch.equal(a, b)
+
+
 @each_model
 @pytest.mark.parametrize("eot_id", [-1, EOT])
 def test_changing_a_token_leaves_earlier_logits_unchanged(name, eot_id):
@@ -89,9 +98,11 @@ def test_changing_a_token_leaves_earlier_logits_unchanged(name, eot_id):
     x[:, 7] = EOT
     y = x.clone()
     y[:, 15] = (y[:, 15] + 1) % EOT
-    a, b = model(x), model(y)
-    assert torch.equal(a[:, :15], b[:, :15])
-    assert (a[:, 15:] - b[:, 15:]).abs().amax(dim=-1).min() > 1e-4
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        a, b = model(x), model(y)
+        assert_unchanged(name, a[:, :15], b[:, :15])
+        assert (a[:, 15:] - b[:, 15:]).abs().amax(dim=-1).min() > 1e-4
 
 
 def run_in_pieces(model, x, lengths, pad=None, static=False):
@@ -183,8 +194,11 @@ def test_changing_one_document_leaves_the_next_bit_equal_only_if_documents_are_o
     y = x.clone()
     y[0, 5] = (y[0, 5] + 1) % EOT
     on, off = build(name, eot_id=EOT), build(name, eot_id=-1)
-    assert torch.equal(on(x)[:, 12:], on(y)[:, 12:])
-    assert not torch.equal(off(x)[:, 12:], off(y)[:, 12:])
+    for dtype in (torch.float32, torch.float64):
+        on.to(dtype)
+        off.to(dtype)
+        assert_unchanged(name, on(x)[:, 12:], on(y)[:, 12:])
+        assert (off(x)[:, 12:] - off(y)[:, 12:]).abs().max() > 1e-4
 
 
 @each_model
@@ -304,7 +318,10 @@ def test_a_model_compiled_for_any_length_equals_the_eager_one(name, request):
     if name == "hybrid":  # its split of T into chunks has no symbolic form: each length is compiled by itself
         request.applymarker(pytest.mark.xfail(strict=True))
     torch._dynamo.reset()
-    model = build(name, n_layer=1)
+    options = dict(n_layer=1)
+    if hasattr(module(name).GPTConfig, "n_dense_layer"):
+        options["n_dense_layer"] = 0  # the one layer has experts
+    model = build(name, **options)
     compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
     for T in (16, 7):
         torch.testing.assert_close(compiled(tokens(2, T)), model(tokens(2, T)))
@@ -348,9 +365,9 @@ def test_every_field_of_the_config_changes_something(name):
     needs = dict(rope_factor=dict(rope_scaling="linear"), rope_original=dict(rope_scaling="yarn", rope_factor=4.0))
     needs["rope_original"]["rope_original"], other["rope_original"] = 16, 4096
     needs["rope_scaling"] = dict(rope_factor=2.0)
-    other |= dict(layer_pattern="aa", output_gate="head", qkv_gates="v")
+    other |= dict(layer_pattern="aa", output_gate="head", gate_activation="softplus", qkv_gates="v")
     other |= dict(n_group=2, n_group_per_token=2, moe_layers=[0], moe_every=2, n_dense_layer=0, router_score="sigmoid")
-    other |= dict(router_jitter=0.5, capacity_factor=0.5, drop_by="score", balance_over="sequence")
+    other |= dict(router_jitter=0.5, capacity_factor=0.5, drop_by="score", balance_over="batch")
     needs |= dict(shared_gate=dict(n_shared_expert=1), n_group_per_token=dict(n_group=3))
     needs |= dict(moe_every=dict(n_dense_layer=0), drop_by=dict(capacity_factor=0.5))
 
@@ -377,10 +394,13 @@ def test_every_field_of_the_config_changes_something(name):
 
 
 @each_model
-def test_metrics_are_floats(name):
-    model = build(name)
-    if hasattr(model, "metrics"):
-        assert all(isinstance(value, float) for value in model.metrics().values())
+def test_metrics_are_numbers_or_tables(name):
+    model = build(name).train()
+    model(tokens(2, 8), tokens(2, 8))
+    if hasattr(model, "after_step"):
+        model.after_step()
+    for value in model.metrics().values() if hasattr(model, "metrics") else ():
+        assert isinstance(value, float) or all(isinstance(x, float | int) for row in value for x in row)
 
 
 # ---- the cache and sampling ------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import copy
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 from torch import nn
 
 from muon import POLAR_EXPRESS, POLYNOMIALS, MuonAdamW, group_table, make_optimizer, orthogonalize, param_groups
+from tests.tiny import build
 
 BANDS = {"quintic": (0.68, 1.21), "polar_express": (0.84, 1.13)}  # of the singular values after 5 steps
 SHAPES = [(32, 64), (64, 32), (48, 48), (16, 100), (64, 32), (3, 24, 40), (2, 100, 16)]
@@ -265,6 +267,14 @@ def test_decay_follows_the_learning_rate_or_stays_at_its_first_value(method, cau
 class Zoo(nn.Module):
     """A parameter of every kind that a model file may have."""
 
+    OPTIMIZER = {
+        "router": dict(method="adamw"),
+        "conv_q": dict(method="adamw"),
+        "q_norm": dict(method="adamw", weight_decay=0.0),
+        "A_log": dict(weight_decay=0.0),
+        "table": dict(method="adamw", weight_decay=0.0, lr_scale=5.0),
+    }
+
     def __init__(self, tied=True):
         super().__init__()
         self.embed = nn.Embedding(11, 8)
@@ -280,6 +290,10 @@ class Zoo(nn.Module):
             block.attn.gate = nn.Parameter(torch.tensor(1.0))
             block.mlp.router, block.mlp.experts = nn.Linear(8, 3), nn.Parameter(torch.randn(3, 8, 16))
             block.mlp.expert_bias = nn.Parameter(torch.randn(3, 16))
+            block.mlp.scale = nn.Parameter(torch.randn(1, 8, 1))
+            block.mlp.vectors = nn.Parameter(torch.randn(3, 1, 8))
+            block.mlp.table, block.mlp.lookup = nn.Embedding(7, 4), nn.Embedding(7, 4)
+            block.mlp.cube = nn.Parameter(torch.randn(2, 2, 2, 2))
         self.patches = nn.Conv2d(3, 8, 2)
         self.projector = nn.Linear(8, 8, bias=False)
         self.norm, self.lm_head = nn.LayerNorm(8), nn.Linear(8, 11, bias=False)
@@ -300,21 +314,150 @@ def test_every_parameter_is_in_exactly_one_group_and_only_matrices_inside_blocks
     assert sorted(members) == sorted(id(p) for p in model.parameters())
 
     kinds = {
-        "matrices": {"attn.wq.weight", "attn.wo.weight", "mlp.experts"},
-        "decayed": {"attn.conv_q", "attn.mixer.weight", "mlp.router.weight"},
-        "undecayed": {"attn_norm.weight", "attn_norm.bias", "attn.wo.bias", "attn.q_norm", "attn.mixer.bias"}
-        | {"attn.A_log", "attn.dt_bias", "attn.gate", "mlp.router.bias", "mlp.expert_bias"},
+        "matrices": {"attn.wq.weight", "attn.wo.weight", "mlp.experts", "mlp.expert_bias"},
+        "decayed": {"attn.mixer.weight", "mlp.vectors", "mlp.cube", "mlp.lookup.weight"},
+        "undecayed": {"attn_norm.weight", "attn_norm.bias", "attn.wo.bias", "attn.mixer.bias"}
+        | {"attn.dt_bias", "attn.gate", "mlp.scale"},
+        "conv_q (adamw)": {"attn.conv_q"},
+        "router (adamw)": {"mlp.router.weight"},
+        "router (adamw, weight_decay=0.0)": {"mlp.router.bias"},
+        "q_norm (adamw, weight_decay=0.0)": {"attn.q_norm"},
+        f"A_log ({optimizer}, weight_decay=0.0)": {"attn.A_log"},
+        "table (adamw, weight_decay=0.0, lr_scale=5.0)": {"mlp.table.weight"},
     }
     expected = {k: {f"blocks.{i}.{n}" for i in range(2) for n in names} for k, names in kinds.items()}
     expected["decayed"] |= {"embed.weight", "positions.weight", "patches.weight", "projector.weight"}
     expected["decayed"] |= set() if tied else {"lm_head.weight"}
     expected["undecayed"] |= {"norm.weight", "norm.bias", "patches.bias"}
     assert names_by_group(groups) == expected
-    assert {g["name"]: (g["method"], g["weight_decay"]) for g in groups} == {
-        "matrices": (optimizer, 0.2),
-        "decayed": ("adamw", 0.2),
-        "undecayed": ("adamw", 0.0),
+    for group in groups:
+        words = group["name"].replace("matrices", optimizer)
+        assert group["method"] == ("muon" if "muon" in words else "adamw")
+        assert group["weight_decay"] == (0.0 if "=0.0" in words or words == "undecayed" else 0.2)
+        assert group["lr_scale"] == (5.0 if "lr_scale=5.0" in words else 1.0)
+
+
+SHARED = dict(n_shared_expert=1, shared_gate=True)
+MODELS = [("baseline", {}), ("gpt2", {}), ("mla", {}), ("hybrid", {}), ("moe", {}), ("moe", SHARED)]
+OUTSIDE_MUON = {  # whatever else a model has is a matrix
+    "router (adamw)": ("*.router.weight",),
+    "shared_router (adamw, weight_decay=0.0)": ("*.shared_router.weight",),  # one row: a vector
+    "decayed": ("embed.weight", "pos_embed.weight", "lm_head.weight", "*.conv*.weight"),
+    "undecayed": ("*norm.weight", "*norm", "*bias", "*.A_log"),
+}
+
+
+def group_by_name(name):
+    for group, patterns in OUTSIDE_MUON.items():
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            return group
+    return "matrices"
+
+
+@pytest.mark.parametrize(("model", "options"), MODELS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_groups_of_the_model_files_are_what_their_parameters_names_say(model, options, tied):
+    if model != "gpt2":  # whose head is always tied
+        options = dict(options, tie_embeddings=tied)
+    gpt = build(model, **options)
+    expected = {}
+    for name, _ in gpt.named_parameters():
+        expected.setdefault(group_by_name(name), set()).add(name)
+    assert names_by_group(param_groups(gpt)) == expected
+    assert len(expected) == 3 + (model == "moe") + (options.get("n_shared_expert", 0) > 0)
+
+
+class Small(nn.Module):
+    """A block with a matrix and a vector, and a head that may be tied to the embedding."""
+
+    def __init__(self, tied=True):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList([nn.Module()])
+        self.blocks[0].mlp = nn.Linear(8, 8)
+        self.blocks[0].left_out = None
+        self.lm_head = nn.Linear(8, 11, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+
+def small(tied=True, **exceptions):
+    model = Small(tied)
+    model.OPTIMIZER = exceptions
+    return model
+
+
+def test_an_exception_leaves_vectors_to_adamw_and_what_it_leaves_open_is_decided_as_for_any_other_parameter():
+    groups = param_groups(small(mlp=dict(method="muon", lr_scale=3.0)))
+    assert names_by_group(groups) == {
+        "decayed": {"embed.weight"},
+        "mlp (muon, lr_scale=3.0)": {"blocks.0.mlp.weight"},
+        "mlp (adamw, weight_decay=0.0, lr_scale=3.0)": {"blocks.0.mlp.bias"},
     }
+
+
+def test_an_exception_names_a_tied_weight_by_either_name_and_the_later_key_counts():
+    groups = param_groups(small(lm_head=dict(lr_scale=3.0)))
+    assert names_by_group(groups)["lm_head (adamw, lr_scale=3.0)"] == {"embed.weight"}
+    groups = param_groups(small(weight=dict(lr_scale=2.0), embed=dict(method="muon")))
+    assert names_by_group(groups) == {
+        "undecayed": {"blocks.0.mlp.bias"},
+        "weight (muon, lr_scale=2.0)": {"blocks.0.mlp.weight"},
+        "embed (muon)": {"embed.weight"},
+    }
+
+
+def test_with_adamw_no_exception_brings_muon_back():
+    groups = param_groups(small(embed=dict(method="muon", lr_scale=2.0)), "adamw")
+    assert [group["method"] for group in groups] == ["adamw"] * 3
+    assert names_by_group(groups)["embed (adamw, lr_scale=2.0)"] == {"embed.weight"}
+
+
+def test_an_exception_may_name_what_this_config_leaves_out():
+    assert len(param_groups(small(left_out=dict(method="adamw")))) == 3
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "message"),
+    [
+        (dict(ml=dict(method="adamw")), r"OPTIMIZER\['ml'\] names no parameter"),
+        (dict(forward=dict(method="adamw")), r"OPTIMIZER\['forward'\] names no parameter"),
+        (
+            dict(mlp=dict(lr=2.0, decay=0.0)),
+            r"OPTIMIZER\['mlp'\] has 'lr', 'decay': choose from method, weight_decay, lr_",
+        ),
+        (dict(mlp=dict(method="sgd")), r"OPTIMIZER\['mlp'\] has method='sgd': choose muon or adamw"),
+    ],
+)
+def test_a_wrong_exception_is_refused_by_name(exceptions, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(small(**exceptions))
+
+
+@pytest.mark.parametrize("method", ["muon", "adamw"])
+@pytest.mark.parametrize("options", [{}, {"decay_with_lr": False}, {"cautious_decay": True}])
+def test_lr_scale_multiplies_the_learning_rate_of_updates_and_decay_whatever_a_schedule_sets(method, options):
+    scaled, plain = parameters([(6, 8), (8, 6)]), parameters([(6, 8), (8, 6)])
+    options = dict(options, weight_decay=0.5)
+    train(scaled, MuonAdamW(scaled, method, lr=0.01, lr_scale=4.0, **options), 3, lrs=[0.01, 0.03, 0.02])
+    train(plain, MuonAdamW(plain, method, lr=0.04, **options), 3, lrs=[0.04, 0.12, 0.08])
+    for p, q in zip(scaled, plain):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+
+
+def test_a_state_saved_before_an_option_existed_gets_its_default():
+    saved, fresh = parameters([(6, 8)]), parameters([(6, 8)], seed=2)
+    optimizer = MuonAdamW(saved, "muon", lr=0.1)
+    train(saved, optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        del group["lr_scale"]
+    restored = MuonAdamW(fresh, "muon", lr=0.3)
+    restored.load_state_dict(state)
+    fresh[0].data.copy_(saved[0])
+    train(saved, optimizer, 2, seed=5)
+    train(fresh, restored, 2, seed=5)
+    assert restored.param_groups[0]["lr_scale"] == 1.0 and torch.equal(saved[0], fresh[0])
 
 
 def test_frozen_parameters_and_empty_groups_are_left_out():
@@ -327,9 +470,10 @@ def test_frozen_parameters_and_empty_groups_are_left_out():
 def test_the_table_counts_tensors_and_parameters():
     model = Zoo()
     rows = group_table(make_optimizer(model, "muon", weight_decay=0.2))
-    matrices = 2 * (2 * 64 + 3 * 8 * 16)
-    assert rows[0] == ("matrices", "muon", 6, matrices, 0.2)
-    assert [row[0] for row in rows] == ["matrices", "decayed", "undecayed"]
+    matrices = 2 * (2 * 64 + 3 * 8 * 16 + 3 * 16)
+    assert rows[0] == ("matrices", "muon", 8, matrices, 0.2)
+    assert [row[0] for row in rows[:3]] == ["matrices", "decayed", "undecayed"]
+    assert ("router (adamw)", "adamw", 2, 2 * 8 * 3, 0.2) in rows and len(rows) == 9
     assert sum(row[2] for row in rows) == len(list(model.parameters()))
     assert sum(row[3] for row in rows) == sum(p.numel() for p in model.parameters())
 

@@ -114,7 +114,7 @@ def curve(name, how, optimizer="muon", steps=20, micro=2, **options):
     tensors = [*model.parameters(), *(value for state in opt.state.values() for value in state.values())]
     assert {t.dtype for t in tensors} == {torch.float32}
     final = {key: whole(t).clone() for key, t in model.state_dict().items()}
-    return {"rows": rows, "weights": final, "held": sum(t.nbytes for t in muon.local(tensors))}
+    return {"rows": rows, "weights": final, "held": sum(muon.to_local(t).nbytes for t in tensors)}
 
 
 def curves(*cases):

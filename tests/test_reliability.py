@@ -15,7 +15,6 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import checkpoint
 import guard
@@ -23,6 +22,7 @@ import record
 import sample
 from data.shards import Shards
 from tests import soak
+from tests.payloads import payloads
 from tests.test_train import (
     KNOBS,
     SIZES,
@@ -41,7 +41,7 @@ from tests.test_train import (
     write_data,
     wrote,
 )  # fmt: skip
-from tests.tiny import MODELS, ROOT, TINY, build
+from tests.tiny import ROOT, TINY
 
 PROCESSES = 2
 LONG = dict(max_steps=40, save_every=5, keep_last=0, eval_every=20, micro_batch=8)
@@ -312,21 +312,6 @@ def test_what_else_changed_since_the_checkpoint_is_said(work, whole):
 
 
 # ---- files from someone else -----------------------------------------------------------------------------------------
-class Evil:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
-
-
-def payloads(mark):
-    """What runs when it is unpickled: as a bare pickle, in text, and as torch.save writes it."""
-    file = mark.with_name("payload.pt")
-    torch.save(Evil(mark), file)
-    return [pickle.dumps(Evil(mark)), pickle.dumps(Evil(mark), 0), file.read_bytes()]
-
-
 def rewrite(path, content):
     """Replaces a checkpoint's file as someone would who knows of the manifest."""
     manifest = path.with_name("manifest.json")
@@ -401,45 +386,6 @@ def test_pickles_as_data_are_never_run(work, tmp_path):
             shutil.copytree(work / "data", folder)
             (folder / name).write_bytes(payload.ljust(2000))
             assert name in refused(Shards, folder, "train") and not (tmp_path / "mark").exists()
-
-
-@pytest.fixture(params=MODELS)
-def hugging_face(request, tmp_path):
-    """(variant, a Hugging Face folder of it, a weight that is not in that folder but in a file outside)."""
-    folder, model = tmp_path / "hf", build(request.param)
-    try:
-        model.save_pretrained(folder)
-    except ValueError as error:
-        pytest.skip(str(error))
-    tensors = load_file(folder / "model.safetensors")
-    name = next(name for name in tensors if "embed" in name or "wte" in name)
-    save_file({name: tensors.pop(name)}, tmp_path / "outside.safetensors")
-    save_file(tensors, folder / "model.safetensors")
-    return type(model), folder, name
-
-
-def test_pickled_weights_and_paths_that_lead_out_of_a_hugging_face_folder_are_not_read(hugging_face, tmp_path):
-    GPT, folder, name = hugging_face
-    for payload in payloads(tmp_path / "mark"):
-        for where in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "pytorch_model.bin"):
-            index = {"metadata": {}, "weight_map": {name: where}}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-            (folder / "pytorch_model.bin").write_bytes(payload)
-            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-            assert f"lack 1 weights: {name}" in refused(GPT.from_pretrained, folder)
-    for payload in payloads(tmp_path / "mark"):
-        (folder / "extra.safetensors").write_bytes(payload)
-        assert "extra.safetensors is damaged" in refused(GPT.from_pretrained, folder)
-    (folder / "extra.safetensors").unlink()
-    (folder / "extra.safetensors").symlink_to(tmp_path / "outside.safetensors")  # as Hugging Face's own cache has them
-    GPT.from_pretrained(folder)
-    for name in ("config.json", "tokenizer.json"):
-        for payload in payloads(tmp_path / "mark"):
-            before = (folder / name).read_bytes() if (folder / name).exists() else b""
-            (folder / name).write_bytes(payload)
-            refused(sample.main, [str(folder)])
-            (folder / name).write_bytes(before)
-    assert not (tmp_path / "mark").exists()
 
 
 def test_no_code_of_the_project_unpickles():

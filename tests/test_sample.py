@@ -8,16 +8,18 @@ import pytest
 import torch
 
 import checkpoint
+import generate
 import sample
 from data.tokenizers import CHAT_TOKENS, load_tokenizer
-from tests.tiny import EOT, MODELS, TINY, build, module, tokens
+from tests.tiny import module
 
 
 def make_run(folder, add_tokens=(), name="baseline", block_size=64, step=3):
     """A run folder as train.py leaves it: byte tokenizer, random weights of which some are large."""
     tokenizer = load_tokenizer("byte", add_tokens)
     torch.manual_seed(0)
-    config = module(name).GPTConfig(**dict(vocab_size=320, block_size=block_size, eot_id=-1, **TINY[name]))
+    sizes = module(name).TINY | dict(vocab_size=320, block_size=block_size)
+    config = module(name).GPTConfig(**sizes)
     model = module(name).GPT(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -50,7 +52,7 @@ def test_the_text_is_what_the_model_generates_after_eot_and_the_prompt(run, caps
     prompt = [tokenizer.eot_id, *tokenizer.encode("héllo")]
     head = model.logits
     model.logits = lambda x: head(x)[..., : tokenizer.vocab_size]
-    ids = model.generate([prompt], 30, temperature=0, stop=[tokenizer.eot_id])[0]
+    ids = generate.generate(model, [prompt], 30, temperature=0, stop=[tokenizer.eot_id])[0]
     model.logits = head
     want = tokenizer.decode(prompt[1:] + ids) + "\n"
     for path in (folder, folder / "best", folder / "step-00000003"):
@@ -67,44 +69,6 @@ def test_a_compiled_step_changes_nothing_and_is_taken_for_each_token_but_the_fir
     monkeypatch.setattr(torch, "compile", compiled)
     arguments = (run[0], "--prompt", "héllo", "--temperature", 0, "--max_new_tokens", 6)
     assert text_of(capsys, *arguments, "--compile") == text_of(capsys, *arguments) and lengths == [1] * 5
-
-
-@pytest.mark.parametrize("eot_id", [-1, EOT])
-@pytest.mark.parametrize("name", MODELS)
-def test_a_compiled_step_generates_what_the_model_does_and_caches_alike_share_one(name, eot_id, monkeypatch):
-    graphs, compiler = [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(
-        torch, "compile", lambda f, mode, dynamic: compiler(f, backend=backend, fullgraph=True, dynamic=dynamic)
-    )
-    model = build(name, eot_id=eot_id)
-    fast, short, long = sample.with_compiled_step(model), tokens(1, 4)[0].tolist(), [5, EOT, 7, 8, 9, 10, 11]
-    for prompts, new, num_samples, compiled in (
-        ([short], 5, 1, 1),
-        ([long], 9, 1, 1),  # 16 tokens again: what the first text left in the cache is not seen
-        ([short, long], 6, 1, 2),  # padding
-        ([long], 30, 1, 3),
-        ([[3]], 12, 2, 4 if eot_id < 0 else 3),  # one token is a prefill too: its continuations begin with it
-    ):
-        texts = [
-            net.generate(prompts, new, num_samples, generator=torch.Generator().manual_seed(1)) for net in (model, fast)
-        ]
-        assert texts[0] == texts[1] and len(graphs) == compiled
-
-
-def test_a_compiled_step_refuses_a_second_text_before_the_first_has_ended(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
-    fast = sample.with_compiled_step(build("baseline"))
-    first, second = (fast.stream(tokens(1, 4), 5) for _ in range(2))
-    for texts in (first, first, second, second):
-        next(texts)
-    with pytest.raises(RuntimeError, match="one text"):
-        next(first)
 
 
 def test_the_cache_changes_nothing(run, capsys):
@@ -141,10 +105,8 @@ def test_text_arrives_piece_by_piece_and_whole_characters_only(run, monkeypatch,
         sample, "print", lambda *a, end="\n", flush=False: written.append((*a, "")[0] + end), raising=False
     )
     ids = tokenizer.encode("naïve 😀 text")
-    monkeypatch.setattr(model, "stream", lambda *a, **k: (torch.tensor([i]) for i in ids))
-    args = sample.parse_arguments(["x"])
-    args.generator = None
-    sample.say(model, tokenizer, [tokenizer.eot_id], {}, args)
+    monkeypatch.setattr(generate, "stream", lambda *a, **k: (torch.tensor([i]) for i in ids))
+    sample.say(model, tokenizer, [tokenizer.eot_id], dict(num_samples=1))
     assert "".join(written) == "naïve 😀 text\n" and len(written) > 10
     assert "😀" in written and not any("\ufffd" in piece for piece in written)
 
@@ -187,13 +149,13 @@ def test_a_chat_keeps_the_conversation_in_the_chat_format(tmp_path, monkeypatch,
         return line
 
     monkeypatch.setattr("builtins.input", ask)
-    original = module("baseline").GPT.stream
+    original = generate.stream
 
-    def stream(self, prompts_, *a, **k):
-        prompts.append(list(prompts_[0]))
-        return original(self, prompts_, *a, **k)
+    def stream(model, batch, **options):
+        prompts.append(list(batch[0]))
+        return original(model, batch, **options)
 
-    monkeypatch.setattr(module("baseline").GPT, "stream", stream)
+    monkeypatch.setattr(generate, "stream", stream)
     text_of(capsys, folder, "--interactive", "--max_new_tokens", 5)
     first = "<|endoftext|><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(prompts[0]) == first

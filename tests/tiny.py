@@ -14,11 +14,19 @@ def module(name):
     return importlib.import_module(f"model_{name}")
 
 
+def sizes(name):
+    """The sizes of a model's own demo, but for its vocabulary and its longest sequence."""
+    return {key: value for key, value in module(name).TINY.items() if key not in ("vocab_size", "block_size")}
+
+
+TINY = {name: sizes(name) for name in MODELS}
+
+
 def build(name, seed=0, bold=True, **options):
     """A tiny model in eval mode. bold: weights so large that logits differ clearly between inputs."""
     torch.manual_seed(seed)
-    sizes = module(name).TINY | dict(vocab_size=VOCAB, block_size=BLOCK)
-    config = module(name).GPTConfig(**sizes | options)
+    fields = TINY[name] | dict(vocab_size=VOCAB, block_size=BLOCK)
+    config = module(name).GPTConfig(**fields | options)
     model = module(name).GPT(config).eval()
     if bold:
         with torch.no_grad():

@@ -1,0 +1,630 @@
+"""Reads and writes Hugging Face folders: config.json with *.safetensors, as transformers has them.
+
+    model = hf.load("Qwen3-0.6B")   the GPT of model_baseline.py with these weights, in eval mode
+    hf.save(model, "out/mine")      transformers.AutoModelForCausalLM.from_pretrained("out/mine") opens it
+
+Each architecture is one table at the end of this file: what it calls our weights and the fields of our GPTConfig, and
+what one of the two sides cannot compute. Both directions read the same table. Pickled weights (*.bin) are not read.
+"""
+
+import importlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+
+@torch.no_grad()
+def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """Returns the model of a folder in eval mode; the model_type in its config.json says which file computes it."""
+    folder = Path(folder)
+    hf = read_json(folder / "config.json")
+    model_type = hf.get("model_type")
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{folder}: no model file reads model_type={model_type!r}; these can be read: {known}")
+    architecture = ARCHITECTURES[model_type]
+    variant = importlib.import_module(f"model_{architecture.variant}")
+    config = variant.GPTConfig(**config_from_hf(hf, architecture))
+    with torch.device("meta"):  # draws no initial weights, which would all be overwritten
+        model = variant.GPT(config).to(dtype)
+    model = model.to_empty(device=device)
+    copy_weights(folder, model, architecture)
+    return model.eval()
+
+
+def copy_weights(folder, model, architecture):
+    """Copies the weights of all *.safetensors into the model; raises unless each of them has exactly one place."""
+    missing = stored_weights(model, architecture)
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in read_safetensors(file):
+            key = name
+            if key not in missing:
+                key = architecture.prefix + name
+            if key in missing:
+                stored = missing.pop(key)
+                if tensor.shape != stored.shape():
+                    raise ValueError(f"{file}: {name} is {list(tensor.shape)}, not {list(stored.shape())}")
+                stored.to_ours(tensor)
+            elif not name.endswith(architecture.ignored):
+                raise ValueError(f"{file}: {name} is {list(tensor.shape)}, and not in this model")
+    if missing:
+        names = ", ".join(list(missing)[:5])
+        raise ValueError(f"{folder}/*.safetensors lack {len(missing)} weights: {names}")
+
+
+@torch.no_grad()
+def save(model: torch.nn.Module, folder: str | Path) -> None:
+    """Writes config.json and model.safetensors into a new folder; raises if transformers cannot compute this model."""
+    folder = Path(folder)
+    if (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+        raise FileExistsError(f"{folder} holds a model already: give another folder")
+    architecture = architecture_of(model)
+    config = config_to_hf(model.config, architecture)
+    weights = {name: stored.from_ours() for name, stored in stored_weights(model, architecture).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_json(file):
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged or no JSON ({error}): fetch it again") from error
+
+
+def read_safetensors(file):
+    """Yields the names and tensors of a file, one in memory at a time."""
+    try:
+        with safetensors.safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short ({error}): fetch it again") from error
+
+
+def architecture_of(model):
+    """Returns the first architecture that computes what the model does; raises with what each of them lacks."""
+    variant = type(model.config).__module__.removeprefix("model_")
+    complaints = []
+    for architecture in ARCHITECTURES.values():
+        if architecture.variant == variant:
+            lacking = what_it_lacks(architecture, model)
+            if not lacking:
+                return architecture
+            complaints.append(f"{architecture.model_type} has no {lacking}")
+    if not complaints:
+        known = ", ".join(sorted({architecture.variant for architecture in ARCHITECTURES.values()}))
+        raise ValueError(f"transformers has no model like model_{variant}.py; these can be saved: {known}")
+    raise ValueError(f"this model cannot be saved: {'; '.join(complaints)}")
+
+
+def what_it_lacks(architecture, model):
+    """Returns what the model computes and the architecture does not, for example `qk_norm=False`, or an empty text."""
+    for ours, value in architecture.needs.items():
+        if getattr(model.config, ours) != value:
+            return f"{ours}={getattr(model.config, ours)}"
+    for name, buffer in model.named_buffers():
+        if name.endswith(architecture.zero_buffers) and buffer.any():
+            return f"{name}, and it is not 0 here"
+    return ""
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StoredWeight:
+    """A weight in a folder's file, made of the rows of one or several weights of ours.
+
+    parts: our weights, whose rows follow each other head by head. Parts q (4 rows) and g (2 rows) with heads=2 become
+        q0 q1 g0 q2 q3 g1
+    rope: so many rows at the end of each head hold pairs for RoPE, which ours turns as (x_i, x_{i + rope/2}), and
+        DeepSeek as neighbours. With rope=4:
+        n0 n1 x0 x1 x2 x3  ->  n0 n1 x0 x2 x1 x3
+    transposed: the file has it as (in, out).
+    """
+
+    parts: list
+    heads: int = 1
+    rope: int = 0
+    transposed: bool = False
+
+    def shape(self):
+        rows = sum(len(part) for part in self.parts)
+        shape = torch.Size((rows, *self.parts[0].shape[1:]))
+        return shape[::-1] if self.transposed else shape
+
+    def from_ours(self):
+        """Returns the weight as the file has it."""
+        tensor = self.arrange(self.parts)
+        if self.transposed:
+            tensor = tensor.t()
+        return tensor.contiguous()
+
+    def to_ours(self, tensor):
+        """Copies the file's weight into ours."""
+        if self.transposed:
+            tensor = tensor.t()
+        sizes = [len(part) for part in self.parts]
+        # Arranged like weights, the numbers of our rows say where each row of the file belongs: above 0 1 4 2 3 5.
+        numbers = torch.arange(sum(sizes)).split(sizes)
+        ours = torch.empty_like(tensor)
+        ours[self.arrange(numbers)] = tensor
+        for part, rows in zip(self.parts, ours.split(sizes)):
+            part.copy_(rows)
+
+    def arrange(self, parts):
+        """Returns the rows of all parts in the file's order."""
+        if len(parts) == 1 and not self.rope:
+            return parts[0]
+        by_head = [part.unflatten(0, (self.heads, -1)) for part in parts]
+        rows = torch.cat(by_head, dim=1)  # (heads, rows of a head, ...)
+        if self.rope:
+            rest, pairs = rows.tensor_split([rows.size(1) - self.rope], dim=1)
+            neighbours = pairs.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+            rows = torch.cat((rest, neighbours), dim=1)
+        return rows.flatten(0, 1)
+
+
+def stored_weights(model, architecture):
+    """Returns {name in the file: StoredWeight} for all parameters of the model."""
+    names = dict(architecture.names)
+    for ours, changed in architecture.names_where_zero.items():
+        if getattr(model.config, ours) == 0:
+            names |= changed
+    left = weights_by_line(model, names)
+    stored = {}
+    for line, theirs in names.items():  # in the table's order, in which parts of one weight follow each other
+        for numbers, suffix, weight in left.pop(line, []):
+            name = theirs.format(*numbers) + suffix
+            if name not in stored:
+                stored[name] = StoredWeight([], **row_order(theirs, model.config, architecture))
+            stored[name].parts.append(weight)
+    if left:
+        raise ValueError(f"{architecture.model_type} has no weight for our {', '.join(left)}: give hf.py its name")
+    return stored
+
+
+def weights_by_line(model, names):
+    """Returns {`blocks.{}.attn.wq`: [(numbers, suffix, weight), ...]}: a line of the table has one for each layer.
+
+    Weights of experts (E, in, out) become those of the line `blocks.{}.mlp.w_up.{}`, one (out, in) for each expert.
+    """
+    lines = {}
+    for name, parameter in model.named_parameters():
+        line, numbers, suffix = take_apart(name)
+        weight = parameter.detach()
+        if weight.ndim == 3 and line + ".{}" in names:
+            for expert, matrix in enumerate(weight):
+                lines.setdefault(line + ".{}", []).append(([*numbers, expert], suffix, matrix.t()))
+        else:
+            lines.setdefault(line, []).append((numbers, suffix, weight))
+    return lines
+
+
+def take_apart(name):
+    """Returns `blocks.{}.attn.wq`, ["3"] and `.weight` for the name `blocks.3.attn.wq.weight`."""
+    suffix = ""
+    for ending in (".weight", ".bias"):
+        if name.endswith(ending):
+            name = name.removesuffix(ending)
+            suffix = ending
+    numbers = re.findall(r"\.(\d+)\.", name)
+    return re.sub(r"\.\d+\.", ".{}.", name), numbers, suffix
+
+
+def row_order(theirs, config, architecture):
+    """Returns StoredWeight's arguments for a name of the table's right side."""
+    last = theirs.split(".")[-1]  # q_proj
+    order = {}
+    for argument, ours in architecture.row_order.get(last, {}).items():
+        order[argument] = getattr(config, ours)
+    return order | dict(transposed=last in architecture.transposed)
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(hf, architecture):
+    """Returns the fields of our GPTConfig for a config.json; raises where that asks for what ours does not compute."""
+    hf = architecture.defaults | hf
+    for key in ("rope_parameters", "rope_scaling"):  # of transformers 5 and 4
+        if hf.get(key):
+            hf |= hf[key]
+    if hf.get("head_dim") is None and "hidden_size" in hf:
+        hf["head_dim"] = hf["hidden_size"] // needed(hf, "num_attention_heads")
+    for theirs, value in architecture.fixed.items():
+        refuse_all_but(value, theirs, hf.get(theirs, value))
+    fields = dict(architecture.needs)
+    for ours, theirs in architecture.fields.items():
+        fields[ours] = needed(hf, theirs)
+    if "rope_theta" in architecture.fields:
+        fields |= rope_from_hf(hf, architecture)
+    return fields | architecture.fields_from_hf(hf)
+
+
+def config_to_hf(config, architecture):
+    """Returns the contents of config.json."""
+    hf = dict(architecture.fixed)
+    hf |= dict(model_type=architecture.model_type, architectures=[architecture.class_name])
+    for ours, theirs in architecture.fields.items():
+        hf[theirs] = getattr(config, ours)
+    if "rope_theta" in architecture.fields:
+        hf |= rope_to_hf(config, architecture)
+    end = None  # written also where there is none: an absent key means 50,256 for GPT-2
+    if config.eot_id >= 0:
+        end = config.eot_id
+    return hf | dict(bos_token_id=end, eos_token_id=end) | architecture.fields_to_hf(config)
+
+
+def refuse_all_but(value, key, found):
+    if found != value:
+        raise ValueError(f"config.json: {key}={found!r} is not supported, only {value!r}")
+
+
+def needed(hf, key):
+    if key not in hf:
+        raise ValueError(f"config.json has no {key}")
+    return hf[key]
+
+
+YARN = dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None, mscale=None, mscale_all_dim=None)
+
+
+def rope_from_hf(hf, architecture):
+    """Returns our fields of how RoPE's positions are stretched."""
+    scaling = hf.get("rope_type", hf.get("type", "default"))
+    if scaling == "default":
+        return {}
+    fields = dict(rope_scaling=scaling, rope_factor=needed(hf, "factor"))
+    if scaling == "yarn":
+        for key, value in architecture.yarn.items():
+            refuse_all_but(value, key, hf.get(key, YARN[key]))
+        fields["rope_original"] = hf.get("original_max_position_embeddings", hf["max_position_embeddings"])
+    return fields
+
+
+def rope_to_hf(config, architecture):
+    if config.rope_scaling == "none":
+        return {}
+    rope = dict(rope_type=config.rope_scaling, factor=config.rope_factor)
+    if config.rope_scaling == "yarn":
+        rope |= architecture.yarn
+        rope["original_max_position_embeddings"] = config.rope_original
+    return dict(rope_scaling=rope)
+
+
+# ---- architectures ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Architecture:
+    """One of transformers' model types, and the model file that computes it. Ours stands left, theirs right."""
+
+    model_type: str
+    class_name: str
+    variant: str  # model_<variant>.py
+    names: dict  # our weight: theirs, without .weight and .bias; {} is the number of a layer, then that of an expert
+    fields: dict  # our field of GPTConfig: their key in config.json
+    fixed: dict  # their key: the only value that our file computes
+    needs: dict  # our field: the only value that transformers computes
+    defaults: dict = field(default_factory=dict)  # their key: what transformers takes where config.json has none
+    prefix: str = "model."  # missing from the names where the model was saved without its head
+    ignored: tuple = ("lm_head.weight", "inv_freq")  # ends of names of copies of what the model has otherwise
+    row_order: dict = field(default_factory=dict)  # last part of their name: how its rows stand (see StoredWeight)
+    transposed: tuple = ()  # last parts of names of weights that the file has as (in, out)
+    names_where_zero: dict = field(default_factory=dict)  # our field: names that are others where it is 0
+    zero_buffers: tuple = ()  # ends of names of our buffers that theirs lacks
+    yarn: dict = field(default_factory=lambda: YARN)  # settings of YaRN that ours computes
+    fields_from_hf: Callable = lambda hf: {}  # returns our fields that are not one key of config.json
+    fields_to_hf: Callable = lambda config: {}  # returns keys of config.json that are not one field of ours
+
+
+QWEN3 = Architecture(
+    model_type="qwen3",
+    class_name="Qwen3ForCausalLM",
+    variant="baseline",
+    names={
+        "embed": "model.embed_tokens",
+        "blocks.{}.attn_norm": "model.layers.{}.input_layernorm",
+        "blocks.{}.attn.wq": "model.layers.{}.self_attn.q_proj",
+        "blocks.{}.attn.wk": "model.layers.{}.self_attn.k_proj",
+        "blocks.{}.attn.wv": "model.layers.{}.self_attn.v_proj",
+        "blocks.{}.attn.wo": "model.layers.{}.self_attn.o_proj",
+        "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
+        "blocks.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
+        "blocks.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+        "blocks.{}.mlp.w_gate": "model.layers.{}.mlp.gate_proj",
+        "blocks.{}.mlp.w_up": "model.layers.{}.mlp.up_proj",
+        "blocks.{}.mlp.w_down": "model.layers.{}.mlp.down_proj",
+        "norm": "model.norm",
+        "lm_head": "lm_head",
+    },
+    fields={
+        "vocab_size": "vocab_size",
+        "block_size": "max_position_embeddings",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "n_embd": "hidden_size",
+        "n_inner": "intermediate_size",
+        "rope_theta": "rope_theta",
+        "norm_eps": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    fixed={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+    needs={"qk_norm": True, "scale_embeddings": False, "logit_softcap": 0.0},
+    defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "head_dim": 128},
+)
+
+GPT2 = Architecture(
+    model_type="gpt2",
+    class_name="GPT2LMHeadModel",
+    variant="gpt2",
+    names={
+        "embed": "transformer.wte",
+        "pos_embed": "transformer.wpe",
+        "blocks.{}.attn_norm": "transformer.h.{}.ln_1",
+        "blocks.{}.attn.wq": "transformer.h.{}.attn.c_attn",
+        "blocks.{}.attn.wk": "transformer.h.{}.attn.c_attn",
+        "blocks.{}.attn.wv": "transformer.h.{}.attn.c_attn",
+        "blocks.{}.attn.wo": "transformer.h.{}.attn.c_proj",
+        "blocks.{}.mlp_norm": "transformer.h.{}.ln_2",
+        "blocks.{}.mlp.w_up": "transformer.h.{}.mlp.c_fc",
+        "blocks.{}.mlp.w_down": "transformer.h.{}.mlp.c_proj",
+        "norm": "transformer.ln_f",
+    },
+    fields={
+        "vocab_size": "vocab_size",
+        "block_size": "n_positions",
+        "n_layer": "n_layer",
+        "n_head": "n_head",
+        "n_embd": "n_embd",
+        "norm_eps": "layer_norm_epsilon",
+    },
+    fixed={
+        "activation_function": "gelu_new",
+        "n_inner": None,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+    },
+    needs={"bias": True},
+    prefix="transformer.",
+    ignored=("lm_head.weight", ".attn.bias", ".attn.masked_bias"),  # a copy of wte, and causal masks
+    transposed=("c_attn", "c_proj", "c_fc"),
+)
+
+
+def deepseek_v3_from_hf(hf):
+    n_layer = hf["num_hidden_layers"]
+    n_dense = needed(hf, "first_k_dense_replace")
+    if n_dense < n_layer:
+        dense = f"first_k_dense_replace={n_dense} of {n_layer} layers are dense"
+        raise ValueError(f"config.json: {dense}, the others mixtures of experts: model_mla.py has dense layers only")
+    q_rank = needed(hf, "q_lora_rank")
+    return dict(q_rank=0 if q_rank is None else q_rank)
+
+
+def deepseek_v3_to_hf(config):
+    return dict(
+        q_lora_rank=None if config.q_rank == 0 else config.q_rank,
+        num_key_value_heads=config.n_head,
+        first_k_dense_replace=config.n_layer,
+        num_nextn_predict_layers=0,  # left out, it would be 1
+    )
+
+
+DEEPSEEK_V3 = Architecture(
+    model_type="deepseek_v3",
+    class_name="DeepseekV3ForCausalLM",
+    variant="mla",
+    names={
+        **QWEN3.names,
+        "blocks.{}.attn.wq_down": "model.layers.{}.self_attn.q_a_proj",
+        "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_a_layernorm",
+        "blocks.{}.attn.wq": "model.layers.{}.self_attn.q_b_proj",
+        "blocks.{}.attn.wkv_down": "model.layers.{}.self_attn.kv_a_proj_with_mqa",
+        "blocks.{}.attn.wk_rope": "model.layers.{}.self_attn.kv_a_proj_with_mqa",
+        "blocks.{}.attn.kv_norm": "model.layers.{}.self_attn.kv_a_layernorm",
+        "blocks.{}.attn.wk": "model.layers.{}.self_attn.kv_b_proj",
+        "blocks.{}.attn.wv": "model.layers.{}.self_attn.kv_b_proj",
+    },
+    names_where_zero={"q_rank": {"blocks.{}.attn.wq": "model.layers.{}.self_attn.q_proj"}},
+    row_order={
+        "q_b_proj": {"heads": "n_head", "rope": "rope_dim"},
+        "q_proj": {"heads": "n_head", "rope": "rope_dim"},
+        "kv_a_proj_with_mqa": {"rope": "rope_dim"},
+        "kv_b_proj": {"heads": "n_head"},
+    },
+    fields={
+        "vocab_size": "vocab_size",
+        "block_size": "max_position_embeddings",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "kv_rank": "kv_lora_rank",
+        "nope_dim": "qk_nope_head_dim",
+        "rope_dim": "qk_rope_head_dim",
+        "v_dim": "v_head_dim",
+        "n_embd": "hidden_size",
+        "n_inner": "intermediate_size",
+        "rope_theta": "rope_theta",
+        "norm_eps": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    fixed={"hidden_act": "silu", "attention_bias": False, "rope_interleave": True},
+    needs={"scale_embeddings": False, "logit_softcap": 0.0},
+    defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "first_k_dense_replace": 3, "q_lora_rank": 1536},
+    yarn={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},  # without these YaRN sharpens the part with position alone
+    fields_from_hf=deepseek_v3_from_hf,
+    fields_to_hf=deepseek_v3_to_hf,
+)
+
+
+def layers_with_experts(hf):
+    """Returns the layers that transformers gives experts: every decoder_sparse_step-th one but for mlp_only_layers."""
+    step = hf.get("decoder_sparse_step", 1)
+    dense = hf.get("mlp_only_layers")
+    if dense is None:
+        dense = []
+    return [layer for layer in range(hf["num_hidden_layers"]) if (layer + 1) % step == 0 and layer not in dense]
+
+
+def experts_from_hf(hf):
+    key = "num_experts"
+    if "num_local_experts" in hf:  # as transformers 5 calls it for Qwen3-MoE
+        key = "num_local_experts"
+    layers = layers_with_experts(hf)
+    if not layers:
+        raise ValueError("config.json: mlp_only_layers and decoder_sparse_step leave no layer with experts")
+    return dict(n_expert=needed(hf, key), moe_layers=layers)
+
+
+def experts_to_hf(config):
+    dense = [layer for layer in range(config.n_layer) if layer not in config.moe_layers]
+    return dict(num_experts=config.n_expert, decoder_sparse_step=1, mlp_only_layers=dense)
+
+
+QWEN3_MOE = Architecture(
+    model_type="qwen3_moe",
+    class_name="Qwen3MoeForCausalLM",
+    variant="moe",
+    names={
+        **QWEN3.names,
+        "blocks.{}.mlp.router": "model.layers.{}.mlp.gate",
+        "blocks.{}.mlp.w_gate.{}": "model.layers.{}.mlp.experts.{}.gate_proj",
+        "blocks.{}.mlp.w_up.{}": "model.layers.{}.mlp.experts.{}.up_proj",
+        "blocks.{}.mlp.w_down.{}": "model.layers.{}.mlp.experts.{}.down_proj",
+    },
+    fields={
+        **QWEN3.fields,
+        "n_expert_per_token": "num_experts_per_tok",
+        "n_expert_inner": "moe_intermediate_size",
+        "normalize_gates": "norm_topk_prob",
+    },
+    fixed={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+    needs={
+        **QWEN3.needs,
+        "n_shared_expert": 0,
+        "router_score": "softmax",
+        "gate_scale": 1.0,
+        "n_group": 1,
+    },
+    defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "norm_topk_prob": False},
+    zero_buffers=("router.bias",),
+    fields_from_hf=experts_from_hf,
+    fields_to_hf=experts_to_hf,
+)
+
+
+def shared_experts_from_hf(hf):
+    width = needed(hf, "shared_expert_intermediate_size")
+    expert_width = hf["moe_intermediate_size"]
+    if width % expert_width:
+        sizes = f"shared_expert_intermediate_size={width}, and moe_intermediate_size={expert_width}"
+        raise ValueError(f"config.json: {sizes}: the shared expert must be a multiple of the others' width")
+    return experts_from_hf(hf) | dict(n_shared_expert=width // expert_width)
+
+
+def shared_experts_to_hf(config):
+    if config.n_shared_expert == 0:
+        raise ValueError("this model cannot be saved: qwen2_moe has no n_shared_expert=0")
+    width = config.n_shared_expert * config.n_expert_inner
+    return experts_to_hf(config) | dict(shared_expert_intermediate_size=width)
+
+
+QWEN2_MOE = Architecture(
+    model_type="qwen2_moe",
+    class_name="Qwen2MoeForCausalLM",
+    variant="moe",
+    names={
+        **QWEN3_MOE.names,
+        "blocks.{}.mlp.shared_router": "model.layers.{}.mlp.shared_expert_gate",
+        "blocks.{}.mlp.shared.w_gate": "model.layers.{}.mlp.shared_expert.gate_proj",
+        "blocks.{}.mlp.shared.w_up": "model.layers.{}.mlp.shared_expert.up_proj",
+        "blocks.{}.mlp.shared.w_down": "model.layers.{}.mlp.shared_expert.down_proj",
+    },
+    fields=QWEN3_MOE.fields,
+    fixed={"hidden_act": "silu", "qkv_bias": False, "use_sliding_window": False},
+    needs={
+        **QWEN3.needs,
+        "qk_norm": False,
+        "shared_gate": True,
+        "router_score": "softmax",
+        "gate_scale": 1.0,
+        "n_group": 1,
+    },
+    defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "norm_topk_prob": False, "qkv_bias": True},
+    zero_buffers=("router.bias",),
+    fields_from_hf=shared_experts_from_hf,
+    fields_to_hf=shared_experts_to_hf,
+)
+
+
+def qwen3_next_from_hf(hf):
+    n_layer = hf["num_hidden_layers"]
+    if layers_with_experts(hf):
+        refuse_all_but(list(range(n_layer)), "mlp_only_layers", hf.get("mlp_only_layers"))
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        return dict(layer_pattern="d" * (hf.get("full_attention_interval", 4) - 1) + "a")
+    return dict(layer_pattern="".join("a" if kind == "full_attention" else "d" for kind in kinds))
+
+
+def qwen3_next_to_hf(config):
+    kinds = []
+    for layer in range(config.n_layer):
+        letter = config.layer_pattern[layer % len(config.layer_pattern)]
+        kinds.append("full_attention" if letter == "a" else "linear_attention")
+    return dict(layer_types=kinds, mlp_only_layers=list(range(config.n_layer)))
+
+
+QWEN3_NEXT = Architecture(
+    model_type="qwen3_next",
+    class_name="Qwen3NextForCausalLM",
+    variant="hybrid",
+    names={
+        **QWEN3.names,
+        "blocks.{}.attn.wo_gate": "model.layers.{}.self_attn.q_proj",
+        "blocks.{}.delta.wq": "model.layers.{}.linear_attn.in_proj_qkvz",
+        "blocks.{}.delta.wk": "model.layers.{}.linear_attn.in_proj_qkvz",
+        "blocks.{}.delta.wv": "model.layers.{}.linear_attn.in_proj_qkvz",
+        "blocks.{}.delta.wz": "model.layers.{}.linear_attn.in_proj_qkvz",
+        "blocks.{}.delta.wb": "model.layers.{}.linear_attn.in_proj_ba",
+        "blocks.{}.delta.wa": "model.layers.{}.linear_attn.in_proj_ba",
+        "blocks.{}.delta.conv": "model.layers.{}.linear_attn.conv1d",
+        "blocks.{}.delta.A_log": "model.layers.{}.linear_attn.A_log",
+        "blocks.{}.delta.dt_bias": "model.layers.{}.linear_attn.dt_bias",
+        "blocks.{}.delta.o_norm": "model.layers.{}.linear_attn.norm.weight",
+        "blocks.{}.delta.wo": "model.layers.{}.linear_attn.out_proj",
+    },
+    row_order={
+        "q_proj": {"heads": "n_head"},
+        "in_proj_qkvz": {"heads": "n_key_head"},
+        "in_proj_ba": {"heads": "n_key_head"},
+    },
+    fields={
+        **QWEN3.fields,
+        "n_key_head": "linear_num_key_heads",
+        "n_value_head": "linear_num_value_heads",
+        "key_dim": "linear_key_head_dim",
+        "value_dim": "linear_value_head_dim",
+        "conv_kernel": "linear_conv_kernel_dim",
+        "rotary_fraction": "partial_rotary_factor",
+    },
+    fixed={"hidden_act": "silu", "attention_bias": False},
+    needs={**QWEN3.needs, "output_gate": "element", "qkv_gates": ""},
+    defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "head_dim": 256, "partial_rotary_factor": 0.25},
+    fields_from_hf=qwen3_next_from_hf,
+    fields_to_hf=qwen3_next_to_hf,
+)
+
+ARCHITECTURES = {a.model_type: a for a in (QWEN3, GPT2, DEEPSEEK_V3, QWEN3_MOE, QWEN2_MOE, QWEN3_NEXT)}

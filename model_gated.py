@@ -1,0 +1,477 @@
+"""The baseline with gates in its attention, above all on what each head writes (https://arxiv.org/abs/2505.06708).
+
+    q, k, v = norm(Wq u), norm(Wk u), Wv u                                      u = RMSNorm(x)
+    q, k, v = q * sigmoid(Wqg u), k * sigmoid(Wkg u), v * sigmoid(Wvg u)        each where qkv_gates names it
+    x = x + Wo (softmax(rope(q) rope(k)^T / sqrt(D)) v * sigmoid(Wog u))        or softplus(Wog u)
+
+The softmax weights of a head sum to 1, so one that finds nothing must still attend somewhere, usually to the first
+token. With an output gate near 0 it writes nothing instead.
+
+B  batch
+T  time: the tokens of one call
+S  time with the cached past
+C  n_embd, the width of the residual stream
+H  query heads
+G  key/value heads
+D  head_dim
+V  vocabulary
+
+Differs from model_baseline.py in: GPTConfig, Attention, GPT.init_weights
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50304  # GPT-2's 50,257 tokens rounded up to a multiple of 64: faster matmuls
+    block_size: int = 1024  # the longest sequence
+    n_layer: int = 12
+    n_head: int = 12  # query heads
+    n_kv_head: int = 4  # key/value heads: n_head is MHA, 1 is MQA, between is GQA
+    head_dim: int = 64  # n_head * head_dim need not be n_embd
+    n_embd: int = 768
+    n_inner: int = 2048  # width of the MLP, about 8/3 n_embd
+    qk_norm: bool = True  # RMSNorm on each query and key head: attention logits stay small at high learning rates
+    output_gate: Literal["none", "head", "element"] = "element"  # one gate a head, or one for each of its elements
+    gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"  # of the output gate; softplus can amplify too
+    qkv_gates: str = ""  # what else has a sigmoid gate per element: "v" the values, "qkv" queries, keys and values
+    rope_theta: float = 10000.0  # wavelengths reach 2 pi rope_theta tokens: 1e6 for long context
+    rope_scaling: Literal["none", "linear", "yarn"] = "none"  # stretches positions past the trained length
+    rope_factor: float = 1.0  # how far rope_scaling stretches: 4.0 is 4 times the trained length
+    rope_original: int = 0  # the trained length, which yarn needs
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True  # the head is the embedding transposed
+    scale_embeddings: bool = False  # multiply embeddings by sqrt(n_embd)
+    logit_softcap: float = 0.0  # c > 0: logits become c * tanh(logits / c)
+    dropout: float = 0.0  # on the output of each branch: for many epochs over little data
+    init_std: float = 0.02  # std of every weight matrix; wo and w_down use init_std / sqrt(2 n_layer)
+    zero_init_residual: bool = False  # wo and w_down start at 0, so that every block starts as the identity
+    eot_id: int = -1  # the token that begins a document, which nothing crosses; -1 sees one document: the fast path
+
+    def __post_init__(self):
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: try 1 or n_head")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd, and RoPE turns pairs: try {self.head_dim + 1}")
+        if self.output_gate not in ("none", "head", "element"):
+            raise ValueError(f"output_gate={self.output_gate!r} is unknown: try none, head or element")
+        if self.gate_activation not in ("sigmoid", "softplus"):
+            raise ValueError(f"gate_activation={self.gate_activation!r} is unknown: try sigmoid or softplus")
+        if self.qkv_gates.strip("qkv"):
+            raise ValueError(f"qkv_gates={self.qkv_gates!r} is unknown: try letters of qkv, or none")
+        if self.rope_scaling not in ("none", "linear", "yarn"):
+            raise ValueError(f"rope_scaling={self.rope_scaling!r} is unknown: try none, linear or yarn")
+        if self.rope_scaling == "yarn" and self.rope_original < 1:
+            raise ValueError(f"rope_original={self.rope_original}, and yarn needs the trained length: try 4096")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (https://arxiv.org/abs/1910.07467); F.rms_norm computes in fp32."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return (F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight).to(x.dtype)
+
+
+def rope_cos_sin(positions, config):
+    """Returns cos and sin (..., T, 1, D/2) in fp32 of the angles position * theta^(-2i/D), one for each pair i."""
+    D = config.head_dim
+    i = torch.arange(D // 2, device=positions.device).float()
+    inv_freq = 1.0 / config.rope_theta ** (2 * i / D)  # (D/2,)
+    magnitude = 1.0
+    if config.rope_scaling == "linear":
+        inv_freq = inv_freq / config.rope_factor
+    elif config.rope_scaling == "yarn":
+        inv_freq, magnitude = yarn(inv_freq, config)
+    angle = positions[..., None, None].float() * inv_freq
+    return angle.cos() * magnitude, angle.sin() * magnitude
+
+
+def yarn(inv_freq, config):
+    """Returns stretched frequencies (D/2,) and the factor of cos and sin (https://arxiv.org/abs/2309.00071, section 3).
+
+    Pairs that turn more than 32 times within the trained length stay as they are, those that turn less than once are
+    stretched by the whole rope_factor, and in between the share grows linearly.
+    """
+    D = 2 * len(inv_freq)
+
+    def pair_that_turns(n):
+        return D * math.log(config.rope_original / (2 * math.pi * n)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_that_turns(32)), 0)
+    high = min(math.ceil(pair_that_turns(1)), D - 1)
+    i = torch.arange(D // 2, device=inv_freq.device).float()
+    stretched = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # (D/2,)
+    inv_freq = inv_freq * (1 - stretched) + inv_freq / config.rope_factor * stretched
+    # Over a longer context attention spreads: larger logits sharpen it again. Scores grow by the square of this.
+    magnitude = 0.1 * math.log(max(config.rope_factor, 1.0)) + 1.0
+    return inv_freq, magnitude
+
+
+def apply_rope(x, cos, sin):
+    """Turns the pairs (x_i, x_{i + D/2}) of x (B, T, H, D) by their angles (https://arxiv.org/abs/2104.09864)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        C = config.n_embd
+        D = config.head_dim
+        self.layer = layer
+        self.head_dim = D
+        self.wq = nn.Linear(C, config.n_head * D, bias=False)
+        self.wk = nn.Linear(C, config.n_kv_head * D, bias=False)
+        self.wv = nn.Linear(C, config.n_kv_head * D, bias=False)
+        self.wo = nn.Linear(config.n_head * D, C, bias=False)
+        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.wq_gate = None
+        self.wk_gate = None
+        self.wv_gate = None
+        self.wo_gate = None
+        if "q" in config.qkv_gates:
+            self.wq_gate = nn.Linear(C, config.n_head * D, bias=False)
+        if "k" in config.qkv_gates:
+            self.wk_gate = nn.Linear(C, config.n_kv_head * D, bias=False)
+        if "v" in config.qkv_gates:
+            self.wv_gate = nn.Linear(C, config.n_kv_head * D, bias=False)
+        self.gate_activation = torch.sigmoid
+        if config.gate_activation == "softplus":
+            self.gate_activation = F.softplus
+        if config.output_gate == "head":
+            self.wo_gate = nn.Linear(C, config.n_head, bias=False)
+        elif config.output_gate == "element":
+            self.wo_gate = nn.Linear(C, config.n_head * D, bias=False)
+
+    def forward(self, x, rope, mask=None, cache=None):
+        B, T, _ = x.shape
+        # 1. project; -1 counts the heads, which are fewer where a model is cut by heads over devices
+        q = self.wq(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.wk(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
+        v = self.wv(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
+        # 2. norm, then gate: a norm behind the gates would bring a closed head back to full size
+        q = self.q_norm(q)
+        k = self.k_norm(k)
+        if self.wq_gate is not None:
+            q = q * self.wq_gate(x).view_as(q).sigmoid()
+        if self.wk_gate is not None:
+            k = k * self.wk_gate(x).view_as(k).sigmoid()
+        if self.wv_gate is not None:
+            v = v * self.wv_gate(x).view_as(v).sigmoid()
+        q, k = self.rotate(q, k, rope)
+        # 3. attend, heads before time
+        q = q.transpose(1, 2)  # (B, H, T, D)
+        k = k.transpose(1, 2)  # (B, G, T, D)
+        v = v.transpose(1, 2)  # (B, G, T, D)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
+        y = self.attend(q, k, v, mask).transpose(1, 2)  # (B, T, H, D)
+        # 4. gate each head, or each of its elements
+        if self.wo_gate is not None:
+            gate = self.wo_gate(x).view(B, T, y.size(2), -1)  # (B, T, H, 1 or D)
+            y = y * self.gate_activation(gate)
+        # 5. merge the heads
+        return self.wo(y.reshape(B, T, -1))  # (B, T, C)
+
+    def rotate(self, q, k, rope):
+        """Turns each head of q (B, T, H, D) and k (B, T, G, D) by its position."""
+        q = apply_rope(q, *rope)
+        k = apply_rope(k, *rope)
+        return q, k
+
+    def attend(self, q, k, v, mask):
+        """Softmax attention of q (B, H, T, D) to k, v (B, G, S, D), H / G query heads to a key head: (B, H, T, D)."""
+        causal = False
+        if mask is None and q.size(2) > 1:  # a single query sees all keys
+            causal = True
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.w_gate = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.w_up = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.w_down = nn.Linear(config.n_inner, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, mask=None, cache=None):
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope, mask, cache))
+        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x
+
+
+class KVCache:
+    """Keys and values of the tokens so far, in buffers made once: k[layer] and v[layer] (B, G, max_len, D).
+
+    doc_start (B, max_len) holds for each place the place where its document begins; tokens see each other where it is
+    equal. Padding at the left is a document of its own. Two rows, the second with pad=1; E is eot_id, - is padding:
+        tokens       a b E c    - a b c
+        doc_start    0 0 2 2    0 1 1 1
+        position     0 1 0 1    0 0 1 2    place - doc_start
+    """
+
+    def __init__(self, config, batch_size, max_len, pad=None, static=False, device=None, dtype=None):
+        shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.max_len = max_len
+        self.static = static
+        self.length = torch.zeros((), dtype=torch.long, device=device) if static else 0
+        self.places = torch.arange(max_len, device=device)
+        self.eot_id = config.eot_id
+        self.has_documents = config.eot_id >= 0 or pad is not None
+        self.pad = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        if pad is not None:
+            self.pad = self.pad + pad[:, None]
+        self.doc_start = torch.zeros(batch_size, max_len, dtype=torch.long, device=device)
+
+    def advance(self, idx):
+        """Takes the next places for idx (B, T), and returns what GPT.positions_and_mask does, for all keys so far."""
+        B, T = idx.shape
+        too_long = not self.static and self.length + T > self.max_len
+        if B != len(self.pad) or too_long:
+            size = (len(self.pad), self.max_len)
+            raise ValueError(f"{B} x ({int(self.length)} + {T}) tokens do not fit a cache of {size}")
+        self.length += T
+        place = self.last_places(T)  # (T,)
+        # Behind a past is_causal would be wrong: it counts keys from the first query on, which sees key 0 only.
+        # Without a past it is right, and a single query sees every key there is: neither needs a mask.
+        if not self.has_documents and not self.static and T in (1, self.length):
+            return place, None
+        causal = self.places[: self.n_keys()] <= place[:, None]  # (T, S)
+        if not self.has_documents:
+            return place, causal
+        # A token's document begins at itself if it is eot_id, behind the padding, or where that of the token before it
+        # does, whichever is last. Before the first token entry 0 is 0.
+        at_eot = torch.where(idx == self.eot_id, place, 0)  # (B, T)
+        behind_padding = torch.where(place < self.pad, 0, self.pad)  # (B, T)
+        before = self.doc_start.index_select(1, (place[:1] - 1).clamp(min=0))  # (B, 1)
+        doc_start = torch.maximum(torch.maximum(at_eot, behind_padding), before).cummax(dim=1).values  # (B, T)
+        self.doc_start.index_copy_(1, place, doc_start)
+        same = doc_start[:, :, None] == self.doc_start[:, None, : self.n_keys()]  # (B, T, S)
+        return place - doc_start, (same & causal)[:, None]  # (B, T), (B, 1, T, S)
+
+    def append(self, layer, k, v):
+        """Writes k, v (B, G, T, D) of the newest tokens; returns those of all tokens so far, (B, G, S, D)."""
+        place = self.last_places(k.size(2))
+        self.k[layer].index_copy_(2, place, k.type_as(self.k[layer]))
+        self.v[layer].index_copy_(2, place, v.type_as(self.v[layer]))
+        S = self.n_keys()
+        return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
+
+    def last_places(self, T):
+        if self.static:
+            return self.length - T + self.places[:T]
+        return self.places[self.length - T : self.length]
+
+    def n_keys(self):
+        """Returns S: a static cache shows all its places at every length, and the mask hides those not yet taken."""
+        return self.max_len if self.static else self.length
+
+    def rewind(self, length):
+        """Forgets all tokens but the first `length`."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"a cache of {int(self.length)} tokens cannot be rewound to {length}")
+        if self.static:
+            self.length.fill_(length)
+        else:
+            self.length = length
+
+    def branch(self, n):
+        """Returns a copy with every sequence repeated n times, to sample n continuations of one prompt."""
+        new = copy.copy(self)
+        new.k = [k.repeat_interleave(n, dim=0) for k in self.k]
+        new.v = [v.repeat_interleave(n, dim=0) for v in self.v]
+        new.pad = self.pad.repeat_interleave(n, dim=0)
+        new.doc_start = self.doc_start.repeat_interleave(n, dim=0)
+        new.length = self.length + 0  # a tensor of its own where it is one
+        return new
+
+    def bytes_per_token(self):
+        return sum(x.nbytes for x in self.k + self.v) // self.doc_start.numel()
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = None  # tied: logits() takes the embedding
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Sets every parameter; raises on one that it does not know, so that a new weight says how it begins."""
+        std = self.config.init_std
+        residual_std = std / math.sqrt(2 * self.config.n_layer)  # 2 n_layer branches add up in the residual stream
+        if self.config.zero_init_residual:
+            residual_std = 0.0
+        for name, p in self.named_parameters():
+            kind = name.removesuffix(".weight").split(".")[-1]  # wq of blocks.0.attn.wq.weight
+            if kind.endswith("norm"):
+                p.fill_(1.0)
+            elif kind in ("wo", "w_down"):
+                p.normal_(0.0, residual_std)
+            elif kind in ("embed", "lm_head", "wq", "wk", "wv", "w_gate", "w_up"):
+                p.normal_(0.0, std)
+            elif kind in ("wq_gate", "wk_gate", "wv_gate", "wo_gate"):
+                p.normal_(0.0, std)
+            else:
+                raise ValueError(f"init_weights does not know {name}: say how it begins")
+
+    def forward(self, idx, targets=None, cache=None, last_only=False, per_token=False):
+        """Returns the logits (B, T, V) of idx (B, T), or with targets (B, T) the mean loss; targets of -1 are ignored.
+
+        A cache holds the tokens before idx, and takes up idx. last_only: logits (B, 1, V) of the last token.
+        per_token: the negative log-probability of each target (B, T), 0 where ignored, and the auxiliary loss, here 0.
+        """
+        positions, mask = self.positions_and_mask(idx, cache)
+        rope = rope_cos_sin(positions, self.config)
+        x = self.embed(idx)  # (B, T, C)
+        if self.config.scale_embeddings:
+            x = x * self.config.n_embd**0.5
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        if last_only:
+            x = x[:, -1:]
+        x = self.norm(x)
+        if targets is None:
+            return self.logits(x)
+        if per_token:
+            return self.token_losses(x, targets), torch.zeros((), device=x.device)
+        return self.lm_loss(x, targets)
+
+    def positions_and_mask(self, idx, cache=None):
+        """Returns each token's position in its document, (T,) or (B, T), and the keys that it sees as a bool mask.
+
+        A mask of None means causal, with the same keys as queries: the fast path. Behind a cache, which also moves its
+        length on here, the mask is (T, S) or (B, 1, T, S). Documents begin at eot_id, for example 9:
+            idx 9 5 9 7  ->  doc_start 0 0 2 2  ->  positions 0 1 0 1;  the last token sees the last two
+        """
+        if cache is not None:
+            return cache.advance(idx)
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}: give fewer")
+        place = torch.arange(T, device=idx.device)
+        if self.config.eot_id < 0:
+            return place, None
+        doc_start = torch.where(idx == self.config.eot_id, place, 0).cummax(dim=1).values  # (B, T)
+        same = doc_start[:, :, None] == doc_start[:, None, :]  # (B, T, T)
+        causal = place <= place[:, None]  # (T, T)
+        return place - doc_start, (same & causal)[:, None]  # (B, T), (B, 1, T, T)
+
+    def logits(self, x):
+        """Returns the scores (..., V) of all tokens for hidden states x (..., C)."""
+        if self.lm_head is None:
+            logits = F.linear(x, self.embed.weight)
+        else:
+            logits = self.lm_head(x)
+        cap = self.config.logit_softcap
+        if cap > 0:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def lm_loss(self, x, targets):
+        """Returns the mean cross-entropy, in fp32, of the final hidden states x (B, T, C) against targets (B, T)."""
+        return F.cross_entropy(self.logits(x).flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def token_losses(self, x, targets):
+        """Returns the cross-entropy of each token (B, T), in fp32, from chunks whose logits are computed twice.
+
+        Kept for the gradient, the logits of 8 x 2,048 tokens over 151,936 ids would take 10 GB.
+        """
+
+        def chunk_losses(x, targets):
+            return F.cross_entropy(self.logits(x).float(), targets, ignore_index=-1, reduction="none")
+
+        losses = []
+        for rows, wanted in zip(x.flatten(0, 1).split(1024), targets.flatten().split(1024)):
+            losses.append(checkpoint(chunk_losses, rows, wanted, use_reentrant=False))
+        return torch.cat(losses).view_as(targets)
+
+    def new_cache(self, batch_size, max_len, pad=None, static=False):
+        """Returns an empty cache for max_len tokens a row, of which the first pad (B,) are padding.
+
+        static: shapes never depend on the length, so that one compiled step serves every token.
+        """
+        if max_len > self.config.block_size:
+            raise ValueError(f"max_len={max_len} is more than block_size={self.config.block_size}: give less")
+        weight = self.embed.weight
+        return KVCache(self.config, batch_size, max_len, pad, static, weight.device, weight.dtype)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0):
+        """Returns idx (B, T) continued by max_new_tokens ids; temperature=0 is greedy, top_k=0 draws from all ids.
+
+        When block_size is full, each further token is predicted from the last block_size ones, without their cache.
+        """
+        max_len = min(idx.size(1) + max_new_tokens, self.config.block_size)
+        cache = None
+        for _ in range(max_new_tokens):
+            if cache is None or cache.length == self.config.block_size:
+                cache = self.new_cache(len(idx), max_len)
+            new = idx[:, cache.length :][:, -max_len:]
+            logits = self(new, cache=cache, last_only=True)[:, -1].float()  # (B, V)
+            if top_k > 0:
+                least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -math.inf)
+            token = logits.argmax(dim=-1, keepdim=True)
+            if temperature > 0:
+                token = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
+            idx = torch.cat((idx, token), dim=1)
+        return idx
+
+
+TINY = dict(vocab_size=256, block_size=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, n_embd=64, n_inner=160)
+
+if __name__ == "__main__":  # learns one batch by heart in 20 steps, then continues its first tokens
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**TINY))
+    batch = torch.randint(model.config.vocab_size, (4, 33))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        loss = model(batch[:, :-1], batch[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    print(f"{model.new_cache(1, 8).bytes_per_token()} cache bytes per token")
+    continued = model.generate(batch[:1, :8], 8, temperature=0)[0, 8:]
+    print(f"greedy {continued.tolist()} of {batch[0, 8:16].tolist()}")
