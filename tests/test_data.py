@@ -499,7 +499,7 @@ def test_pysource_without_torch_is_a_clear_error(monkeypatch, tmp_path):
         ("a.jsonl", b"[1]\n", r"a.jsonl:1: needs a field \"text\" .* found list"),
         ("a.txt", b"", "found no documents"),
         ("a.txt", b"x", "no document is in train: change --val_fraction=0.05"),
-        ("a.txt.gz", gzip.compress(b"hello" * 1000)[:-9], "a.txt.gz: a damaged gzip file"),
+        ("a.txt.gz", gzip.compress(b"hello" * 1000, mtime=0)[:-9], "a.txt.gz: a damaged gzip file"),
         ("a.parquet", b"PAR1", r"a.parquet: can read .txt, .jsonl, .py"),
     ],
 )
