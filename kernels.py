@@ -8,9 +8,10 @@ against, and what runs instead on other devices and for other shapes, which is s
 bf16 on GPUs since the H100.
 
 A section has the twin, the kernels, their launches as custom operators (for torch.compile opaque calls with known
-shapes), the gradient, and last the function to call. The gated delta rule is in kernels_delta.py.
+shapes), the gradient, and last the function to call. A "floor" is the least time at 4.3 TB/s or 790 TFLOP/s, which one
+H200 reaches. The gated delta rule is in kernels_delta.py.
 
-N  rows, or tokens of all sequences in a row
+N  rows, or the tokens of all sequences
 C  numbers in a row
 b  bytes of a number
 B  batch
@@ -23,7 +24,6 @@ V  vocabulary
 E  experts
 K  experts per token
 I  width of an expert
-"Floor": the least time at 4.3 TB/s or 790 TFLOP/s, which one H200 reaches
 """
 
 import functools
