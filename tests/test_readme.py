@@ -33,7 +33,7 @@ STDLIB = "python data/prepare.py stdlib --tokenizer bpe:300 --max_tokens 200000"
 CHANGED = {  # how a command is made small where the general rule below does not do
     "make quickstart": "make -n quickstart",  # its three commands run below
     "make test": "make -n test",  # it runs this
-    "git diff --no-index model_gpt2.py model_baseline.py": "git diff --no-index model_gpt2.py model_gpt2.py",  # differ: 1
+    "git diff --no-index model_gpt2.py model_baseline.py": "git diff --no-index model_gpt2.py model_gpt2.py",
     "git diff --no-index model_baseline.py model_mla.py": "git diff --no-index model_gpt2.py model_gpt2.py",
     "python data/prepare.py stdlib --tokenizer bpe:4096": STDLIB,
     "python data/prepare.py shakespeare": "{} --input notes.txt",  # without it, it downloads
