@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 import configurator
 import flops
+import hf
 import kernels_delta
 import muon
 from bench_kernels import bench_kernels, kernels_markdown
@@ -75,8 +76,6 @@ def as_transformers(model, dtype=torch.float32):
     if not find_spec("transformers"):
         return None
     import transformers
-
-    import hf
 
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
-from torch.utils.module_tracker import ModuleTracker
 
 ROOT = Path(__file__).resolve().parent
 aten = torch.ops.aten
@@ -55,6 +54,13 @@ def attention_backward_flops(gradient, q, k, v, *args, **kwargs):
 def grouped_flops(x, weight, *args, out_val, **kwargs):
     """Rows (R, in) by their expert's (E, in, out), or for a weight's gradient (in, R) by (R, out): the real rows."""
     return 2 * x.numel() * out_val.size(-1)
+
+
+def grouped_output(x, weight, offs, *args, **kwargs):
+    """Returns what F.grouped_mm would; of fake tensors torch takes bf16 alone, and on a CPU the real one fp32, too."""
+    if weight.ndim == 3:
+        return x.new_empty(x.size(0), weight.size(2))
+    return x.new_empty(len(offs), x.size(0), weight.size(1))
 
 
 def solve_flops(matrix, right, *args, **kwargs):
@@ -116,15 +122,25 @@ class Counter(TorchDispatchMode):
     times: {index in model.blocks: how many blocks of the real model it stands for}.
     """
 
-    def __init__(self, times):
+    def __init__(self, gpt, times):
         super().__init__()
         self.times = times
-        self.modules = ModuleTracker()
+        self.paths = [""]  # of the modules at work, the innermost last
+        for path, module in gpt.named_modules():
+            module.register_forward_pre_hook(partial(self.enter, path))
+            module.register_forward_hook(self.leave)
         self.path_of_node = {}
         self.cost = Cost()
         self.in_attention = False
-        self.alive = {}  # {storage: bytes}
+        # {storage: bytes}; what is there before, such as weights, is not of the run, although views of it are made.
+        self.alive = {tensor.untyped_storage()._cdata: 0 for tensor in [*gpt.parameters(), *gpt.buffers()]}
         self.live_bytes = 0
+
+    def enter(self, path, *_):
+        self.paths.append(path)
+
+    def leave(self, *_):
+        self.paths.pop()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -132,13 +148,15 @@ class Counter(TorchDispatchMode):
         # in the order of the forward pass.
         node = torch._C._current_autograd_node()
         if node is None:
-            path = max(self.modules.parents - {"Global"}, key=len, default="")
-            path = path.partition(".")[2]  # without the name of the model's class
+            path = self.paths[-1]
         else:
             path = self.path_of_node.get(node._sequence_nr(), "")
         self.path_of_node[torch._C._autograd._get_sequence_nr() - 1] = path
-        out = function(*args, **kwargs)
         operation = function._overloadpacket
+        if operation is aten._grouped_mm:
+            out = grouped_output(*args, **kwargs)
+        else:
+            out = function(*args, **kwargs)
         formula = BETWEEN_TOKENS.get(operation) or WITH_WEIGHTS.get(operation)
         if formula is not None:
             flops = formula(*args, **kwargs, out_val=out)
@@ -259,7 +277,7 @@ def run_once(model, config, T, batch, dtype, recompute):
     with FakeTensorMode():
         to_fake(gpt)
         idx = torch.zeros(batch, T, dtype=torch.long)
-        counter = Counter(times)
+        counter = Counter(gpt, times)
         for p in gpt.parameters():
             p.register_post_accumulate_grad_hook(drop_gradient)
         for index, block in enumerate(gpt.blocks):
@@ -267,7 +285,7 @@ def run_once(model, config, T, batch, dtype, recompute):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             block.register_forward_pre_hook(lambda *_, i=index: kept.update({i: counter.live_bytes}))
             block.register_forward_hook(lambda *_, i=index: kept.update({i: counter.live_bytes - kept[i]}))
-        with counter.modules, counter, AttentionWatch(counter):
+        with counter, AttentionWatch(counter):
             with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
                 loss = gpt(idx, idx)
             loss.backward()
@@ -352,8 +370,8 @@ def optimizer_cost(model: str, config, optimizer: str = "muon") -> tuple[int, in
         opt = importlib.import_module("muon").make_optimizer(gpt, optimizer)
         for p in gpt.parameters():
             p.grad = torch.empty_like(p)
-        counter = Counter({i: 1 for i in range(len(gpt.blocks))})
-        with counter.modules, counter:
+        counter = Counter(gpt, times={})
+        with counter:
             opt.step()
         states = [x for state in opt.state.values() for x in state.values() if torch.is_tensor(x) and x.ndim > 0]
         return sum(counter.cost.forward.values()), sum(x.nbytes for x in states)
@@ -372,9 +390,10 @@ def decode_flops(model: str, config, context: int) -> dict[str, float]:
         to_fake(gpt)
         past = gpt.new_cache(1, context)
         if context > 1:
-            gpt(torch.zeros(1, context - 1, dtype=torch.long), cache=past, last_only=True)
-        counter = Counter(times)
-        with counter.modules, counter:
+            with Counter(gpt, times):  # not counted
+                gpt(torch.zeros(1, context - 1, dtype=torch.long), cache=past, last_only=True)
+        counter = Counter(gpt, times)
+        with counter:
             gpt(torch.zeros(1, 1, dtype=torch.long), cache=past)
     return dict(counter.cost.forward)
 

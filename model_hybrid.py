@@ -25,7 +25,8 @@ M  state (Dk, Dv), the memory of one value head
 N  chunks
 L  tokens of a chunk
 
-Differs from model_gated.py in: X
+Differs from model_gated.py in: GPTConfig, RMSNorm, rope_cos_sin, apply_rope, Block, KVCache, GPT.init_weights,
+GPT.forward, recurrent_delta_rule, chunked_delta_rule, GatedDelta, unit
 """
 
 import copy

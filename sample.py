@@ -17,6 +17,7 @@ import torch
 
 import checkpoint
 import generate
+import hf
 from data.tokenizers import load_tokenizer, stream_text, tokenizer_from_dict
 
 LIMITS = {
@@ -76,8 +77,6 @@ def load(args):
     if not path.exists():
         raise FileNotFoundError(f"{path} not found: give a run's folder, a checkpoint's, or a Hugging Face model's")
     if is_from_hugging_face(path):
-        import hf  # here, because only such folders need safetensors
-
         model = hf.load(path, device, dtype)
     else:
         model, _ = checkpoint.load_model(path, device)
@@ -97,14 +96,13 @@ def load(args):
 
 
 def find_device(name):
-    cuda = torch.cuda.is_available()
-    if name == "auto" and cuda:
-        return "cuda"
-    if name == "auto" and torch.backends.mps.is_available():
-        return "mps"
     if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        if torch.backends.mps.is_available():
+            return "mps"
         return "cpu"
-    if name.startswith("cuda") and not cuda:
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}, but torch {torch.__version__} sees no CUDA device: try --device cpu")
     return name
 
@@ -148,8 +146,6 @@ def stop_tokens(tokenizer):
 
 
 def save_pretrained(model, tokenizer, folder):
-    import hf
-
     hf.save(model, folder)
     data = {"tokenizer": tokenizer.to_dict()}  # transformers ignores it, and load() finds it
     (Path(folder) / "data.json").write_text(json.dumps(data) + "\n")

@@ -306,12 +306,12 @@ def peak_of_a_real_step(model, dtype, recompute, windows, T):
         ("mla", "float32", False, dict(nope_dim=24, v_dim=16)),  # values of another width: attention is not fused
     ],
 )
-def test_activations_are_within_a_tenth_of_what_a_real_step_allocates(name, dtype, recompute, options):
+def test_activations_are_within_a_twentieth_of_what_a_real_step_allocates(name, dtype, recompute, options):
     options = dict(vocab_size=256, block_size=256, bold=False) | options
     model = build(name, **options).train()
     found = flops.memory(name, model.config, 256, dtype, 4, gradient_checkpointing=recompute)
     want = peak_of_a_real_step(model, dtype, recompute, 4, 256)
-    assert found["activation_bytes"] == pytest.approx(want, rel=0.1)
+    assert found["activation_bytes"] == pytest.approx(want, rel=0.05)
     assert found["weight_bytes"] == found["gradient_bytes"] == 4 * sum(p.numel() for p in model.parameters())
 
 
@@ -464,10 +464,17 @@ def test_the_report_of_a_config_has_its_numbers_by_component_and_in_total(report
     for name, value in total.items():
         assert sum(numbers[name] for numbers in found["components"].values()) == value
     tokens = 2500 * 262144
-    assert found["training"] == {"tokens": tokens, "flops": tokens * total["training_flops"],
-                                 "flops_causal": tokens * total["training_flops_causal"]}  # fmt: skip
-    needs = flops.memory("moe", config, T, 4, 32)
+    per_step, state = flops.optimizer_cost("moe", config, "muon")
+    assert found["training"] == {
+        "tokens": tokens,
+        "flops": tokens * total["training_flops"],
+        "flops_causal": tokens * total["training_flops_causal"],
+        "optimizer_flops_per_step": per_step,
+        "optimizer_flops": 2500 * per_step,
+    }
+    needs = flops.memory("moe", config, T, "float32", 32, accumulation=8)  # 262,144 tokens are 8 x 32 windows
     assert found["memory"].items() >= needs.items() and found["memory"]["total_bytes"] == sum(needs.values())
+    assert needs["optimizer_bytes"] == state
     assert found["cache"] == {"bytes_per_token": 4 * 2 * 8 * 2 * 64, "bytes_at_any_length": 0}
     assert "device" not in found and found["memory"]["dtype"] == "float32"
     table = {line.split("  ")[0]: line.split()[-6:] for line in lines if line}
@@ -480,9 +487,9 @@ def test_every_knob_of_train_py_and_of_the_model_counts(report):
     config = module("moe").GPTConfig(**found["config"])
     assert config.n_expert == 64 and found["training"]["tokens"] == 10 * 262144
     assert found["total"]["parameters"] == 92_155_264 + 7 * (32 * 3 * 384 * 256 + 32 * 384)
-    assert found["memory"].items() >= flops.memory("moe", config, 1024, 2, 3, "adamw").items()
+    assert found["memory"].items() >= flops.memory("moe", config, 1024, "float16", 3, "adamw").items()
     again, _ = report(MOE, "--n_expert=64", "--gradient_checkpointing", "--micro_batch=3", "--optimizer=adamw")
-    assert again["memory"]["activation_bytes"] == flops.activation_bytes("moe", config, 1024, 3, 4, recompute=True)
+    assert again["memory"]["activation_bytes"] == flops.run("moe", config, 1024, 3, "float32", True).peak_bytes
 
 
 def test_decoding_and_time_follow_from_the_device_the_batch_and_the_context(report):
@@ -545,7 +552,7 @@ def test_parameters_can_be_matched_instead(report):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model=mine", "unknown model 'mine'; the model_*.py files here give: baseline, gpt2"),
+        ("--model=mine", "unknown model 'mine'; the model_*.py files here give: baseline, gated, gpt2"),
         ("--device B300X", "--device B300X is not known here: try one of B200, H200, H100"),
         ("--mfu 0", "--mfu 0.0: a share of the peak is above 0 and at most 1"),
         ("--mfu 1.5", "--mfu 1.5: a share of the peak"),

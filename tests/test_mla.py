@@ -18,18 +18,18 @@ def expand_only(model):
 
 @pytest.mark.parametrize("options", SIZES)
 @pytest.mark.parametrize("eot_id", [-1, EOT])
-@pytest.mark.parametrize("static", [False, True])
-def test_the_absorbed_form_decodes_what_the_expanded_form_does(options, eot_id, static):
-    x = tokens(3, 20)
+def test_the_absorbed_form_decodes_what_the_expanded_form_does(options, eot_id):
+    x = tokens(3, 16)
     x[1, [4, 13]] = EOT
     absorbed = build("mla", eot_id=eot_id, **options).double()
     expanded = expand_only(build("mla", eot_id=eot_id, **options).double())
-    for pad in (None, torch.tensor([0, 2, 5])):
-        a = absorbed.new_cache(3, 20, pad, static)
-        b = expanded.new_cache(3, 20, pad, static)
+    some = torch.tensor([0, 2, 5])
+    for pad, static in ((None, False), (some, False), (some, True)):
+        a = absorbed.new_cache(3, 16, pad, static)
+        b = expanded.new_cache(3, 16, pad, static)
         absorbed(x[:, :9], cache=a)
         expanded(x[:, :9], cache=b)
-        for t in range(9, 20):
+        for t in range(9, 16):
             got = absorbed(x[:, t : t + 1], cache=a)
             want = expanded(x[:, t : t + 1], cache=b)
             torch.testing.assert_close(got, want, atol=1e-10, rtol=0)

@@ -314,15 +314,16 @@ def test_a_batch_is_learned_by_heart(name):
 
 
 @each_model
-def test_a_model_compiled_for_any_length_equals_the_eager_one(name, request):
-    if name == "hybrid":  # its split of T into chunks has no symbolic form: each length is compiled by itself
-        request.applymarker(pytest.mark.xfail(strict=True))
+def test_a_model_compiled_for_any_length_equals_the_eager_one(name):
     torch._dynamo.reset()
+    backend = "aot_eager"
+    if name == "hybrid":
+        backend = "eager"  # one graph for every length too; a backward pass of symbolic chunks takes half a minute more
     options = dict(n_layer=1)
     if hasattr(module(name).GPTConfig, "n_dense_layer"):
         options["n_dense_layer"] = 0  # the one layer has experts
     model = build(name, **options)
-    compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
+    compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
     for T in (16, 7):
         torch.testing.assert_close(compiled(tokens(2, T)), model(tokens(2, T)))
 
