@@ -31,8 +31,7 @@ from tests.tiny import BLOCK, EOT, MODELS, ROOT, TINY, VOCAB, module
 pytestmark = pytest.mark.xdist_group("processes")
 work = test_train.work  # the fixture: a folder with data
 PROVED = ("baseline", "moe", "mla", "hybrid")
-# Each sequence's balance alone, since that over a micro-batch depends on what else is in it.
-OPTIONS = {"moe": dict(balance_over="sequence", bias_rate=0.01)}
+OPTIONS = {"moe": dict(balance_loss=0.1, bias_rate=0.01)}
 
 
 # ---- in many processes, and in one ----------------------------------------------------------------------------------
@@ -163,11 +162,13 @@ def same_curve(a, b, tolerance=1e-5):
 
 
 def test_experts_balanced_over_all_processes_train_like_those_of_one():
-    options = dict(micro=1, balance_over="global", steps=8)
-    one = curve("moe", "none", **options)
-    for result in everywhere(2, partial(curve, "moe", "fsdp", **options)):
+    options = dict(balance_loss=1.0, steps=8)
+    one = curve("moe", "none", micro=1, **options)
+    for result in everywhere(2, partial(curve, "moe", "fsdp", micro=2, **options)):
         same_curve(result, one)
-        assert torch.equal(result["weights"]["blocks.1.mlp.router.bias"], one["weights"]["blocks.1.mlp.router.bias"])
+        for name in ("bias", "load"):
+            name = f"blocks.1.mlp.router.{name}"
+            assert torch.equal(result["weights"][name], one["weights"][name])
 
 
 def counted(**options):
