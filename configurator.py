@@ -6,6 +6,8 @@ A knob is a plain value that the script assigns above that call, one a line with
 every field of model_<model>.GPTConfig is a knob too. The later wins: GPTConfig, script, config files in order, command
 line.
 A config file is Python and is run, with every knob's value so far as a global: run only files you trust.
+`where_present = dict(n_inner=512, kv_rank=64)` in it sets what the chosen model has, and names what it skips: the one
+way in which a knob may be unknown.
 """
 
 import ast
@@ -83,16 +85,22 @@ def kinds_of(assignment, default):
     return kinds
 
 
+def model_files():
+    """Returns {name: path} of all model_<name>.py on sys.path, of which the first of a name counts."""
+    variants = {}
+    for folder in sys.path:
+        for path in Path(folder).glob("model_*.py"):
+            variants.setdefault(path.stem.removeprefix("model_"), path)
+    return variants
+
+
 def config_class(name):
     """Returns GPTConfig of model_<name>.py, and that file's path.
 
     The file is run as far as there, and not what it imports of torch, which takes seconds: a GPTConfig is plain numbers
     and text.
     """
-    variants = {}
-    for folder in sys.path:
-        for path in Path(folder).glob("model_*.py"):
-            variants.setdefault(path.stem.removeprefix("model_"), path)  # the first on sys.path counts
+    variants = model_files()
     if name not in variants:
         known = ", ".join(sorted(variants)) or "none"
         fail(f"unknown model {name!r}; the model_*.py files here give: {known}")
@@ -107,6 +115,10 @@ def config_class(name):
     found = {"__name__": __name__}
     exec(compile(ast.Module(statements, []), str(path), "exec"), found)
     return found["GPTConfig"], path
+
+
+def is_field_of_some_model(key):
+    return any(key in config_class(name)[0].__dataclass_fields__ for name in model_files())
 
 
 def model_knobs(name):
@@ -130,6 +142,7 @@ class Namespace(dict):
         self.options = options  # {knob: text}, of the command line
         self.given = {}  # {name: value}, as config files have set them
         self.file_of = {}  # {name: the config file that set it last}
+        self.where_present = set()  # names set for those models alone that have such a knob
         self.choose_model()
 
     def choose_model(self):
@@ -149,8 +162,14 @@ class Namespace(dict):
         super().__setitem__(name, value)
         if name.startswith("_") or callable(value) or isinstance(value, ModuleType):
             return  # a file's helpers
+        if name == "where_present" and isinstance(value, dict):
+            for key, of_some_models in value.items():
+                self[key] = of_some_models
+            self.where_present.update(value)
+            return
         self.given[name] = value
         self.file_of[name] = self.path
+        self.where_present.discard(name)
         if name == "model":
             self.choose_model()
 
@@ -238,8 +257,12 @@ def configure(script_globals: dict, argv: list[str] | None = None, quiet: bool =
 
     # 3. check what is given, where the command line beats the files
     values = {key: knob.default for key, knob in knobs.items()}
+    skipped = []
     for key, value in (namespace.given | options).items():
         place = " on the command line" if key in options else f" in {namespace.file_of[key]}"
+        if key in namespace.where_present and key not in knobs | options and is_field_of_some_model(key):
+            skipped.append(key)
+            continue
         if key not in knobs:
             close = difflib.get_close_matches(key, knobs, 1)
             hint = f"did you mean {close[0]!r}?" if close else "--help lists them"
@@ -257,6 +280,9 @@ def configure(script_globals: dict, argv: list[str] | None = None, quiet: bool =
         values[key] = value
         if is_loud and value != knob.default:
             print(f"{key} = {value!r}  (default {knob.default!r})")
+
+    if is_loud and skipped:
+        print(f"skipped, since model={values['model']} has no such knob: {', '.join(skipped)}")
 
     # 4. set the script's globals; the model's fields are in the returned values alone
     for key in script_knobs:

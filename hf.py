@@ -5,11 +5,15 @@
 
 Each architecture is one table at the end of this file: what it calls our weights and the fields of our GPTConfig, and
 what one of the two sides cannot compute. Both directions read the same table. Pickled weights (*.bin) are not read.
+A model is saved for what its source computes, whatever its file is called: PROVED says what was tested.
 """
 
+import ast
+import hashlib
 import importlib
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,17 +63,44 @@ def copy_weights(folder, model, architecture):
 
 
 @torch.no_grad()
-def save(model: torch.nn.Module, folder: str | Path) -> None:
-    """Writes config.json and model.safetensors into a new folder; raises if transformers cannot compute this model."""
+def save(model: torch.nn.Module, folder: str | Path, tokenizer: dict[str, dict] | None = None) -> None:
+    """Writes a model, and its tokenizer where one is given, into a new folder, which transformers opens.
+
+    tokenizer: {file name: contents} with tokenizer.json, tokenizer_config.json and generation_config.json, as
+    Tokenizer.to_hf() in data/tokenizers.py returns it. Raises, and writes nothing, if transformers has no such model.
+    """
     folder = Path(folder)
-    if (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
-        raise FileExistsError(f"{folder} holds a model already: give another folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: give a new folder")
     architecture = architecture_of(model)
-    config = config_to_hf(model.config, architecture)
     weights = {name: stored.from_ours() for name, stored in stored_weights(model, architecture).items()}
+
+    # 1. the texts; transformers looks for the ids of begin and end in both configs
+    end = None  # written also where there is none: an absent key means 50,256 for GPT-2
+    if model.config.eot_id >= 0:
+        end = model.config.eot_id
+    texts = {"generation_config.json": dict(bos_token_id=end, eos_token_id=end)}
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.config.vocab_size)
+        texts |= tokenizer
+    texts["config.json"] = config_to_hf(model.config, architecture) | texts["generation_config.json"]
+
+    # 2. the files
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name, contents in texts.items():
+        text = json.dumps(contents, indent=2, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    file = folder / "model.safetensors"
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    # safetensors lets only the owner read its file: it gets the mode of the others, which is what the umask says.
+    file.chmod((folder / "config.json").stat().st_mode)
+
+
+def check_vocabulary(tokenizer, vocab_size):
+    largest = max(tokenizer["tokenizer.json"]["model"]["vocab"].values())
+    if largest >= vocab_size:
+        sizes = f"ids up to {largest}, and the model {vocab_size} tokens"
+        raise ValueError(f"the tokenizer has {sizes}: they do not belong together")
 
 
 def read_json(file):
@@ -91,7 +122,7 @@ def read_safetensors(file):
 
 def architecture_of(model):
     """Returns the first architecture that computes what the model does; raises with what each of them lacks."""
-    variant = type(model.config).__module__.removeprefix("model_")
+    variant = variant_of(model)
     complaints = []
     for architecture in ARCHITECTURES.values():
         if architecture.variant == variant:
@@ -99,9 +130,6 @@ def architecture_of(model):
             if not lacking:
                 return architecture
             complaints.append(f"{architecture.model_type} has no {lacking}")
-    if not complaints:
-        known = ", ".join(sorted({architecture.variant for architecture in ARCHITECTURES.values()}))
-        raise ValueError(f"transformers has no model like model_{variant}.py; these can be saved: {known}")
     raise ValueError(f"this model cannot be saved: {'; '.join(complaints)}")
 
 
@@ -114,6 +142,101 @@ def what_it_lacks(architecture, model):
         if name.endswith(architecture.zero_buffers) and buffer.any():
             return f"{name}, and it is not 0 here"
     return ""
+
+
+# ---- what a model computes -------------------------------------------------------------------------------------------
+
+
+def variant_of(model):
+    """Returns the variant that computes the model's logits, whatever its file is called; raises if none does."""
+    # 1. its file
+    home = sys.modules.get(type(model).__module__)
+    file = getattr(home, "__file__", None)
+    if file is None or type(model) is not getattr(home, "GPT", None):
+        raise ValueError(f"this model cannot be saved: its class {type(model).__name__} is not the GPT of a model file")
+
+    # 2. its parts; kernels.py and others put methods onto instances, which compute what those of the class do
+    with torch.device("meta"):
+        made = {name: type(part) for name, part in home.GPT(model.config).named_modules()}
+    present = {name: type(part) for name, part in model.named_modules()}
+    exchanged = [name for name in made | present if made.get(name) != present.get(name)]
+    if exchanged:
+        names = ", ".join(exchanged[:5])
+        raise ValueError(f"this model cannot be saved: {names} are not as GPT makes them of this config")
+
+    # 3. the variant with the same definitions, or else the nearest
+    found = digests(Path(file).read_text(encoding="utf-8"))
+    differing = {}
+    for variant, proved in PROVED.items():
+        differing[variant] = [name for name in proved | found if proved.get(name) != found.get(name)]
+    nearest = min(differing, key=lambda variant: len(differing[variant]))
+    if differing[nearest]:
+        names = ", ".join(differing[nearest])
+        tested = f"those that hf.py was tested with (model_{nearest}.py, the nearest of {', '.join(PROVED)})"
+        raise ValueError(f"{Path(file).name} cannot be saved: {names} differ from {tested}")
+    return nearest
+
+
+# What these do shows in no logits.
+NOT_BEHIND_LOGITS = {"GPT.init_weights", "GPT.lm_loss", "GPT.token_losses", "GPT.auxiliary_loss"}
+
+
+def digests(source):
+    """Returns {name: digest} of the definitions of a model file that GPT's __init__ and forward lead to.
+
+    Any mention of a name leads to it: `MLP` to the class, `self.logits` to GPT.logits. The digest is that of the syntax
+    tree without docstrings, so that comments, layout and Python's version do not matter.
+    """
+    # 1. the definitions; of two with one name the last counts, as in Python
+    definitions = {}
+    for node in ast.parse(source).body:
+        definitions |= dict.fromkeys(names_bound(node), node)
+        if isinstance(node, ast.ClassDef) and node.name in ("GPT", "GPTConfig"):
+            for item in node.body:
+                definitions |= {f"{node.name}.{name}": item for name in names_bound(item)}
+            node.body = []  # its methods count one by one
+
+    # 2. those that count
+    waiting = [name for name in definitions if name == "GPT" or name.startswith("GPT.__") or name == "GPT.forward"]
+    reached = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in definitions or name in reached or name in NOT_BEHIND_LOGITS:
+            continue
+        reached.add(name)
+        for node in ast.walk(definitions[name]):
+            if isinstance(node, ast.Name):
+                waiting.append(node.id)
+            elif isinstance(node, ast.Attribute):
+                waiting += [f"GPT.{node.attr}", f"GPTConfig.{node.attr}"]
+
+    # 3. their digests, in the file's order
+    return {name: digest(node) for name, node in definitions.items() if name in reached}
+
+
+def names_bound(node):
+    """Returns the names that a statement of a module or class gives a meaning, imports left out."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return []
+
+
+def digest(node):
+    return hashlib.sha256(repr(plain(node)).encode()).hexdigest()[:8]
+
+
+def plain(node):
+    """Returns a syntax tree as lists of lists; empty fields, some of which only newer Pythons have, are left out."""
+    if isinstance(node, list):
+        return [plain(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        fields["body"] = node.body[1:]
+    return [type(node).__name__, [(name, plain(value)) for name, value in fields.items() if value not in (None, [])]]
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -258,10 +381,7 @@ def config_to_hf(config, architecture):
         hf[theirs] = getattr(config, ours)
     if "rope_theta" in architecture.fields:
         hf |= rope_to_hf(config, architecture)
-    end = None  # written also where there is none: an absent key means 50,256 for GPT-2
-    if config.eot_id >= 0:
-        end = config.eot_id
-    return hf | dict(bos_token_id=end, eos_token_id=end) | architecture.fields_to_hf(config)
+    return hf | architecture.fields_to_hf(config)
 
 
 def refuse_all_but(value, key, found):
@@ -628,3 +748,38 @@ QWEN3_NEXT = Architecture(
 )
 
 ARCHITECTURES = {a.model_type: a for a in (QWEN3, GPT2, DEEPSEEK_V3, QWEN3_MOE, QWEN2_MOE, QWEN3_NEXT)}
+
+# What the tests compared with transformers: digests() of the variants. After a change of one, and with
+# tests/test_parity.py green, `python -m tests.proved` writes this table.
+# fmt: off
+PROVED = {
+    "baseline": {
+        "RMSNorm": "85f75428", "rope_cos_sin": "91f5e3e7", "yarn": "9a6ca011", "apply_rope": "3e7688fa",
+        "Attention": "17aff4d6", "MLP": "0a66f93c", "Block": "e7decd53", "GPT": "4acd9451", "GPT.__init__": "d3993ff1",
+        "GPT.forward": "cfdec045", "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985",
+    },
+    "gpt2": {
+        "Attention": "0b787748", "MLP": "7114e7ff", "Block": "ffff0349", "GPT": "4acd9451", "GPT.__init__": "fe086aad",
+        "GPT.forward": "c729011f", "GPT.positions_and_mask": "885d3e81", "GPT.logits": "2896e0b7",
+    },
+    "mla": {
+        "RMSNorm": "85f75428", "rope_cos_sin": "08f7c9e8", "yarn": "9a6ca011", "apply_rope": "3e7688fa",
+        "Attention": "4a9fe988", "MLP": "0a66f93c", "Block": "e7decd53", "GPT": "4acd9451", "GPT.__init__": "d3993ff1",
+        "GPT.forward": "cfdec045", "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985",
+    },
+    "moe": {
+        "RMSNorm": "85f75428", "rope_cos_sin": "91f5e3e7", "yarn": "9a6ca011", "apply_rope": "3e7688fa",
+        "Attention": "17aff4d6", "MLP": "0a66f93c", "Router": "d8140829", "has_grouped_mm": "d1b99fcc",
+        "grouped_matmul": "bf429984", "ExpertLinear": "a80b6ddc", "MoE": "cfafd3cc", "Block": "bb6099f2",
+        "GPT": "4acd9451", "GPT.__init__": "3f5a8680", "GPT.forward": "afa8a0fe", "GPT.positions_and_mask": "885d3e81",
+        "GPT.logits": "7bf98985",
+    },
+    "hybrid": {
+        "RMSNorm": "1e4ee690", "rope_cos_sin": "1a6f3b29", "yarn": "9a6ca011", "apply_rope": "b12c079b",
+        "Attention": "8b8d03cc", "recurrent_delta_rule": "b40bb6ce", "chunked_delta_rule": "5f8d758c",
+        "GatedDelta": "0ab129da", "unit": "1d84f0a6", "MLP": "0a66f93c", "Block": "15a28f55", "GPT": "4acd9451",
+        "GPT.__init__": "d3993ff1", "GPT.forward": "310d397b", "GPT.positions_and_mask": "885d3e81",
+        "GPT.logits": "7bf98985",
+    },
+}
+# fmt: on

@@ -370,7 +370,7 @@ def grouped_matmul(x, weight, expert):
     ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)  # (E,)
     if has_grouped_mm(x, weight):
         return F.grouped_mm(x, weight, offs=ends.int())
-    b = -(-n_rows // E)  # the mean load, rounded up
+    b = -(-n_rows // (2 * E))  # half the mean load: smaller blocks have less padding, and more copies of weights
     n = E + (n_rows - E) // b  # the most blocks that can be needed: one an expert, and one for b rows beyond those
     padding = -ends.diff(prepend=ends.new_zeros(1)) % b  # (E,): rows that fill an expert's last block
     place = torch.arange(n_rows, device=x.device) + (padding.cumsum(0) - padding)[expert]  # (n_rows,)

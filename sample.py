@@ -18,6 +18,7 @@ import torch
 import checkpoint
 import generate
 import hf
+from data.tokenizer_json import ids_before_text
 from data.tokenizers import load_tokenizer, stream_text, tokenizer_from_dict
 
 LIMITS = {
@@ -82,16 +83,11 @@ def load(args):
         model, _ = checkpoint.load_model(path, device)
         model = model.to(dtype)
 
-    # 2. the tokenizer
-    tokenizer, is_ours = find_tokenizer(path, args.tokenizer)
+    # 2. the tokenizer, and how our documents, or those of a Hugging Face model, begin
+    tokenizer, prefix = find_tokenizer(path, args.tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens, and the model {model.config.vocab_size}"
         raise ValueError(f"the tokenizer {tokenizer.name} has {sizes}: they do not belong together")
-
-    # 3. the beginning: that of our documents
-    prefix = []
-    if is_ours:
-        prefix = [tokenizer.eot_id]
     return model, tokenizer, prefix
 
 
@@ -114,20 +110,25 @@ def is_from_hugging_face(path):
 
 
 def find_tokenizer(path, name):
-    """Returns the tokenizer of this name, or else that of the folder; and whether its documents begin with eot_id."""
+    """Returns the tokenizer of this name, or else that of the folder; and the tokens that its documents begin with."""
     if name:
-        return load_tokenizer(name), not is_from_hugging_face(path)
+        tokenizer = load_tokenizer(name)
+        prefix = [] if is_from_hugging_face(path) else [tokenizer.eot_id]
+        return tokenizer, prefix
     file = path / "tokenizer.json"
     if file.exists():
-        return load_tokenizer(str(file)), False
+        tokenizer = load_tokenizer(str(file))
+        return tokenizer, ids_before_text(json.loads(file.read_text("utf-8")))
     for folder in (path, path.resolve().parent):  # of a run, and of a checkpoint in it
         file = folder / "data.json"
         if not file.exists():
             continue
         meta = json.loads(file.read_text())
         if meta.get("tokenizer"):
-            return tokenizer_from_dict(meta["tokenizer"]), True
-        return load_tokenizer("gpt2"), True  # published shards come without a tokenizer: they are GPT-2's
+            tokenizer = tokenizer_from_dict(meta["tokenizer"])
+        else:
+            tokenizer = load_tokenizer("gpt2")  # published shards come without a tokenizer: they are GPT-2's
+        return tokenizer, [tokenizer.eot_id]
     raise ValueError(f"{path} has no tokenizer: name one with --tokenizer, for example --tokenizer gpt2")
 
 
@@ -145,11 +146,10 @@ def stop_tokens(tokenizer):
     return ids
 
 
-def save_pretrained(model, tokenizer, folder):
-    hf.save(model, folder)
-    data = {"tokenizer": tokenizer.to_dict()}  # transformers ignores it, and load() finds it
-    (Path(folder) / "data.json").write_text(json.dumps(data) + "\n")
-    print(f"wrote {folder}: config.json, model.safetensors, data.json")
+def save_pretrained(model, tokenizer, prefix, folder):
+    hf.save(model, folder, tokenizer.to_hf(prefix))
+    names = ", ".join(sorted(file.name for file in Path(folder).iterdir()))
+    print(f"wrote {folder}: {names}")
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def run(args):
     # 2. the model
     model, tokenizer, prefix = load(args)
     if args.save_pretrained:
-        save_pretrained(model, tokenizer, args.save_pretrained)
+        save_pretrained(model, tokenizer, prefix, args.save_pretrained)
         return
     hide_padding(model, tokenizer)
 

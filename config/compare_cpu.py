@@ -7,26 +7,27 @@ n_layer = 4
 n_head = 4
 n_embd = 192
 block_size = 256
-if model != "gpt2":
-    n_inner = 512
-    rope_theta = 1000.0
-if model in ("baseline", "moe", "hybrid"):
-    n_kv_head = 2
-    head_dim = 48
-if model == "moe":
-    n_expert = 16
-    n_expert_per_token = 4
-    n_expert_inner = 128  # 4 * 128 = 512
-if model == "mla":
-    kv_rank = 64
-    nope_dim = 32
-    rope_dim = 16
-    v_dim = 48
-if model == "hybrid":
-    n_key_head = 2
-    n_value_head = 4
-    key_dim = 48
-    value_dim = 48
+# What each variant takes of these: a variant of one's own finds its sizes here, too.
+where_present = dict(
+    n_inner=512,
+    rope_theta=1000.0,
+    n_kv_head=2,
+    head_dim=48,
+    # a mixture of experts
+    n_expert=16,
+    n_expert_per_token=4,
+    n_expert_inner=128,  # 4 * 128 = 512
+    # latent attention
+    kv_rank=64,
+    nope_dim=32,
+    rope_dim=16,
+    v_dim=48,
+    # delta layers
+    n_key_head=2,
+    n_value_head=4,
+    key_dim=48,
+    value_dim=48,
+)
 
 batch_tokens = 2048  # 8 * 256
 micro_batch = 8

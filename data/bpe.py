@@ -3,6 +3,7 @@
 data/tokenizers.py makes a tokenizer of the merges, and has the command.
 """
 
+import base64
 import gzip
 import heapq
 import json
@@ -30,6 +31,24 @@ PATTERNS = {"gpt2": GPT2, "newer": NEWER, "qwen": NEWER.replace("{1,3}", "")}
 def alternatives(tokens: Iterable[str]) -> str:
     """A regex for any of them, the longest first."""
     return "|".join(regex.escape(token) for token in sorted(tokens, key=len, reverse=True))
+
+
+def format_ranks(ranks: dict[bytes, int]) -> str:
+    """Returns lines "base64 id", as in a .tiktoken file."""
+    return "\n".join(f"{base64.b64encode(token).decode()} {i}" for i, token in sorted((i, t) for t, i in ranks.items()))
+
+
+def parse_ranks(text: str, name: str | Path) -> dict[bytes, int]:
+    """Returns the ranks of such lines, of the file or tokenizer `name`."""
+    try:
+        ranks = {base64.b64decode(token): int(i) for token, i in map(str.split, text.splitlines())}
+    except ValueError as e:
+        raise ValueError(f"{name} does not hold lines 'base64 id' ({e}): was it cut short?") from None
+    if len(set(ranks.values())) < len(ranks):
+        raise ValueError(f"{name}: {len(ranks)} tokens share {len(set(ranks.values()))} ids: give each its own")
+    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
+        raise ValueError(f"{name} has no token for {len(missing)} of the 256 bytes, like {missing[0]}")
+    return ranks
 
 
 def count_words(files: list, pattern: str, special_tokens: Iterable[str] = (), workers: int = 1) -> Counter[str]:

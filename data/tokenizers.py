@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # this folder on the path would shadow the installed package `tokenizers`
@@ -28,7 +28,8 @@ if __name__ == "__main__":  # this folder on the path would shadow the installed
 import numpy as np
 import regex
 
-from data.bpe import EOT, PATTERNS, alternatives, count_words, merge_words
+from data import tokenizer_json
+from data.bpe import EOT, PATTERNS, alternatives, count_words, format_ranks, merge_words, parse_ranks
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
@@ -49,7 +50,7 @@ class Tokenizer:
         elif kind == "bpe":
             import tiktoken
 
-            ranks = _parse_ranks(data["ranks"], name)
+            ranks = parse_ranks(data["ranks"], name)
             pieces = {i: token for token, i in ranks.items()}
             self._core = tiktoken.Encoding(name, pat_str=data["pattern"], mergeable_ranks=ranks, special_tokens={})
         else:
@@ -123,6 +124,14 @@ class Tokenizer:
         """Plain JSON with everything that tokenizer_from_dict needs, ranks included."""
         return {"kind": self.kind, "name": self.name, "special_tokens": dict(self.special_tokens), **self._data}
 
+    def to_hf(self, begin: Sequence[int] = ()) -> dict[str, dict]:
+        """Returns {file name: contents}, for hf.save to write: transformers.AutoTokenizer then gives the same ids.
+
+        begin: special tokens that it puts before every text, for example [eot_id], which begins our documents. The
+        spelling of a special token in a text is always that token there, as in encode(text, special=True).
+        """
+        return tokenizer_json.files(self.to_dict(), begin)
+
     @property
     def fingerprint(self) -> str:
         """sha256 of all that decides ids; not of the name, so a file that moved is still the same tokenizer."""
@@ -159,7 +168,7 @@ def load_tokenizer(spec: str, add_tokens: Iterable[str] = (), chars: str | None 
             d = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as e:
             raise ValueError(f"{path} is no JSON ({e}): was it cut short?") from None
-        return Tokenizer(**d if "kind" in d else _read_tokenizer_json(d, path), add_tokens=add_tokens)
+        return Tokenizer(**d if "kind" in d else tokenizer_json.read(d, path), add_tokens=add_tokens)
     if path.suffix == ".model":
         sp = _sentencepiece(path.read_bytes())
         control = {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i)}
@@ -168,12 +177,12 @@ def load_tokenizer(spec: str, add_tokens: Iterable[str] = (), chars: str | None 
     if ".tiktoken" in path.suffix:
         file, _, pattern = spec.partition(".tiktoken:")
         path = Path(file + ".tiktoken") if pattern else path
-        ranks = _parse_ranks(path.read_text(encoding="utf-8"), path)
+        ranks = parse_ranks(path.read_text(encoding="utf-8"), path)
         pattern = pattern or ("qwen" if len(ranks) == 151_643 else None)
         if pattern not in PATTERNS:
             why = f"{path} has {len(ranks)} ranks (Qwen's 151643) and does not say how text is cut into words"
             raise ValueError(f"{why}: append one of {', '.join(PATTERNS)}, as in {path.name}:newer")
-        data = {"ranks": _format_ranks(ranks), "pattern": PATTERNS[pattern], "nfc": pattern == "qwen"}
+        data = {"ranks": format_ranks(ranks), "pattern": PATTERNS[pattern], "nfc": pattern == "qwen"}
         return Tokenizer("bpe", path.name, {}, add_tokens, **data)
 
     import tiktoken
@@ -188,24 +197,8 @@ def load_tokenizer(spec: str, add_tokens: Iterable[str] = (), chars: str | None 
             f"tiktoken could not download the ranks of {spec}: {e}\nWithout a network, set TIKTOKEN_CACHE_DIR to a "
             "folder that it filled on another machine, or take byte, char, a tokenizer.json, or bpe:FILE trained here"
         ) from e
-    data = {"ranks": _format_ranks(encoding._mergeable_ranks), "pattern": encoding._pat_str, "nfc": False}
+    data = {"ranks": format_ranks(encoding._mergeable_ranks), "pattern": encoding._pat_str, "nfc": False}
     return Tokenizer("bpe", spec, encoding._special_tokens, add_tokens, **data)
-
-
-def _format_ranks(ranks):
-    return "\n".join(f"{base64.b64encode(token).decode()} {i}" for i, token in sorted((i, t) for t, i in ranks.items()))
-
-
-def _parse_ranks(text, name):
-    try:
-        ranks = {base64.b64decode(token): int(i) for token, i in map(str.split, text.splitlines())}
-    except ValueError as e:
-        raise ValueError(f"{name} does not hold lines 'base64 id' ({e}): was it cut short?") from None
-    if len(set(ranks.values())) < len(ranks):
-        raise ValueError(f"{name}: {len(ranks)} tokens share {len(set(ranks.values()))} ids: give each its own")
-    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
-        raise ValueError(f"{name} has no token for {len(missing)} of the 256 bytes, like {missing[0]}")
-    return ranks
 
 
 def _cut_long_spaces(text, limit=100_000):
@@ -217,51 +210,6 @@ def _cut_long_spaces(text, limit=100_000):
             yield text[start:cut]
             start = cut
     yield text[start:]
-
-
-def _read_tokenizer_json(d, path):
-    # 1. How text is cut into words: by a pattern of its own, or by GPT-2's, which the step ByteLevel knows.
-    pre_tokenizer, normalizer = d.get("pre_tokenizer") or {}, d.get("normalizer")
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    kinds, split, last = [step.get("type") for step in steps], steps[0], steps[-1]
-    own_regex, pattern = last.get("use_regex", True), None
-    if kinds == ["ByteLevel"] and own_regex:
-        pattern = PATTERNS["gpt2"]
-    elif kinds == ["Split", "ByteLevel"] and split["behavior"] == "Isolated" and not split["invert"] and not own_regex:
-        pattern = split["pattern"].get("Regex")
-
-    # 2. Its tokens, which GPT-2 spells in characters: printable bytes as themselves, the others from U+0100 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte = {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
-    byte |= {chr(b): b for b in printable}
-    model, added = d.get("model", {}), d.get("added_tokens", ())
-    special = {token["content"]: token["id"] for token in added}
-    merged = ["".join(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges", ())]
-    vocab, made = dict(model.get("vocab", {})), set(merged)
-    plain = [(t, i) for t, i in vocab.items() if t in made or special.get(t) != i]
-
-    # 3. What would give other ids than the package that wrote the file.
-    options = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
-    options = [option for option in options if model.get(option)]
-    unmade = [t for t, _ in plain if t not in made and len(t) > 1 or not byte.keys() >= set(t)]
-    spaced = [t["content"] for t in added if t["lstrip"] or t["rstrip"] or t["single_word"]]
-    problems = {
-        f"its model is {model.get('type')}": model.get("type", "BPE") != "BPE" or not merged,
-        f"its model has {', '.join(options)}": options,
-        f"its normalizer is {(normalizer or {}).get('type')}": normalizer not in (None, {"type": "NFC"}),
-        f"its pre_tokenizer is {d.get('pre_tokenizer')}": not pattern or last.get("add_prefix_space"),
-        f"its tokens {unmade[:3]} are made by no merge of bytes": unmade,
-        f"its tokens {spaced[:3]} take the spaces around them or want a word of their own": spaced,
-        "its ids do not follow the order of its merges": sorted(merged, key=lambda t: vocab.get(t, -1)) != merged,
-    }
-    for problem, found in problems.items():
-        if found:
-            raise ValueError(f"{path}: {problem}; only byte-level BPE like GPT-2's, Llama 3's or Qwen's can be read")
-    if pattern not in PATTERNS.values():  # here text that no alternative matches is a word; tiktoken would drop it
-        pattern += rf"|(?:(?!{pattern})[\s\S])+"
-    ranks = _format_ranks({bytes(byte[c] for c in t): i for t, i in plain})
-    data = {"ranks": ranks, "pattern": pattern, "nfc": normalizer is not None}
-    return {"kind": "bpe", "name": path.name, "special_tokens": special, **data}
 
 
 def _sentencepiece(model):
@@ -293,7 +241,7 @@ def train_bpe(files, vocab_size: int, pattern="newer", special_tokens=(), worker
         largest = vocab_size - n_merges + len(merges)
         raise ValueError(f"{len(merges)} merges are all this text has: take --vocab_size {largest}, or more text")
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
-    data = {"ranks": _format_ranks({t: i for i, t in enumerate(tokens)}), "pattern": PATTERNS[pattern], "nfc": False}
+    data = {"ranks": format_ranks({t: i for i, t in enumerate(tokens)}), "pattern": PATTERNS[pattern], "nfc": False}
     return Tokenizer("bpe", name, {}, (EOT, *special_tokens), **data)
 
 

@@ -4,6 +4,7 @@ import ast
 import difflib
 import io
 import re
+import subprocess
 import tokenize
 from pathlib import Path
 
@@ -103,11 +104,21 @@ def family() -> list[tuple[Path, Path | None, int]]:
     return rows
 
 
+def tracked() -> set[str]:
+    """Returns the names of the files in version control: a README lists no file of one's own."""
+    listed = subprocess.run(["git", "ls-files", "model_*.py"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:  # a copy without history
+        return {path.name for path in FILES}
+    return set(listed.stdout.split())
+
+
 def table() -> str:
     """Returns the README's table: what each file changes, lines of code added and removed without comments."""
     rows = ["| file | idea | parent | lines | added | removed | changed definitions |", "|---|---|---|---|---|---|---|"]
     for path, parent, _ in family():
-        idea = docstring(path).splitlines()[0].split(": ")[-1]
+        if path.name not in tracked():
+            continue
+        idea = docstring(path).splitlines()[0]
         idea = re.sub(r" \(http\S+\)", "", idea).rstrip(".")
         lines = len(path.read_text().splitlines())
         cells = ["-", "-", "-", "-"]

@@ -134,7 +134,7 @@ def test_a_decoding_step_reads_the_weights_but_for_idle_experts_and_rows_and_the
     read = sum(p.nbytes for p in model.parameters()) - model.embed.weight.nbytes + batch * 4 * model.config.n_embd
     if name == "gpt2":  # its head is the embedding, and it has a table of positions
         read += model.embed.weight.nbytes - model.pos_embed.weight.nbytes + batch * 4 * model.config.n_embd
-    if name == "moe":  # an expert is idle where no sequence chooses it
+    if hasattr(model.config, "n_expert"):  # an expert is idle where no sequence chooses it
         experts = [p for key, p in model.named_parameters() if p.ndim == 3]
         read -= sum(p.nbytes for p in experts) * (1 - model.config.n_expert_per_token / model.config.n_expert) ** batch
     cache = model.new_cache(1, 24)
@@ -294,8 +294,8 @@ def test_variants_measures_every_section_and_its_ratios_are_those_of_the_numbers
         assert len(row["step"]) == len(row["gradient"]) == 2
     ratio = statistics.median(b / a for a, b in zip(mixtures[1]["step"], dense["step"]))
     assert f"| {ratio:.2f} | " in next(line for line in table.splitlines() if line.startswith("| **8 experts**"))
-    # 2. 24 + 8 numbers against 2 * 4 * 16, in both forms
-    assert forms.count("absorbed") == forms.count("expanded") > 20
+    # 2. 24 + 8 numbers against 2 * 4 * 16, in both forms; two prefills are expanded
+    assert forms.count("absorbed") == forms.count("expanded") - 2 > 20
     assert [row["cache_bytes_per_token"] for row in result["mla"]["rows"]] == [4 * 32, 4 * 32, 4 * 128]
     assert table.count("| 1 / 4.0 |") == 2 and "| MHA | 512 | 0.0 | 1 / 1.0 |" in table
     # 3. contexts and lengths as asked

@@ -30,6 +30,7 @@ import sample
 from checkpoint import CheckpointError, newest, restore, verify
 from tests.tiny import build, tokens
 
+pytestmark = pytest.mark.xdist_group("processes")
 MODELS = ["baseline", "moe"]
 
 
@@ -104,7 +105,8 @@ def digest(model, optimizer):
     bits = hashlib.sha256()
     for name in sorted(values):
         value = values[name]
-        bits.update(f"{name} {value.double().flatten().tolist() if torch.is_tensor(value) else value}\n".encode())
+        bits.update(f"{name} ".encode())
+        bits.update(value.double().numpy().tobytes() if torch.is_tensor(value) else f"{value}\n".encode())
     return bits.hexdigest()
 
 

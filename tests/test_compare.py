@@ -6,9 +6,8 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +15,8 @@ import pytest
 
 import compare
 import flops
-from tests.test_train import until, write_data
+from tests.test_reliability import holder
+from tests.test_train import FORK, finish, in_fork, launch, until, write_data, wrote
 from tests.tiny import MODELS, ROOT, module
 
 BUDGET = 4e9
@@ -60,6 +60,25 @@ def fake(monkeypatch):
     return self
 
 
+class Fork:
+    """In the place of subprocess.Popen: runs train.py in a fork of a process that has imported torch."""
+
+    def __init__(self, command, stdout, stderr, env):
+        python, script, *argv = command
+        self.process = FORK.Process(target=in_fork, args=(script, argv, Path.cwd(), stdout.name, stderr.name, env))
+        self.process.start()
+
+    def wait(self):
+        self.process.join()
+        return self.process.exitcode
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """Real runs that start in a tenth of the time."""
+    monkeypatch.setattr(compare.subprocess, "Popen", Fork)
+
+
 def run(setting, out, *more):
     """The result that a comparison writes."""
     compare.main([*setting, f"--out_dir={out}", *more])
@@ -91,8 +110,8 @@ def test_a_matched_variant_has_the_tokens_and_the_cost_of_the_first(setting, mat
 def test_the_values_of_a_knob_become_variants_of_each_model_or_of_the_one_named(setting):
     names = [v.name for v in planned(setting, "--models", "baseline,mla", "--vary", "optimizer=adamw,muon")]
     assert names == [f"{m}:optimizer={o}" for m in ("baseline", "mla") for o in ("adamw", "muon")]
-    varied = planned(setting, "--vary", "moe.balance_over=batch,global")
-    assert [(v.config["model"], v.config["balance_over"]) for v in varied] == [("moe", "batch"), ("moe", "global")]
+    varied = planned(setting, "--vary", "switch.balance_over=batch,global")
+    assert [(v.config["model"], v.config["balance_over"]) for v in varied] == [("switch", "batch"), ("switch", "global")]
 
 
 @pytest.mark.parametrize("more, message", [
@@ -160,9 +179,9 @@ def test_a_run_on_other_data_is_no_part_of_this_comparison(setting, tmp_path, fa
     assert "of another comparison: its data was another" in capsys.readouterr().err
 
 
-def test_a_learning_rate_that_diverges_is_a_result_and_not_the_end(setting, tmp_path):
+def test_a_learning_rate_that_diverges_is_a_result_and_not_the_end(setting, tmp_path, forks):
     """train.py gives up after steps without a finite gradient; the comparison goes on, and does not try again."""
-    more = ["--lrs", "1,1e38", "--seeds", "1", "--optimizer=adamw", "--max_skipped=2"]
+    more = ["--lrs", "1,1e38", "--seeds", "1", "--optimizer=adamw", "--max_skipped=2", "--budget=1e9"]
     row = run(setting, tmp_path, *more, "--jobs=2")["variants"][0]
     assert row["lr"] < 1e30 and row["loss"][0] < 6 and math.inf in row["sweep"].values()
     logs = {path: path.read_bytes() for path in tmp_path.glob("*/*.log")}
@@ -199,40 +218,54 @@ def test_jobs_take_turns_on_the_gpus_that_the_user_gave(setting, tmp_path, monke
     assert len(seen) == 6 and set(seen) == {"4", "5"}
 
 
-def test_a_comparison_that_is_stopped_saves_its_runs_and_goes_on_with_them(setting, tmp_path):
-    more = ["--models=baseline,gpt2", "--lrs=1", "--seeds=1", "--jobs=2", "--budget=8e10", "--eval_tokens=64"]
-    command = [sys.executable, str(ROOT / "compare.py"), *setting, f"--out_dir={tmp_path}", *more]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        until(lambda: sum(path.stat().st_size > 3000 for path in tmp_path.glob("*/*/metrics.jsonl")) == 2)
-    finally:
-        process.terminate()
-    assert "the same command goes on from here" in process.communicate(timeout=30)[1] and process.returncode == 130
+@pytest.mark.xdist_group("processes")
+def test_a_comparison_that_is_stopped_saves_its_runs_and_goes_on_with_them(setting, tmp_path, monkeypatch):
+    more = ["--models=baseline,gpt2", "--lrs=1", "--seeds=1", "--jobs=2", "--budget=1.5e10", "--eval_tokens=64"]
+    process, log = launch(tmp_path, [*setting, f"--out_dir={tmp_path}", *more], script="compare.py")
+    paused = []
+
+    def both_have_begun():
+        """Pauses each run after its first steps, so that none ends before the other has begun."""
+        for lock in set(tmp_path.glob("*/*/.lock")) - set(paused):
+            if wrote(lock.parent, 500):
+                os.kill(holder(lock.parent), signal.SIGSTOP)
+                paused.append(lock)
+        return len(paused) == 2
+
+    until(both_have_begun)
+    process.terminate()
+    for lock in paused:
+        os.kill(holder(lock.parent), signal.SIGCONT)
+    stopped = finish(process, log)
+    assert stopped.code == 130 and "the same command goes on from here" in stopped.err
     logs = sorted(tmp_path.glob("*/*.log"))
-    stopped = [int(re.search(r"stopped after step (\d+)", log.read_text())[1]) for log in logs]
+    steps = [int(re.search(r"stopped after step (\d+)", log.read_text())[1]) for log in logs]
+    monkeypatch.setattr(compare.subprocess, "Popen", Fork)
     rows = run(setting, tmp_path, *more)["variants"]
-    for log, step, row in zip(logs, stopped, rows, strict=True):
+    for log, step, row in zip(logs, steps, rows, strict=True):
         assert f"resuming from {log.with_suffix('')}/step-{step:08d}" in log.read_text()
         assert 0 < step * 256 < row["tokens"] == row["curves"][0][-1][0]
 
 
-def test_an_orphan_of_a_killed_comparison_is_named_by_the_next(setting, tmp_path):
-    command = [sys.executable, str(ROOT / "compare.py"), *setting, f"--out_dir={tmp_path}", "--lrs=1", "--seeds=1"]
-    command += ["--budget=1e12", "--eval_tokens=64"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    until(lambda: any(path.stat().st_size > 3000 for path in tmp_path.glob("*/*/metrics.jsonl")))
+@pytest.mark.xdist_group("processes")
+def test_an_orphan_of_a_killed_comparison_is_named_by_the_next(setting, tmp_path, capsys, forks):
+    more = ["--lrs=1", "--seeds=1", "--budget=1e12", "--eval_tokens=64"]
+    process, log = launch(tmp_path, [*setting, f"--out_dir={tmp_path}", *more], script="compare.py")
+    until(lambda: any(wrote(lock.parent, 500) for lock in tmp_path.glob("*/*/.lock")))
     process.kill()
-    process.communicate()
+    finish(process, log)
     (lock,) = tmp_path.glob("*/*/.lock")
-    orphan = int(lock.read_text().split()[1])
+    orphan = holder(lock.parent)
+    os.kill(orphan, signal.SIGSTOP)  # it lives, and takes no time from the others
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 2 and f"is in use by process {orphan} on " in done.stderr.splitlines()[-1]
+        with pytest.raises(SystemExit) as exit:
+            run(setting, tmp_path, *more)
+        assert exit.value.code == 2 and f"is in use by process {orphan} on " in capsys.readouterr().err.splitlines()[-1]
     finally:
         os.kill(orphan, signal.SIGKILL)
 
 
-def test_a_real_comparison_trains_both_variants_and_measures_their_speed(setting, tmp_path):
+def test_a_real_comparison_trains_both_variants_and_measures_their_speed(setting, tmp_path, forks):
     result = run(setting, tmp_path, "--models", "baseline,gpt2", "--lrs", "1", "--seeds", "1", "--rounds", "2")
     for row in result["variants"]:
         assert row["loss"][0] < 5 and row["bits_per_byte"][0] == pytest.approx(row["loss"][0] / math.log(2), rel=0.05)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from configurator import config_class, config_source, configure, resolve
+from tests.tiny import ROOT
 
 SCRIPT = '''"""Trains a toy.
 
@@ -370,3 +371,25 @@ def test_a_models_config_class_comes_without_torch_and_without_what_stands_below
     assert path == tmp_path / "model_toy.py" and config().more == 7 and config(window=3).window == 3
     assert config(block_size=5).window == 5 and config().root == 2.0
     assert "torch" not in sys.modules
+
+
+def test_where_present_sets_what_the_model_has_and_names_what_it_skips(tmp_path, capsys):
+    (tmp_path / "a.py").write_text("where_present = dict(n_inner=77, kv_rank=12)\nmodel = 'mla'\n")
+    (tmp_path / "b.py").write_text("n_inner = 78\n")
+    knobs = resolve(ROOT / "train.py", [str(tmp_path / "a.py")])
+    assert knobs["n_inner"] == 77 and knobs["kv_rank"] == 12
+    knobs = resolve(ROOT / "train.py", [str(tmp_path / "a.py"), str(tmp_path / "b.py"), "--model=baseline"])
+    assert knobs["n_inner"] == 78 and "kv_rank" not in knobs  # the later wins, and says so for this model, too
+    script = {"__file__": str(ROOT / "train.py"), "model": "baseline"}
+    assert configure(script, [str(tmp_path / "a.py"), "--model=gpt2"])["model"] == "gpt2"
+    assert "skipped, since model=gpt2 has no such knob: n_inner, kv_rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text", ["where_present = dict(n_inne=3)", "kv_rank = 3", "where_present = dict(kv_rank=3)\nkv_rank = 4"]
+)
+def test_elsewhere_and_where_no_model_has_it_an_unknown_knob_is_an_error(text, tmp_path, capsys):
+    (tmp_path / "a.py").write_text(text)
+    with pytest.raises(SystemExit):
+        resolve(ROOT / "train.py", [str(tmp_path / "a.py")])
+    assert "unknown config key" in capsys.readouterr().err

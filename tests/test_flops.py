@@ -464,10 +464,17 @@ def test_the_report_of_a_config_has_its_numbers_by_component_and_in_total(report
     for name, value in total.items():
         assert sum(numbers[name] for numbers in found["components"].values()) == value
     tokens = 2500 * 262144
-    assert found["training"] == {"tokens": tokens, "flops": tokens * total["training_flops"],
-                                 "flops_causal": tokens * total["training_flops_causal"]}  # fmt: skip
-    needs = flops.memory("moe", config, T, 4, 32)
+    per_step, state = flops.optimizer_cost("moe", config, "muon")
+    assert found["training"] == {
+        "tokens": tokens,
+        "flops": tokens * total["training_flops"],
+        "flops_causal": tokens * total["training_flops_causal"],
+        "optimizer_flops_per_step": per_step,
+        "optimizer_flops": 2500 * per_step,
+    }
+    needs = flops.memory("moe", config, T, "float32", 32, accumulation=8)  # 262,144 tokens are 8 x 32 windows
     assert found["memory"].items() >= needs.items() and found["memory"]["total_bytes"] == sum(needs.values())
+    assert needs["optimizer_bytes"] == state
     assert found["cache"] == {"bytes_per_token": 4 * 2 * 8 * 2 * 64, "bytes_at_any_length": 0}
     assert "device" not in found and found["memory"]["dtype"] == "float32"
     table = {line.split("  ")[0]: line.split()[-6:] for line in lines if line}
@@ -480,9 +487,9 @@ def test_every_knob_of_train_py_and_of_the_model_counts(report):
     config = module("moe").GPTConfig(**found["config"])
     assert config.n_expert == 64 and found["training"]["tokens"] == 10 * 262144
     assert found["total"]["parameters"] == 92_155_264 + 7 * (32 * 3 * 384 * 256 + 32 * 384)
-    assert found["memory"].items() >= flops.memory("moe", config, 1024, 2, 3, "adamw").items()
+    assert found["memory"].items() >= flops.memory("moe", config, 1024, "float16", 3, "adamw").items()
     again, _ = report(MOE, "--n_expert=64", "--gradient_checkpointing", "--micro_batch=3", "--optimizer=adamw")
-    assert again["memory"]["activation_bytes"] == flops.activation_bytes("moe", config, 1024, 3, 4, recompute=True)
+    assert again["memory"]["activation_bytes"] == flops.run("moe", config, 1024, 3, "float32", True).peak_bytes
 
 
 def test_decoding_and_time_follow_from_the_device_the_batch_and_the_context(report):

@@ -35,6 +35,14 @@ def test_greedy_tokens_are_the_same_with_and_without_the_cache(name, eot_id):
     assert torch.equal(model(longer)[:, 8:-1].argmax(-1), torch.tensor(cached))  # and those of one full forward
 
 
+def test_behind_a_cache_a_token_is_computed_once_and_without_one_again_for_each_new_one():
+    model, lengths = build("baseline"), []
+    model.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].size(1)))
+    generate(model, tokens(1, 5), 4)
+    generate(model, tokens(1, 5), 4, use_cache=False)
+    assert lengths == [5, 1, 1, 1] + [5, 6, 7, 8]
+
+
 @each_model
 @pytest.mark.parametrize("eot_id", [-1, EOT])
 def test_a_ragged_batch_continues_each_prompt_as_if_it_were_alone(name, eot_id):

@@ -5,7 +5,9 @@ That both agree with transformers is in tests/test_parity.py.
 
 import ast
 import importlib
+import importlib.util
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf
+import kernels
 import sample
+from data import tokenizer_json
+from data.tokenizers import CHAT_TOKENS, PATTERNS, load_tokenizer, tokenizer_from_dict, train_bpe
+from tests import proved
 from tests.payloads import payloads
 from tests.tiny import EOT, MODELS, ROOT, build, tokens
 
@@ -57,15 +63,26 @@ def test_what_save_writes_is_what_load_reads(model_type, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
     half = hf.load(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    with pytest.raises(FileExistsError, match="holds a model already"):
+    with pytest.raises(FileExistsError, match="is not empty: give a new folder"):
         hf.save(model, folder)
 
 
-def test_a_folder_with_only_a_config_of_its_own_is_not_overwritten(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="holds a model already"):
+def test_a_folder_that_holds_anything_is_not_written_to(tmp_path):
+    (tmp_path / "data.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="is not empty: give a new folder"):
         hf.save(build("baseline"), tmp_path)
-    assert (tmp_path / "config.json").read_text() == "{}" and len(list(tmp_path.iterdir())) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["data.json"]
+
+
+def test_all_files_have_the_mode_that_the_umask_says(tmp_path):
+    tokenizer = load_tokenizer("byte").to_hf()
+    before = os.umask(0o027)
+    try:
+        hf.save(build("baseline", vocab_size=257), tmp_path / "a", tokenizer)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "a").iterdir()}
+    assert len(modes) == 5 and set(modes.values()) == {0o640}
 
 
 def test_a_folder_of_many_files_and_the_rope_keys_of_transformers_5_load_alike(tmp_path):
@@ -117,8 +134,10 @@ def test_keys_that_a_config_leaves_out_have_the_values_that_transformers_takes(m
 def test_a_saved_folder_names_no_end_token_that_the_model_does_not_have(tmp_path):
     for name in ("baseline", "gpt2", "mla"):
         for eot_id, want in ((-1, None), (EOT, EOT)):
-            _, config, _ = saved(build(name, eot_id=eot_id), tmp_path / f"{name} {want}")
+            folder, config, _ = saved(build(name, eot_id=eot_id), tmp_path / f"{name} {want}")
             assert config["eos_token_id"] == config["bos_token_id"] == want  # 50,256 for GPT-2 where they are left out
+            generation = json.loads((folder / "generation_config.json").read_text())
+            assert generation == dict(bos_token_id=want, eos_token_id=want)
 
 
 # ---- how rows stand in the file --------------------------------------------------------------------------------------
@@ -358,12 +377,6 @@ def test_a_router_bias_that_is_not_zero_cannot_be_lost(tmp_path):
         hf.save(model, tmp_path / "a")
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - {a.variant for a in hf.ARCHITECTURES.values()}))
-def test_a_variant_that_transformers_does_not_have_is_refused_with_those_that_can_be_saved(name, tmp_path):
-    with pytest.raises(ValueError, match=f"no model like model_{name}.py; these can be saved: baseline, gpt2, hybrid"):
-        hf.save(build(name), tmp_path / "a")
-
-
 def test_the_released_config_of_deepseek_v3_is_read_but_for_its_experts():
     rope = dict(beta_fast=32, beta_slow=1, factor=40, mscale=1.0, mscale_all_dim=1.0, type="yarn")
     config = dict(
@@ -403,6 +416,203 @@ def test_kinds_of_layers_travel_as_a_list_or_as_an_interval(tmp_path):
     assert config.pop("layer_types") == ["linear_attention", "full_attention"]
     (folder / "config.json").write_text(json.dumps(config | dict(full_attention_interval=2)))
     assert hf.load(folder).config.layer_pattern == "da"
+
+
+# ---- a model is known by what it computes ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """Returns a function that builds a model from model_mine.py, a copy of a model file with some words replaced."""
+
+    def build_edited(*changes, name="baseline"):
+        source = (ROOT / f"model_{name}.py").read_text()
+        for old, new in changes:
+            assert old in source
+            source = source.replace(old, new)
+        file = tmp_path / "model_mine.py"
+        file.write_text(source)
+        spec = importlib.util.spec_from_file_location("model_mine", file)
+        mine = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "model_mine", mine)
+        spec.loader.exec_module(mine)
+        torch.manual_seed(0)
+        return mine.GPT(mine.GPTConfig(**mine.TINY)).eval()
+
+    return build_edited
+
+
+def test_the_table_of_tested_definitions_is_that_of_the_model_files():
+    advice = "a model file changed behind its logits: python -m tests.proved, if tests/test_parity.py is green"
+    assert proved.table() in (ROOT / "hf.py").read_text(), advice
+
+
+@pytest.mark.parametrize("name", hf.PROVED)
+def test_an_equal_copy_of_a_model_file_is_saved_whatever_it_is_called(name, edited, tmp_path):
+    model = edited(name=name)
+    hf.save(model, tmp_path / "a")
+    again = hf.load(tmp_path / "a")
+    assert type(again).__module__ == f"model_{name}"
+    assert torch.equal(again(tokens(2, 12)), model(tokens(2, 12)))
+
+
+def test_what_shows_in_no_logits_may_be_another(edited, tmp_path):
+    model = edited(
+        ("RMSNorm(nn.Module):\n", "RMSNorm(nn.Module):  # a comment\n"),
+        ('    """SwiGLU (https://arxiv.org/abs/2002.05202)."""\n', '    "Another docstring."\n'),
+        ("self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))", "(self.w_down(F.silu(self.w_gate(x))*self.w_up(x)))"),
+        ("    init_std: float = 0.02", "    z_loss: float = 0.0\n    init_std: float = 0.02"),
+        ("p.normal_(0.0, std)", "p.normal_(0.0, 2 * std)"),
+        ("ignore_index=-1)", "ignore_index=-1, label_smoothing=self.config.z_loss)"),
+        ("self.k[layer].index_copy_(2, place,", "self.k[layer].index_add_(2, place,"),
+        ("    @torch.no_grad()\n    def generate(", "    def draft(self):\n        pass\n\n    def generate("),
+        ("TINY = dict(", "TINY = dict(tie_embeddings=False, "),
+    )
+    hf.save(model, tmp_path / "a")
+    assert torch.equal(hf.load(tmp_path / "a")(tokens(2, 12)), model(tokens(2, 12)))
+
+
+EDITS = {  # the definitions that an edit changes, and what it replaces by what
+    "MLP": ("F.silu(self.w_gate(x))", "F.relu(self.w_gate(x)).square()"),
+    "Attention": ("enable_gqa=", "scale=1.0, enable_gqa="),
+    "apply_rope": ("x1 * cos - x2 * sin", "x1 * cos + x2 * sin"),
+    "yarn": ("pair_that_turns(32)", "pair_that_turns(16)"),
+    "RMSNorm": ("self.weight).to", "(1 + self.weight)).to"),
+    "Block": ("x = x + self.dropout(self.mlp", "x = self.dropout(self.mlp"),
+    "GPT.__init__": ("Block(config, layer) for", "Block(config, 0) for"),
+    "GPT.forward": ("x = self.norm(x)", "x = 2 * self.norm(x)"),
+    "GPT.logits": ("F.linear(x, self.embed.weight)", "-F.linear(x, self.embed.weight)"),
+    "GPT.positions_and_mask": ("torch.arange(T, device", "1 + torch.arange(T, device"),
+    "GPT, Doubled": ("class GPT(nn.Module):", "class Doubled(nn.Module):\n    pass\n\n\nclass GPT(Doubled):"),
+    "GPT.__call__": ("    def logits(", "    def __call__(self, *a):\n        return 0\n\n    def logits("),
+    "Block, bent": (
+        "class Block(nn.Module):",
+        "def bent(x):\n    return x\n\n\nclass Block(nn.Module):\n    bend = bent\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("names", EDITS)
+def test_an_edited_model_file_is_refused_with_the_definitions_that_differ(names, edited, tmp_path):
+    model = edited(EDITS[names])
+    with pytest.raises(ValueError, match=rf"model_mine.py cannot be saved: {names} differ from .*\(model_baseline.py"):
+        hf.save(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - hf.PROVED.keys()))
+def test_a_variant_that_transformers_does_not_have_is_refused_with_the_nearest_that_it_has(name, tmp_path):
+    with pytest.raises(ValueError, match=f"model_{name}.py cannot be saved: .*, the nearest of baseline, gpt2, mla, "):
+        hf.save(build(name), tmp_path / "a")
+
+
+def test_a_model_whose_parts_or_class_were_exchanged_is_refused_by_name(tmp_path):
+    def loud(part):
+        return type("Loud", (type(part),), {"forward": lambda self, x: 9 * x, "__module__": type(part).__module__})
+
+    model = build("baseline")
+    model.blocks[1].mlp.__class__ = loud(model.blocks[1].mlp)
+    assert "blocks.1.mlp are not as GPT makes them" in refused(hf.save, model, tmp_path / "a")
+    model = build("baseline")
+    del model.blocks[1]
+    assert "blocks.1, blocks.1.attn_norm, blocks.1.attn, " in refused(hf.save, model, tmp_path / "a")
+    model = build("baseline")
+    model.__class__ = loud(model)
+    assert "its class Loud is not the GPT of a model file" in refused(hf.save, model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["baseline", "moe"])
+def test_installed_kernels_do_not_disturb_it(name, tmp_path):
+    model = build(name)
+    weights = saved(model, tmp_path / "a")[2]
+    assert kernels.install(model)
+    again = saved(model, tmp_path / "b")[2]
+    assert weights.keys() == again.keys() and all(torch.equal(weights[key], again[key]) for key in weights)
+
+
+# ---- its tokenizer ---------------------------------------------------------------------------------------------------
+
+TEXT = "It's  12345 naïve\r\n\n\tÉTÉ , don't .\n \n 漢字かな 👩‍👩‍👧 e\u0301\u3000\x85" + "the them then " * 9
+SPECIAL = "<|endoftext|>a<|im_start|>user\n<think> <|endoftext|><|endoftext|> b<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """Returns {kind: a tokenizer with tokens of a chat}; those of BPE are trained on TEXT."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT + SPECIAL, newline="")
+    bpe = train_bpe([file], 300, special_tokens=CHAT_TOKENS)
+    gaps = dict(zip(bpe.special_tokens, (400, 333, 410, 411, 402)))  # as in cl100k_base
+    return {
+        "byte": load_tokenizer("byte", CHAT_TOKENS),
+        "char": load_tokenizer("char", CHAT_TOKENS, chars=TEXT + SPECIAL),
+        "bpe": bpe,
+        "qwen's": tokenizer_from_dict(bpe.to_dict() | dict(pattern=PATTERNS["qwen"], nfc=True)),
+        "with gaps": tokenizer_from_dict(bpe.to_dict() | dict(special_tokens=gaps)),
+    }
+
+
+@pytest.fixture(scope="module")
+def auto():
+    """Returns a function that opens a folder's tokenizer in transformers."""
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe", "qwen's", "with gaps"])
+def test_the_saved_tokenizer_gives_the_same_ids_in_transformers_and_here(kind, tokenizers, auto, tmp_path):
+    tokenizer = tokenizers[kind]
+    hf.save(build("baseline", vocab_size=420), tmp_path / "a", tokenizer.to_hf())
+    theirs = auto(tmp_path / "a")
+    again = load_tokenizer(str(tmp_path / "a" / "tokenizer.json"))
+    for text in ("", " ", "a", TEXT, SPECIAL, TEXT + SPECIAL + TEXT):
+        ids = tokenizer.encode(text, special=True)
+        assert theirs(text).input_ids == again.encode(text, special=True) == ids
+        assert theirs.decode(ids) == again.decode(ids) == tokenizer.decode(ids)
+        plain = tokenizer.encode(text)
+        assert theirs(text, split_special_tokens=True).input_ids == again.encode(text) == plain
+    assert again.special_tokens == tokenizer.special_tokens and again.vocab_size == tokenizer.vocab_size
+    assert theirs.bos_token_id == theirs.eos_token_id == tokenizer.eot_id
+    assert theirs.decode(tokenizer.encode(SPECIAL, special=True), skip_special_tokens=True) == "auser\n  b"
+
+
+def test_a_tokenizer_with_ids_that_the_model_lacks_is_refused(tmp_path):
+    files = load_tokenizer("byte").to_hf()  # its largest id is 256
+    with pytest.raises(ValueError, match="ids up to 256, and the model 256 tokens: they do not belong together"):
+        hf.save(build("baseline", vocab_size=256), tmp_path / "a", files)
+    assert not (tmp_path / "a").exists()
+    hf.save(build("baseline", vocab_size=257), tmp_path / "a", files)
+
+
+@each_architecture
+def test_every_saved_folder_opens_with_its_tokenizer_and_its_end_tokens(model_type, tokenizers, auto, tmp_path):
+    tokenizer = tokenizers["bpe"]
+    hf.save(tiny(model_type, vocab_size=320), tmp_path / "a", tokenizer.to_hf([tokenizer.eot_id]))
+    ids = tokenizer.encode(TEXT + SPECIAL, special=True)
+    assert auto(tmp_path / "a")(TEXT + SPECIAL).input_ids == [tokenizer.eot_id, *ids]
+    assert auto(tmp_path / "a")(TEXT + SPECIAL, add_special_tokens=False).input_ids == ids
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    end = [tokenizer.eot_id, tokenizer.special_tokens["<|im_end|>"]]
+    for config in (model.config, model.generation_config):
+        assert config.bos_token_id == tokenizer.eot_id and config.eos_token_id == end
+
+
+def test_a_character_that_the_tokenizer_lacks_is_an_error_in_transformers_too(tokenizers, auto, tmp_path):
+    hf.save(build("baseline", vocab_size=320), tmp_path / "a", tokenizers["char"].to_hf())
+    with pytest.raises(Exception, match="UNK"):
+        auto(tmp_path / "a")("ß")
+
+
+def test_a_tokenizer_that_transformers_could_not_have_is_refused_by_name(tokenizers):
+    tokenizer = tokenizer_from_dict(tokenizers["bpe"].to_dict() | dict(pattern=r"\p{N}{1,3}+\w|\s+|."))
+    with pytest.raises(ValueError, match="the pattern .* has no tokenizer.json with the same ids"):
+        tokenizer.to_hf()
+    with pytest.raises(ValueError, match="byte has no .*: the special token 'a' is spelled like the token 97 there"):
+        load_tokenizer("byte", ["a"]).to_hf()
+    with pytest.raises(ValueError, match="x.model: a sentencepiece tokenizer has no tokenizer.json with the same ids"):
+        tokenizer_json.files(dict(kind="sentencepiece", name="x.model", special_tokens={}, model=""))
 
 
 # ---- what stands in a folder of someone else's -----------------------------------------------------------------------

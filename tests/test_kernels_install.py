@@ -266,7 +266,7 @@ def geglu(self, x):
 
 
 def clamped_swiglu(self, x):
-    return self.w_down(F.silu(self.w_gate(x).clamp(max=7.0)) * self.w_up(x))
+    return self.w_down(F.silu(self.w_gate(x).clamp(max=20.0)) * self.w_up(x))
 
 
 def swiglu_with_dropout(self, x):

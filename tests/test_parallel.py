@@ -10,7 +10,6 @@ import time
 import traceback
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,15 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 import muon
 import parallel
 from tests import test_train
-from tests.test_train import KNOBS, close, fail, finish, finished, together, train, weights
+from tests.test_train import FORK, KNOBS, close, fail, finish, finished, together, train, weights
 from tests.tiny import BLOCK, EOT, MODELS, ROOT, TINY, VOCAB, module
 
-FORK = get_context("forkserver")  # forks of a process that has imported torch
-FORK.set_forkserver_preload(["tests.test_parallel"])
+pytestmark = pytest.mark.xdist_group("processes")
 work = test_train.work  # the fixture: a folder with data
 PROVED = ("baseline", "moe", "mla", "hybrid")
-# Each sequence's balance alone, since that over a micro-batch depends on what else is in it.
-OPTIONS = {"moe": dict(balance_over="sequence", bias_rate=0.01)}
+OPTIONS = {"moe": dict(balance_loss=0.1, bias_rate=0.01)}
 
 
 # ---- in many processes, and in one ----------------------------------------------------------------------------------
@@ -165,11 +162,13 @@ def same_curve(a, b, tolerance=1e-5):
 
 
 def test_experts_balanced_over_all_processes_train_like_those_of_one():
-    options = dict(micro=1, balance_over="global", steps=8)
-    one = curve("moe", "none", **options)
-    for result in everywhere(2, partial(curve, "moe", "fsdp", **options)):
+    options = dict(balance_loss=1.0, steps=8)
+    one = curve("moe", "none", micro=1, **options)
+    for result in everywhere(2, partial(curve, "moe", "fsdp", micro=2, **options)):
         same_curve(result, one)
-        assert torch.equal(result["weights"]["blocks.1.mlp.router.bias"], one["weights"]["blocks.1.mlp.router.bias"])
+        for name in ("bias", "load"):
+            name = f"blocks.1.mlp.router.{name}"
+            assert torch.equal(result["weights"][name], one["weights"][name])
 
 
 def counted(**options):
@@ -353,7 +352,7 @@ def test_train_py_sharded_logs_evaluates_and_saves_what_one_process_does(work, a
 
 
 def test_kernels_in_shares_have_the_losses_of_one_process_without_them(work):
-    knobs = RUN | dict(head_dim=16)
+    knobs = dict(head_dim=16, micro_batch=2, max_steps=2, eval_tokens=64)
     results = [finish(*run) for run in together(work, 2, out_dir="fused", parallel="fsdp", kernels=True, **knobs)]
     assert [result.code for result in results] == [0, 0], results
     assert "x norm_rope" in results[0].out and "PyTorch instead" not in results[0].err

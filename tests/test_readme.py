@@ -1,14 +1,26 @@
-"""Every command in the README runs, at a tiny size, in a copy of the repository; its tables are fresh."""
+"""The commands of the README, in a copy of the repository at a tiny size; its tables are fresh.
+
+`make test` runs one command of each script, all that take no more than a second or two, and holds all others to what
+their script's own parser takes. `make test-all` runs every one.
+"""
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch.distributed.run as torchrun
 
+import bench
+import compare
+import eval as evaluation
+import guard
+import sample
+from configurator import resolve
 from tests.readme import fresh
 from tests.tiny import ROOT
 
@@ -21,6 +33,7 @@ STDLIB = "python data/prepare.py stdlib --tokenizer bpe:300 --max_tokens 200000"
 CHANGED = {  # how a command is made small where the general rule below does not do
     "make quickstart": "make -n quickstart",  # its three commands run below
     "make test": "make -n test",  # it runs this
+    "git diff --no-index model_gpt2.py model_baseline.py": "git diff --no-index model_gpt2.py model_gpt2.py",
     "git diff --no-index model_baseline.py model_mla.py": "git diff --no-index model_gpt2.py model_gpt2.py",
     "python data/prepare.py stdlib --tokenizer bpe:4096": STDLIB,
     "python data/prepare.py shakespeare": "{} --input notes.txt",  # without it, it downloads
@@ -33,7 +46,7 @@ CHANGED = {  # how a command is made small where the general rule below does not
 FEW = "--seeds 1 --lrs 1 --rounds 0 --warmup_steps=0 --jobs 1"
 SHORT = f"{FEW} config/compare_cpu.py --n_layer=1 --block_size=32 --batch_tokens=128 --micro_batch=2 --eval_tokens=256"
 SMALLER = {  # a part of a command that is left out, and what is added to it
-    "python compare.py --models baseline,gpt2": (",moe,mla,hybrid", f"{SHORT} --budget 3e9"),
+    "python compare.py --models baseline,gpt2": (",gpt2,moe,mla,hybrid", f"{SHORT} --budget 3e9"),
     "python compare.py --models baseline,baseline": (",baseline:optimizer=adamw", f"{SHORT} --budget 3e9"),
     "python compare.py --budgets": ("n_embd=96:n_inner=256,n_embd=144:n_inner=384,", f"{SHORT} --budgets 3e9"),
     "python compare.py config/mqar.py": (",hybrid:layer_pattern=d:init_std=0.02", f"{FEW} --budget 4e9 --rounds 1"),
@@ -56,6 +69,8 @@ def copy(tmp_path_factory):
     """The repository's files in an empty folder, with the quickstart made at a tiny size and the files it talks of."""
     folder = tmp_path_factory.mktemp("copy") / "nanollm"
     for name in run("git ls-files --cached --others --exclude-standard", ROOT).splitlines():
+        if not (ROOT / name).is_file():  # deleted, or a link to a folder
+            continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     shutil.copy(folder / "train.py", folder / "notes.txt")
@@ -80,16 +95,115 @@ def test_every_changed_command_is_in_the_readme():
     assert set(CHANGED) <= set(COMMANDS)
 
 
+# ---- what runs -------------------------------------------------------------------------------------------------------
+def script_of(command):
+    """The Python file that a command runs, or the program where it runs none."""
+    program, *words = shlex.split(command)
+    if program in ("python", "torchrun"):
+        return next(word for word in words if word.endswith(".py"))
+    return program
+
+
+QUICK = ("make", "git", "data/prepare.py", "data/tokenizers.py", "flops.py")  # in seconds
+FIRST = {script_of(command): command for command in reversed(COMMANDS)}
+ONCE = [FIRST[script] for script in ("sample.py", "eval.py", "compare.py", "bench.py")]  # train.py: see `copy`
+RUN = [command for command in COMMANDS if script_of(command) in QUICK or command in ONCE]
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_a_command_of_each_script_runs(copy, command):
+    run(tiny(command), copy, input="hello\n")
+
+
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs(copy):
     for command in COMMANDS:
         run(tiny(command), copy, input="hello\n")
+
+
+def test_the_quickstart_draws_its_loss(copy):
     assert (copy / "out" / "quickstart" / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_python_of_the_readme_runs_after_its_commands(copy):
+    (command,) = (command for command in COMMANDS if "--save_pretrained" in command)
+    run(command, copy)
     code = re.search(r"```python\n(.*?)```", README, flags=re.S)[1]
     (copy / "snippet.py").write_text(code + "print(len(tokens[0]))\n")
-    assert run("python snippet.py", copy).strip().endswith("8")
+    assert run("python snippet.py", copy).strip().endswith("11")  # 3 + 8
+
+
+# ---- what is only read -----------------------------------------------------------------------------------------------
+def read_by_train(argv, processes=1):
+    guard.check_knobs(resolve(ROOT / "train.py", [word for word in argv if word != "--help"]), processes)
+
+
+def read_by_compare(argv):
+    """Plans all that the command would train, on the data that there is."""
+    compare.plan_all(compare.parse_arguments([*argv, "--data=data/stdlib"]))
+
+
+def read_by_bench(argv):
+    """As bench.py reads it, up to the measurement."""
+    given = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "write", lambda *_: None)
+        for measurement in ("shakespeare", "train", "decode", "variants"):
+            patch.setattr(bench, measurement, given.append)
+        bench.main(argv)
+    (arguments,) = given
+    bench.workload(getattr(arguments, "config", []))
+
+
+READ = {
+    "train.py": read_by_train,
+    "sample.py": sample.parse_arguments,
+    "eval.py": evaluation.parse_arguments,
+    "compare.py": read_by_compare,
+    "bench.py": read_by_bench,
+    "model_baseline.py": lambda argv: None,  # tests/test_models.py runs its demo
+}
+
+
+def read(command):
+    """Has a command's script read its arguments and config files; nothing is trained or written."""
+    program, *words = shlex.split(command)
+    if program == "torchrun":
+        arguments = torchrun.parse_args(words)
+        assert arguments.training_script == "train.py"
+        read_by_train(arguments.training_script_args, int(arguments.nproc_per_node))
+    else:
+        script, *argv = words
+        READ[script](argv)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in RUN])
+def test_the_script_of_a_command_takes_its_arguments(copy, monkeypatch, command):
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("RANK", "0")  # as torchrun sets it
+    read(command)
+
+
+@pytest.mark.parametrize("command", [
+    "python train.py config/quickstart.py --n_layers=6",
+    "python train.py config/quickstrat.py",
+    "python train.py config/quickstart.py --schedule=linear",
+    "torchrun --standalone --nproc_per_node=2 train.py config/quickstart.py --parallel=none",
+    "torchrun --standalone --nprocs=2 train.py config/quickstart.py",
+    "python sample.py out/quickstart --promt x",
+    "python eval.py out/quickstart --split test",
+    "python compare.py --models baseline,gpt3",
+    "python compare.py config/nowhere.py --models baseline",
+    "python compare.py --models baseline,baseline:optimiser=adamw",
+    "python bench.py varients",
+    "python bench.py variants --compile",
+    "python bench.py decode --n_hed=3",
+])  # fmt: skip
+def test_a_mistake_in_a_command_is_seen_without_running_it(copy, monkeypatch, command):
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises((SystemExit, ValueError)):
+        read(command)
 
 
 def test_the_commands_of_make_quickstart_are_those_that_the_test_runs_small(copy):

@@ -25,6 +25,7 @@ from tests import soak
 from tests.payloads import payloads
 from tests.test_train import (
     KNOBS,
+    PICTURES,
     SIZES,
     altered,
     copy_until,
@@ -43,6 +44,7 @@ from tests.test_train import (
 )  # fmt: skip
 from tests.tiny import ROOT, TINY
 
+pytestmark = pytest.mark.xdist_group("processes")
 PROCESSES = 2
 LONG = dict(max_steps=40, save_every=5, keep_last=0, eval_every=20, micro_batch=8)
 SLOW = LONG | dict(model="fault", sleep=0.03)
@@ -141,15 +143,17 @@ def test_two_deterministic_runs_agree_bit_for_bit(work, model):
 
 
 # ---- signals, kills and restarts -------------------------------------------------------------------------------------
-def test_torchrun_goes_on_by_itself_after_kill_9_of_any_rank(work):
-    knobs = {"data": "data"} | KNOBS | SLOW | dict(out_dir="restarted")
+@pytest.mark.parametrize("victims", [{8: 0}, pytest.param({8: 0, 23: -1}, marks=pytest.mark.slow)], ids=str)
+def test_torchrun_goes_on_by_itself_after_kill_9_of_any_rank(work, victims):
+    """victims: which rank is killed after which step."""
+    folder = work / f"restarted {len(victims)}"
+    knobs = {"data": "data"} | KNOBS | SLOW | dict(out_dir=folder.name)
     argv = ["--resume=auto", *(f"--{key}={value}" for key, value in knobs.items())]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}",
                "--max-restarts=3", ROOT / "train.py", *argv]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(work)}
     process = subprocess.Popen(command, cwd=work, env=environment, stdout=-1, stderr=-1, text=True)
-    folder = work / "restarted"
-    for victim, step in ((0, 8), (-1, 23)):
+    for step, victim in victims.items():
         until(lambda step=step: last_step(folder) >= step)
         ranks = soak.children(process.pid)
         assert len(ranks) == PROCESSES and holder(folder) in ranks
@@ -157,10 +161,11 @@ def test_torchrun_goes_on_by_itself_after_kill_9_of_any_rank(work):
         until(lambda old=ranks: holder(folder) not in old)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert re.findall(r"resuming from restarted/step-(\d+)", out) == ["00000005", "00000020"]
-    results = [finish(*run) for run in together(work, PROCESSES, out_dir="undisturbed", **SLOW | dict(sleep=0.0))]
+    assert re.findall(r"resuming from .*/step-(\d+)", out) == [f"{step // 5 * 5:08d}" for step in victims]
+    undisturbed = f"undisturbed {len(victims)}"
+    results = [finish(*run) for run in together(work, PROCESSES, out_dir=undisturbed, **SLOW | dict(sleep=0.0))]
     assert not any(result.code for result in results)
-    runs = [finished(work / name) for name in ("restarted", "undisturbed")]
+    runs = [finished(work / name) for name in (folder.name, undisturbed)]
     assert runs[0].losses == runs[1].losses and len(runs[0].losses) == 40
     a, b = (weights(run.folder, 40) for run in runs)
     assert all(torch.equal(a[name], b[name]) for name in b)
@@ -169,28 +174,20 @@ def test_torchrun_goes_on_by_itself_after_kill_9_of_any_rank(work):
 @pytest.mark.parametrize("fault, parallel", [(signal.SIGKILL, "ddp"), (signal.SIGSTOP, "fsdp")])
 def test_a_rank_that_dies_or_hangs_ends_the_others_within_the_timeout_by_one_line(work, fault, parallel):
     folder = work / f"{fault.name} {parallel}"
-    knobs = {"data": "data"} | KNOBS | SLOW | dict(out_dir=folder.name, parallel=parallel, timeout=3, max_steps=4000)
-    command = [sys.executable, ROOT / "train.py", *(f"--{key}={value}" for key, value in knobs.items())]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-    environment = os.environ | {"PYTHONPATH": str(work)} | common
-    ranks = [
-        subprocess.Popen(command, cwd=work, env=environment | {"RANK": rank}, stdout=-1, stderr=-1, text=True)
-        for rank in "01"
-    ]
+    knobs = SLOW | dict(out_dir=folder.name, parallel=parallel, timeout=3, max_steps=4000)
+    waiting, other = together(work, 2, **knobs)
     try:
         until(lambda: last_step(folder) >= 3)
-        ranks[1].send_signal(fault)
+        os.kill(other[0].pid, fault)
         begin = time.time()
-        _, err = ranks[0].communicate(timeout=30)  # 3 s, on a machine that may be busy
-        assert ranks[0].returncode == 1 and time.time() - begin < 20
-        assert err.startswith("error: process 0 waited for another one that died, or is stuck:")
-        assert err.count("\n") == 1 and err.endswith("go on with --resume\n")
+        result = finish(*waiting, timeout=30)  # 3 s, on a machine that may be busy
+        assert result.code == 1 and time.time() - begin < 20
+        assert result.err.startswith("error: process 0 waited for another one that died, or is stuck:")
+        assert result.err.count("\n") == 1 and result.err.endswith("go on with --resume\n")
     finally:
-        for process in ranks:
+        for process, _ in (waiting, other):
             process.kill()
-            process.communicate()
+            process.join()
 
 
 def test_overwrite_under_max_restarts_is_refused_since_each_restart_would_delete_the_run(work):
@@ -406,7 +403,8 @@ def test_resident_memory_is_flat_over_a_run_and_shows_a_leak(work):
     knobs = dict(model="fault", max_steps=120, save_every=20, eval_every=20, keep_last=2, micro_batch=8)
     grown = []
     for leak in (0, 100_000):  # 400 kB a step
-        memory = [row["resident_gb"] for row in train(work, f"leak {leak}", leak=leak, **knobs).steps]
+        run = train(work, f"leak {leak}", leak=leak, environment=PICTURES, **knobs)
+        memory = [row["resident_gb"] for row in run.steps]
         grown.append(1e3 * (sum(memory[100:]) - sum(memory[30:50])) / 20)  # MB in 70 steps, with 3 saves
     assert grown[0] < 8 and 24 < grown[1] < 38, grown
 

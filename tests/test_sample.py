@@ -168,17 +168,68 @@ def test_a_chat_keeps_the_conversation_in_the_chat_format(tmp_path, monkeypatch,
 @pytest.mark.parametrize("name", ["baseline", "gpt2"])
 def test_a_model_goes_to_transformers_and_comes_back(name, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
-    folder, model, tokenizer = make_run(tmp_path / "run", name=name)
-    text_of(capsys, folder, "--save_pretrained", tmp_path / "hf")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    folder, model, tokenizer = make_run(tmp_path / "run", CHAT_TOKENS, name=name)
+    hf = tmp_path / "hf"
+    assert "generation_config.json, model.safetensors, tokenizer" in text_of(capsys, folder, "--save_pretrained", hf)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf)
     x = torch.randint(256, (1, 20))
     torch.testing.assert_close(theirs(x).logits, model(x), atol=1e-4, rtol=0)
-    arguments = ("--prompt", "ab", "--temperature", 0, "--max_new_tokens", 20)
-    assert text_of(capsys, tmp_path / "hf", *arguments) == text_of(capsys, folder, *arguments)
-    (tmp_path / "hf" / "data.json").unlink()
-    assert "no tokenizer" in error_of(tmp_path / "hf")
-    assert text_of(capsys, tmp_path / "hf", "--tokenizer", "byte", *arguments).startswith("ab")
-    assert "holds a model already" in error_of(folder, "--save_pretrained", tmp_path / "hf")
+
+    # the text that either continues a prompt with, which begins a document
+    arguments = ("--prompt", "naïve", "--temperature", 0, "--max_new_tokens", 20)
+    text = text_of(capsys, folder, *arguments)
+    assert text_of(capsys, hf, *arguments) == text
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(hf)
+    prompt = their_tokenizer("naïve", return_tensors="pt")
+    assert prompt.input_ids[0].tolist() == [tokenizer.eot_id, *tokenizer.encode("naïve")]
+    bad = [[i] for i in range(tokenizer.vocab_size, 320)]  # padding of the vocabulary, which sample.py hides
+    ids = theirs.generate(**prompt, max_new_tokens=20, do_sample=False, bad_words_ids=bad)[0]
+    stop = theirs.generation_config.eos_token_id
+    assert stop == [tokenizer.eot_id, tokenizer.special_tokens["<|im_end|>"]]
+    ids = [i for i in ids[1:].tolist() if i not in stop]
+    assert their_tokenizer.decode(ids) + "\n" == text
+
+    assert text_of(capsys, hf, "--save_pretrained", tmp_path / "again").startswith("wrote")
+    for file in hf.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+    (hf / "tokenizer.json").unlink()
+    assert "no tokenizer" in error_of(hf)
+    assert text_of(capsys, hf, "--tokenizer", "byte", *arguments).startswith("naïve")
+
+
+def test_a_model_is_not_saved_into_its_own_run_nor_over_anything_else(run, tmp_path):
+    folder = run[0]
+    before = sorted(folder.rglob("*"))
+    for path in (folder, folder / "best"):
+        assert "is not empty: give a new folder" in error_of(path, "--save_pretrained", folder)
+        assert "is not empty: give a new folder" in error_of(folder, "--save_pretrained", path)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_without_a_tokenizer_that_transformers_could_have_nothing_is_saved(run, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer("byte")
+    tokenizer.kind = "sentencepiece"
+    monkeypatch.setattr(sample, "find_tokenizer", lambda *_: (tokenizer, []))
+    assert "byte: a sentencepiece tokenizer has no" in error_of(run[0], "--save_pretrained", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("in_sequence", [False, True])
+def test_a_prompt_begins_with_what_the_folders_own_tokenizer_puts_before_it(in_sequence, tmp_path, capsys):
+    folder, _, tokenizer = make_run(tmp_path / "run", ["<s>"])
+    text_of(capsys, folder, "--save_pretrained", tmp_path / "hf")
+    file = tmp_path / "hf" / "tokenizer.json"
+    written = json.loads(file.read_text())
+    arguments = sample.parse_arguments([str(tmp_path / "hf")])
+    assert sample.load(arguments)[2] == [tokenizer.eot_id]
+    before = tokenizer.to_hf([tokenizer.special_tokens["<s>"]])["tokenizer.json"]["post_processor"]
+    before["single"].append(before["single"][0])  # the same token behind the text is none before it
+    if in_sequence:  # as in the file of Llama 3
+        before = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, before]}
+    file.write_text(json.dumps(written | {"post_processor": before}))
+    assert sample.load(arguments)[2] == [tokenizer.special_tokens["<s>"]]
+    file.write_text(json.dumps(written | {"post_processor": None}))
+    assert sample.load(arguments)[2] == []
 
 
 def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):

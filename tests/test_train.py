@@ -14,28 +14,30 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib.pyplot  # noqa: F401  imported once here, and so in every process that is forked from this
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # what an optimizer imports when it is made
 import torch.nn.functional as F
-import torch.nn.parallel
-import torch.utils.checkpoint
 
 import checkpoint
 import model_baseline
+import record
 from data.shards import Loader, Shards, write_shard
 from data.tokenizers import load_tokenizer
 from sharding import Stored
 from tests.tiny import ROOT, TINY
 
-FORK = get_context("forkserver")  # forks of a process that has imported torch: a run starts in a tenth of the time
-FORK.set_forkserver_preload(["tests.test_train"])
+FORK = get_context("forkserver")  # forks of a process that has imported all this: a run starts in a tenth of the time
+FORK.set_forkserver_preload([
+    "tests.test_train", "tests.test_parallel", "matplotlib.pyplot", "torch._dynamo", "torch.nn.parallel",
+    "torch.utils.checkpoint", "eval", "flops", "guard", "kernels", "muon", "parallel",
+])  # fmt: skip
+PICTURES = {"PICTURES": "yes"}  # for a run that draws its loss at each save, which takes longer than its steps
 EOT = 256
 SIZES = dict(n_layer=1, n_head=2, n_kv_head=1, head_dim=8, n_embd=16, n_inner=32, block_size=32)
 KNOBS = SIZES | dict(batch_tokens=256, micro_batch=4, max_steps=6, warmup_steps=3, eval_every=100, eval_tokens=1000,
@@ -97,23 +99,33 @@ def work(tmp_path_factory):
     ))  # fmt: skip
 
 
-def in_fork(argv, folder, log, environment):
-    for fd in (1, 2):
-        os.dup2(os.open(f"{log}.{fd}", os.O_WRONLY), fd)
-    sys.argv, sys.dont_write_bytecode = ["train.py", *argv], True
+def in_fork(script, argv, folder, out, err, environment):
+    """What `python script argv >> out 2>> err` does in the folder, with modules from there as well."""
+    for fd, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+    sys.argv, sys.dont_write_bytecode = [script, *argv], True
     sys.path[:0] = [str(ROOT), str(folder)]
     os.chdir(folder)
     os.environ.update(environment)
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    if "PICTURES" not in environment:
+        record.plot = lambda *_: None
+    if "BACKEND" in environment:
+        torch.compile = partial(torch.compile, backend=environment["BACKEND"])
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except Exception:  # multiprocessing would print it in its own way
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
-def launch(work, argv, environment=None):
+def launch(work, argv, environment=None, script="train.py"):
     """Begins a run in the folder `work`: its process, and where it prints."""
     launch.count += 1
     log = work / f"log{launch.count}"
     for fd in (1, 2):
         Path(f"{log}.{fd}").touch()
-    process = FORK.Process(target=in_fork, args=(argv, work, log, environment or {}), daemon=True)
+    arguments = (script, argv, work, f"{log}.1", f"{log}.2", environment or {})
+    process = FORK.Process(target=in_fork, args=arguments, daemon=True)
     process.start()
     return process, log
 
@@ -210,7 +222,7 @@ LONG = dict(max_steps=30, eval_every=10, save_every=5, keep_last=0, dropout=0.1)
 @pytest.fixture(scope="module")
 def base(work):
     """30 steps of Muon with dropout, everything on."""
-    return train(work, "base", **LONG, tensorboard=True)
+    return train(work, "base", **LONG, tensorboard=True, environment=PICTURES)
 
 
 def test_saving_beside_the_steps_leaves_the_same_checkpoints(work, base):
@@ -259,8 +271,10 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(work, base):
         elif kill == 1:  # within a save
             while process.is_alive() and not list(folder.glob("*.tmp")):
                 pass
-        else:
-            process.join(rng.uniform(0.3, 1.5))
+        else:  # some steps later
+            size = (folder / "metrics.jsonl").stat().st_size + rng.randint(0, 1500)
+            until(lambda size=size, process=process: wrote(folder, size) or not process.is_alive())
+            time.sleep(rng.uniform(0, 0.03))
         process.kill()
         assert finish(process, log).code in (-signal.SIGKILL, 0)
         assert kill or not checkpoint.folders(folder)
@@ -295,6 +309,7 @@ def test_a_second_signal_exits_at_once(work):
     assert finish(process, log, 5).code == 128 + signal.SIGTERM
 
 
+@pytest.mark.xdist_group("processes")
 def test_two_processes_stop_after_the_same_step_where_one_gets_the_signal(work):
     runs = together(work, 2, out_dir="two", max_steps=10**6, schedule="constant")
     until(lambda: wrote(work / "two", 2000))
@@ -306,7 +321,8 @@ def test_two_processes_stop_after_the_same_step_where_one_gets_the_signal(work):
     assert finished(work / "two").steps[-1]["step"] == step
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_torchrun_trains_and_stops_on_a_signal_and_one_process_goes_on(work, number):
     out_dir = f"torchrun {number.name}"
     knobs = dict(data="data", out_dir=out_dir, schedule="constant") | KNOBS
@@ -324,6 +340,7 @@ def test_torchrun_trains_and_stops_on_a_signal_and_one_process_goes_on(work, num
 
 
 # ---- the same numbers, however they are computed ---------------------------------------------------------------------
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("masks", [False, True])
 def test_losses_do_not_depend_on_micro_batch_or_the_number_of_processes(work, masks):
     knobs = dict(document_mask=masks, mask_document_crossing=masks, document_start_probability=0.4 * masks)
@@ -343,6 +360,7 @@ def test_losses_do_not_depend_on_micro_batch_or_the_number_of_processes(work, ma
             torch.testing.assert_close(weights(run.folder, 6)[name], tensor, atol=1e-5, rtol=0)
 
 
+@pytest.mark.xdist_group("processes")
 def test_two_processes_train_experts_like_one(work):
     """The loads that balance loss and biases go by are those of all processes."""
     knobs = dict.fromkeys(SIZES) | TINY["moe"] | dict(block_size=32, vocab_size=0, bias_rate=0.01, micro_batch=8)
@@ -404,19 +422,26 @@ def test_half_precision_stays_close_to_float32_and_resumes_bit_for_bit(work, dty
     assert "changed since the checkpoint: dtype: auto -> " + dtype in other.out
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_a_compiled_run_has_the_losses_of_an_eager_one(work):
     knobs = dict(max_steps=2, eval_every=2, save_every=2)
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
     eager = train(work, "eager", **knobs)
-    compiled = train(work, "compiled", compile=True, environment=cache, **knobs)
-    assert any((work / "inductor").rglob("*.so"))
+    compiled = train(work, "compiled", compile=True, environment={"BACKEND": "aot_eager"}, **knobs)
     assert "float32, compiled" in compiled.out and close(compiled.losses, eager.losses)
     assert weights(compiled.folder, 2).keys() == weights(eager.folder, 2).keys()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_a_run_compiled_to_machine_code_has_the_losses_of_an_eager_one(work):
+    knobs = dict(max_steps=2, eval_every=2, save_every=2)
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
+    eager = train(work, "eager too", **knobs)
+    compiled = train(work, "machine code", compile=True, environment=cache, **knobs)
+    assert any((work / "inductor").rglob("*.so")) and close(compiled.losses, eager.losses)
+
+
 def test_a_run_with_kernels_has_the_losses_of_one_without(work):
-    knobs = dict(max_steps=2, eval_every=2, save_every=2, head_dim=16)
+    knobs = dict(max_steps=2, eval_every=2, save_every=2, eval_tokens=64, head_dim=16)
     plain = train(work, "without kernels", **knobs)
     fused = train(work, "with kernels", "--kernels", environment={"TRITON_INTERPRET": "1"}, **knobs)
     assert "1 x norm_rope" in fused.out and "PyTorch instead" not in fused.out + fused.err
@@ -517,7 +542,7 @@ def test_validation_loss_and_bits_per_byte_equal_a_sum_over_single_tokens(work, 
     torch.manual_seed(1)
     model = model_baseline.GPT(model_baseline.GPTConfig(vocab_size=320, **SIZES)).eval()
     tokens = Shards(work / "data", "val").read(0, 1001).tolist()
-    for row in base.evaluations:
+    for row in (base.evaluations[0], base.evaluations[-1]):
         if row["step"]:
             model.load_state_dict(weights(base.folder, row["step"]))
         nats = []
@@ -669,6 +694,7 @@ def test_bad_input_is_refused_in_one_line_that_says_what_to_do(work, case):
     assert not (work / "refused").exists()
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused_with_numbers_to_try(work):
     results = [finish(*run) for run in together(work, 2, out_dir="odd batch", batch_tokens=32 * 7)]
     assert all(result.code and "32 times 2 processes: try 192 or 256" in result.err for result in results)
@@ -767,7 +793,7 @@ def test_a_finished_run_resumed_does_nothing_and_with_more_steps_goes_on(work, b
 
 def test_the_load_of_experts_is_logged_and_drawn(work):
     sizes = dict(model="moe", n_layer=2, n_expert=4, n_expert_per_token=2, n_expert_inner=8)
-    run = train(work, "moe", **sizes, log_every=2)
+    run = train(work, "moe", **sizes, log_every=2, environment=PICTURES)
     logged = [row for row in run.steps if "expert_load" in row]
     assert [row["step"] for row in logged] == [2, 4, 6]
     assert all(np.array(row["expert_load"]).sum(axis=1).tolist() == [2 * 256, 2 * 256] for row in logged)
