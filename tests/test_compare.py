@@ -111,7 +111,10 @@ def test_the_values_of_a_knob_become_variants_of_each_model_or_of_the_one_named(
     names = [v.name for v in planned(setting, "--models", "baseline,mla", "--vary", "optimizer=adamw,muon")]
     assert names == [f"{m}:optimizer={o}" for m in ("baseline", "mla") for o in ("adamw", "muon")]
     varied = planned(setting, "--vary", "switch.balance_over=batch,global")
-    assert [(v.config["model"], v.config["balance_over"]) for v in varied] == [("switch", "batch"), ("switch", "global")]
+    assert [(v.config["model"], v.config["balance_over"]) for v in varied] == [
+        ("switch", "batch"),
+        ("switch", "global"),
+    ]
 
 
 @pytest.mark.parametrize("more, message", [
