@@ -770,14 +770,14 @@ PROVED = {
     "moe": {
         "RMSNorm": "85f75428", "rope_cos_sin": "91f5e3e7", "yarn": "9a6ca011", "apply_rope": "3e7688fa",
         "Attention": "17aff4d6", "MLP": "0a66f93c", "Router": "d8140829", "has_grouped_mm": "d1b99fcc",
-        "grouped_matmul": "bf429984", "ExpertLinear": "a80b6ddc", "MoE": "cfafd3cc", "Block": "bb6099f2",
+        "grouped_matmul": "646c32e2", "ExpertLinear": "a80b6ddc", "MoE": "cfafd3cc", "Block": "bb6099f2",
         "GPT": "4acd9451", "GPT.__init__": "3f5a8680", "GPT.forward": "afa8a0fe", "GPT.positions_and_mask": "885d3e81",
         "GPT.logits": "7bf98985",
     },
     "hybrid": {
         "RMSNorm": "1e4ee690", "rope_cos_sin": "1a6f3b29", "yarn": "9a6ca011", "apply_rope": "b12c079b",
-        "Attention": "8b8d03cc", "recurrent_delta_rule": "b40bb6ce", "chunked_delta_rule": "5f8d758c",
-        "GatedDelta": "0ab129da", "unit": "1d84f0a6", "MLP": "0a66f93c", "Block": "15a28f55", "GPT": "4acd9451",
+        "Attention": "8b8d03cc", "recurrent_delta_rule": "b40bb6ce", "chunked_delta_rule": "2694dc38",
+        "GatedDelta": "25225dae", "unit": "1d84f0a6", "MLP": "0a66f93c", "Block": "15a28f55", "GPT": "4acd9451",
         "GPT.__init__": "d3993ff1", "GPT.forward": "310d397b", "GPT.positions_and_mask": "885d3e81",
         "GPT.logits": "7bf98985",
     },

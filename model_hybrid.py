@@ -1,9 +1,9 @@
-"""Layers that remember in a matrix by the gated delta rule, with gated attention every few: the plan of Qwen3-Next.
+"""As in Qwen3-Next: layers that remember in a matrix by the gated delta rule, with gated attention every few.
 
     q, k, v = silu(conv(Wq u, Wk u, Wv u)), then q and k are brought to length 1          u = RMSNorm(x)
     decay = exp(-exp(A_log) softplus(Wa u + dt_bias)), beta = sigmoid(Wb u)
     M = decay M;  M = M + k (beta (v - M^T k))^T;  y = M^T q        (https://arxiv.org/abs/2412.06464)
-    x = x + Wo (RMSNorm(y) * silu(Wz u))
+    x = x + Wo (RMSNorm(y) * silu(Wz u)), or the attention of model_gated.py where layer_pattern says a
 
 M^T k is what the memory answers to the key k: with beta = 1 writing replaces that answer by v, where linear attention
 would add v to it. M has one size at every length, so a token costs as much after 100,000 others as after 10.
@@ -77,10 +77,12 @@ class GPTConfig:
     def __post_init__(self):
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: try 1 or n_head")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd, and RoPE turns pairs: try {self.head_dim + 1}")
         rotary_dim = self.head_dim * self.rotary_fraction
         if rotary_dim not in range(2, self.head_dim + 1, 2):
-            size = f"{rotary_dim:g} of head_dim={self.head_dim} numbers"
-            raise ValueError(f"RoPE turns pairs, and cannot turn {size}: try rotary_fraction=1.0")
+            numbers = f"{rotary_dim:g} of head_dim={self.head_dim} numbers"
+            raise ValueError(f"rotary_fraction={self.rotary_fraction} are {numbers}, not pairs: try 1.0")
         elsewhere = dict(
             l="local attention",
             n="full attention without positions",
@@ -263,7 +265,7 @@ def chunked_delta_rule(q, k, v, log_decay, beta, first, state, chunk=64):
     # 1. cut into N chunks of L tokens; the padding at the right writes nothing and decays nothing
     T = q.size(2)
     L = chunk
-    if T < chunk:  # min() would stay a symbol in the graphs of torch.compile
+    if T < chunk:  # min(chunk, T) would stay a symbol in the graphs of torch.compile
         L = T
     missing = -T % L
     q = F.pad(q, (0, 0, 0, missing)).unflatten(2, (-1, L))  # (B, Hv, N, L, Dk)
@@ -284,51 +286,54 @@ def chunked_delta_rule(q, k, v, log_decay, beta, first, state, chunk=64):
     document = F.pad(first, (1, 0)).cumsum(dim=-1)  # (B or 1, 1, N, L + 1)
     same = document[..., :, None] == document[..., None, :]
     decay = decay * same.tril()
-    of_state = decay[..., 1:, :1]  # (B, Hv, N, L, 1)
-    of_tokens = decay[..., 1:, 1:]  # (B, Hv, N, L, L)
-    state_at_end = decay[..., -1:, :1]  # (B, Hv, N, 1, 1)
-    tokens_at_end = decay[..., -1, 1:, None]  # (B, Hv, N, L, 1)
+    state_kept = decay[..., 1:, :1]  # (B, Hv, N, L, 1), of the state at each token
+    tokens_kept = decay[..., 1:, 1:]  # (B, Hv, N, L, L), of each token at each later one
+    state_kept_at_end = decay[..., -1:, :1]  # (B, Hv, N, 1, 1)
+    tokens_kept_at_end = decay[..., -1, 1:, None]  # (B, Hv, N, L, 1)
 
-    # 3. written = u - w M solves (1 + A) written = beta (v - of_state k M): for u and w at once, without M
-    A = (k @ k.mT) * of_tokens * beta  # used below its diagonal
-    right = torch.cat((v, k * of_state), dim=-1) * beta  # (B, Hv, N, L, Dv + Dk)
+    # 3. what is written depends on what was before: (1 + A) written = beta (v - state_kept k M), with A below its
+    # diagonal. Its solution is u - w M, and u and w need no M: all chunks are solved at once.
+    A = (k @ k.mT) * tokens_kept * beta  # (B, Hv, N, L, L)
+    right = torch.cat((v, k * state_kept), dim=-1) * beta  # (B, Hv, N, L, Dv + Dk)
     solved = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True)
-    u, w = solved.tensor_split((v.size(-1),), dim=-1)
+    u, w = solved.tensor_split((v.size(-1),), dim=-1)  # (B, Hv, N, L, Dv), (B, Hv, N, L, Dk)
 
     # 4. go from chunk to chunk
-    scores = (q @ k.mT) * of_tokens  # (B, Hv, N, L, L)
-    q = q * of_state
-    k = k * tokens_at_end
+    scores = (q @ k.mT) * tokens_kept  # (B, Hv, N, L, L)
+    q_to_state = q * state_kept
+    k_to_end = k * tokens_kept_at_end
     y = []
     for n in range(q.size(2)):
         written = u[:, :, n] - w[:, :, n] @ state  # (B, Hv, L, Dv)
-        y.append(q[:, :, n] @ state + scores[:, :, n] @ written)
-        state = state * state_at_end[:, :, n] + k[:, :, n].mT @ written
+        y.append(q_to_state[:, :, n] @ state + scores[:, :, n] @ written)
+        state = state * state_kept_at_end[:, :, n] + k_to_end[:, :, n].mT @ written
     return torch.cat(y, dim=2)[:, :, :T], state
 
 
 class GatedDelta(nn.Module):
+    """Projections and a short convolution, the delta rule, a gated norm (https://arxiv.org/abs/2412.06464)."""
+
     def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
-        keys = config.n_key_head * config.key_dim
-        values = config.n_value_head * config.value_dim
-        channels = keys + keys + values
+        key_width = config.n_key_head * config.key_dim
+        value_width = config.n_value_head * config.value_dim
+        channels = 2 * key_width + value_width  # of q, k and v
         self.layer = layer
         self.key_dim = config.key_dim
         self.value_dim = config.value_dim
         self.norm_eps = config.norm_eps
-        self.wq = nn.Linear(C, keys, bias=False)
-        self.wk = nn.Linear(C, keys, bias=False)
-        self.wv = nn.Linear(C, values, bias=False)
-        self.wz = nn.Linear(C, values, bias=False)
+        self.wq = nn.Linear(C, key_width, bias=False)
+        self.wk = nn.Linear(C, key_width, bias=False)
+        self.wv = nn.Linear(C, value_width, bias=False)
+        self.wz = nn.Linear(C, value_width, bias=False)
         self.wb = nn.Linear(C, config.n_value_head, bias=False)
         self.wa = nn.Linear(C, config.n_value_head, bias=False)
         self.conv = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels, bias=False)
         self.A_log = nn.Parameter(torch.empty(config.n_value_head))
         self.dt_bias = nn.Parameter(torch.empty(config.n_value_head))
         self.o_norm = nn.Parameter(torch.empty(config.value_dim))
-        self.wo = nn.Linear(values, C, bias=False)
+        self.wo = nn.Linear(value_width, C, bias=False)
 
     def forward(self, x, positions, cache=None):
         B, T, _ = x.shape
@@ -342,7 +347,7 @@ class GatedDelta(nn.Module):
         b = self.wb(x).to(wide)  # (B, T, Hv)
         a = self.wa(x).to(wide)  # (B, T, Hv)
 
-        # 2. convolve q, k and v, behind the inputs before them
+        # 2. convolve q, k and v; the tail is what came in before these tokens
         qkv = torch.cat((q, k, v), dim=-1)  # (B, T, channels)
         if cache is None:
             state = qkv.new_zeros(B, b.size(-1), self.key_dim, self.value_dim, dtype=wide)
@@ -363,8 +368,8 @@ class GatedDelta(nn.Module):
 
         # 4. the delta rule, heads before time
         beta = b.sigmoid()
-        # -logsigmoid(-y) is softplus(y)
-        log_decay = self.A_log.to(wide).exp() * F.logsigmoid(-a - self.dt_bias)  # (B, T, Hv)
+        # logsigmoid(-y) is -softplus(y), whose gradient fails under torch.compile with the backend aot_eager
+        log_decay = self.A_log.to(wide).exp() * F.logsigmoid(-(a + self.dt_bias))  # (B, T, Hv)
         first = positions.view(-1, 1, T) == 0  # (B or 1, 1, T)
         device_type = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
         with torch.autocast(device_type, enabled=False):
@@ -395,15 +400,14 @@ class GatedDelta(nn.Module):
         return y
 
     def delta_rule(self, q, k, v, log_decay, beta, first, state):
-        """Returns outputs (B, Hv, T, Dv) and the last state; inputs as in chunked_delta_rule."""
-        rule = chunked_delta_rule
+        """Returns the outputs (B, Hv, T, Dv) and the last state; inputs as in chunked_delta_rule."""
         if q.size(2) == 1:
-            rule = recurrent_delta_rule
-        return rule(q, k, v, log_decay, beta, first, state)
+            return recurrent_delta_rule(q, k, v, log_decay, beta, first, state)
+        return chunked_delta_rule(q, k, v, log_decay, beta, first, state)
 
 
 def unit(x):
-    """Returns the vectors x (..., D) at length 1."""
+    """Returns the vectors x (..., Dk) at length 1, and one of zeros as it is."""
     return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
 
 
@@ -424,7 +428,7 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         kind = config.layer_pattern[layer]
-        nth = config.layer_pattern[:layer].count(kind)  # of its kind: the cache counts the kinds apart
+        nth = config.layer_pattern[:layer].count(kind)  # the cache counts attention and delta layers apart
         self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.attn = Attention(config, nth) if kind == "a" else None
         self.delta = GatedDelta(config, nth) if kind == "d" else None
@@ -444,10 +448,10 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """What layers keep of the tokens so far, in buffers made once; attention: k[layer] and v[layer] (B, G, max_len, D).
+    """What layers keep of the tokens so far, in buffers made once: attention k[layer] and v[layer] (B, G, max_len, D).
 
-    A delta layer keeps as much at any length: state[layer] (B, Hv, Dk, Dv), and tail[layer] (B, K - 1, channels), the
-    last inputs of its convolution.
+    A delta layer keeps the same at any length: state[layer] (B, Hv, Dk, Dv), and tail[layer] (B, K - 1, channels), the
+    last inputs of its convolution. Attention and delta layers are counted apart.
 
     doc_start (B, max_len) holds for each place the place where its document begins; tokens see each other where it is
     equal. Padding at the left is a document of its own. Two rows, the second with pad=1; E is eot_id, - is padding:
@@ -463,11 +467,11 @@ class KVCache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_attention)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_attention)]
         wide = torch.promote_types(dtype, torch.float32)
-        shape = (batch_size, config.n_value_head, config.key_dim, config.value_dim)
-        self.state = [torch.zeros(shape, device=device, dtype=wide) for _ in range(n_delta)]
+        state_shape = (batch_size, config.n_value_head, config.key_dim, config.value_dim)
+        self.state = [torch.zeros(state_shape, device=device, dtype=wide) for _ in range(n_delta)]
         channels = 2 * config.n_key_head * config.key_dim + config.n_value_head * config.value_dim
-        shape = (batch_size, config.conv_kernel - 1, channels)
-        self.tail = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_delta)]
+        tail_shape = (batch_size, config.conv_kernel - 1, channels)
+        self.tail = [torch.zeros(tail_shape, device=device, dtype=dtype) for _ in range(n_delta)]
         self.max_len = max_len
         self.static = static
         self.length = torch.zeros((), dtype=torch.long, device=device) if static else 0
@@ -559,7 +563,7 @@ class KVCache:
         return sum(x.nbytes for x in self.k + self.v) // self.doc_start.numel()
 
     def state_bytes(self):
-        """Returns what a sequence takes besides, at any length."""
+        """Returns the bytes of a sequence's states, which do not grow with its length."""
         return sum(x.nbytes for x in self.state + self.tail) // len(self.doc_start)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import flops
 import model_hybrid
 import muon
 from checkpoint import CheckpointError
@@ -119,11 +120,11 @@ def test_one_token_takes_the_recurrent_form_and_more_the_chunked_one(monkeypatch
     assert seen == [f"{form}_delta_rule" for form in ("recurrent", "chunked", "recurrent", "recurrent")]
 
 
-@pytest.mark.slow  # the contract traces one model's forward pass for any length; here gradients and several chunks too
+@pytest.mark.slow  # the contract traces a forward pass for any length, of one chunk
 def test_the_chunked_delta_rule_compiled_for_any_length_has_the_gradients_of_the_eager_one():
     torch._dynamo.reset()
     compiled = torch.compile(chunked_delta_rule, backend="aot_eager", dynamic=True, fullgraph=True)
-    for T in (16, 7, 100, 120):
+    for T in (100, 120):  # 2 chunks
         given = [x.requires_grad_() if x.is_floating_point() else x for x in inputs(B=2, H=1, T=T)]
         wanted = [x for x in given if x.requires_grad]
         got = torch.autograd.grad(compiled(*given)[0].square().sum(), wanted)
@@ -227,8 +228,8 @@ def test_the_cache_grows_by_the_attention_layers_alone_and_the_state_does_not_gr
     state = 4 * (4 * 16 * 12 + 3 * (2 * 2 * 16 + 4 * 12)) * 4  # 4 layers: 4 heads of 16 x 12, 3 inputs of 112 channels
     for max_len in (16, 64):
         cache = model.new_cache(3, max_len)
-        assert cache.bytes_per_token() == per_token
-        assert cache.state_bytes() == state
+        assert cache.bytes_per_token() == per_token == flops.cache_bytes_per_token("hybrid", model.config, 4)
+        assert cache.state_bytes() == state == flops.state_bytes("hybrid", model.config, 4)
         assert sum(x.nbytes for x in cache_tensors(cache)) == 3 * (max_len * per_token + state)
     half = model.bfloat16().new_cache(1, 8)
     assert half.state[0].dtype == torch.float32 and half.tail[0].dtype == half.k[0].dtype == torch.bfloat16
@@ -258,6 +259,49 @@ def test_a_state_is_rewound_to_nothing_or_not_at_all(static):
     torch.testing.assert_close(attention(x[:, 5:], cache=cache), want[:, 5:], atol=1e-9, rtol=0)
 
 
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [64, 192, 33, 100])
+@pytest.mark.parametrize(
+    "options", [{}, dict(output_gate="head", qkv_gates="qv", tie_embeddings=False, layer_pattern="aad")]
+)
+def test_flops_of_a_token_and_parameters_are_those_of_the_closed_form(T, options):
+    c = build("hybrid", n_layer=4, block_size=256, **dict(layer_pattern="ddda") | options).config
+    C, H, G, D, V = c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.vocab_size
+    Hk, Hv, Dk, Dv = c.n_key_head, c.n_value_head, c.key_dim, c.value_dim
+    n_delta = c.layer_pattern.count("d")
+    n_attention = c.layer_pattern.count("a")
+    L = min(64, T)
+    padded = -(-T // L) * L / T  # tokens that are computed for each that is there
+    gates = H * D
+    if options:
+        gates = H + H * D + G * D
+    delta = n_delta * C * (2 * Hk * Dk + 3 * Hv * Dv + 2 * Hv)
+    attention = n_attention * C * (2 * H * D + 2 * G * D + gates)
+    rule = 4 * L * Dk + 2 * L * Dv + 6 * Dk * Dv  # of chunks, by matmuls
+    solve = L * (Dk + Dv)
+    assert flops.forward_flops("hybrid", c, T) == {
+        "delta": 2 * delta,
+        "delta between tokens": pytest.approx(n_delta * Hv * padded * (rule + solve), rel=1e-12),
+        "attn": 2 * attention,
+        "attn between tokens": 4 * n_attention * T * H * D,
+        "mlp": 2 * 4 * 3 * C * c.n_inner,
+        "head": 2 * C * V,
+    }
+    parameters = {
+        "embed": V * C,
+        "delta": delta + n_delta * (2 * Hv + Dv),
+        "delta.conv": n_delta * 4 * (2 * Hk * Dk + Hv * Dv),
+        "attn": attention,
+        "mlp": 4 * 3 * C * c.n_inner,
+        "norms": 9 * C + 2 * D * n_attention,
+    }
+    if options:
+        parameters["head"] = V * C
+    assert flops.parameters("hybrid", c) == parameters
+
+
 # ---- the config ------------------------------------------------------------------------------------------------------
 
 
@@ -284,9 +328,10 @@ def test_a_pattern_is_repeated_and_cut_to_the_layers(pattern, layers):
         (dict(layer_pattern="dddx"), "layer_pattern='dddx': x is no kind of layer"),  # where it would be cut off too
         (dict(layer_pattern=""), "layer_pattern='' says nothing"),
         (dict(n_value_head=5), "n_value_head=5 is not a multiple of n_key_head=2"),
-        (dict(rotary_fraction=0.3125), "5 of head_dim=16"),
+        (dict(rotary_fraction=0.3125), "rotary_fraction=0.3125 are 5 of head_dim=16 numbers"),
         (dict(rotary_fraction=1.5), "24 of head_dim=16"),
         (dict(rotary_fraction=0.0), "0 of head_dim=16"),
+        (dict(head_dim=15, rotary_fraction=1.0), "head_dim=15 is odd"),
         (dict(output_gate="heads"), "output_gate='heads'.*none, head or element"),
         (dict(qkv_gates="qz"), "qkv_gates='qz'.*letters of qkv"),
     ],
