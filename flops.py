@@ -416,7 +416,7 @@ def stacks(model: str, config) -> dict[str, tuple[int, int]]:
         row = component(name.rpartition(".")[0])
         found[row] += p.numel() * (p.ndim == 3 and p.size(1) > 1)
         matrices[row] += p.numel() * (p.ndim == 2)
-    forward = forward_flops(model, config, 64)
+    forward = forward_flops(model, config, min(64, config.block_size))
     return {row: (n, whole(forward[row] / 2 - matrices[row])) for row, n in found.items() if n}
 
 
@@ -445,7 +445,7 @@ def weights_read(model: str, config, batch: int) -> float:
         if isinstance(module, nn.Embedding):
             read += batch * module.embedding_dim - module.weight.numel()
     if getattr(gpt, "lm_head", None) is None:
-        read += forward_flops(model, config, 64)["head"] / 2
+        read += forward_flops(model, config, min(64, config.block_size))["head"] / 2
     for n, active in stacks(model, config).values():
         read -= n * (1 - active / n) ** batch
     return read
@@ -539,6 +539,14 @@ def width_knob(config) -> str:
     return widths[-1] if widths else "n_embd"
 
 
+def first_that_costs(target, values, cost):
+    """Returns the index of the first value that costs target or more; small ones are tried first, as they are quick."""
+    reach = 1
+    while reach < len(values) and cost(values[reach - 1]) < target:
+        reach *= 2
+    return bisect.bisect_left(values, target, hi=min(reach, len(values)), key=cost)
+
+
 def match(
     model: str, sizes: dict, T: int, target: float, knob: str, by: str = "flops", optimizer: tuple | None = None
 ) -> tuple[int, float]:
@@ -579,7 +587,7 @@ def match(
         values = [v for v in range((low // step + 1) * step, high + 1, step) if accepted(v)]
         if not values:
             continue
-        first = bisect.bisect_left(values, target, key=cost)  # the first that costs enough
+        first = first_that_costs(target, values, cost)
         for value in values[max(first - 1, 0) : first + 1]:
             if best is None or abs(cost(value) - target) < abs(cost(best) - target):
                 best = value
