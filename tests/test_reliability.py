@@ -57,13 +57,16 @@ def work(tmp_path_factory):
         ("    eot_id: int", """    leak: int = 0  # floats a step
     sleep: float = 0.0
     eot_id: int"""),
-        ("        return F.cross_entropy(self", """        import time
+        ("        return F.cross_entropy(self.logits(x).flatten(0, 1)", """        import time
         time.sleep(self.config.sleep if self.training else 0)
         self.leaked = [*getattr(self, "leaked", []), torch.ones(self.config.leak)]
-        return F.cross_entropy(self"""),
-        ("        return {}", """        import os
+        return F.cross_entropy(self.logits(x).flatten(0, 1)"""),
+        ("    def new_cache(self", """    def metrics(self):
+        import os
         told = torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
-        return {"deterministic": told and os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"}"""),
+        return {"deterministic": float(told and os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8")}
+
+    def new_cache(self"""),
     ))  # fmt: skip
 
 

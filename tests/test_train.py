@@ -80,7 +80,7 @@ def work(tmp_path_factory):
     sleep: float = 0.0
     bias: float = 0.0  # an auxiliary loss
     eot_id: int"""),
-        ("        return F.cross_entropy(self", """        if self.config.sleep:
+        ("        return F.cross_entropy(self.logits(x).flatten(0, 1)", """        if self.config.sleep:
             import time
             print("sleeping", flush=True)
             time.sleep(self.config.sleep)
@@ -88,14 +88,17 @@ def work(tmp_path_factory):
         import os
         bad = self.training and c.bad_from <= self.calls <= c.bad_to
         factor = c.factor if bad and c.bad_rank in (-1, int(os.environ.get("RANK", -1))) else 1.0
-        return c.bias * self.training + factor * F.cross_entropy(self"""),
-        ("        return cap * torch", """        c, calls = self.config, getattr(self, "calls", 0)
+        return c.bias * self.training + factor * F.cross_entropy(self.logits(x).flatten(0, 1)"""),
+        ("        cap = self.config.logit_softcap", """        c, calls = self.config, getattr(self, "calls", 0)
         if not self.training and c.factor > 1e30 and c.bad_from <= calls <= c.bad_to:
             logits = logits * c.factor
-        return cap * torch"""),
-        ("        return x + self.dropout(self.mlp(", """        Block.forwards = getattr(Block, "forwards", 0) + 1
-        return x + self.dropout(self.mlp("""),
-        ("        return {}", '        return {"calls": float(self.calls), "block_forwards": float(Block.forwards)}'),
+        cap = self.config.logit_softcap"""),
+        ("        x = x + self.dropout(self.mlp(", """        Block.forwards = getattr(Block, "forwards", 0) + 1
+        x = x + self.dropout(self.mlp("""),
+        ("    def new_cache(self", """    def metrics(self):
+        return {"calls": float(self.calls), "block_forwards": float(Block.forwards)}
+
+    def new_cache(self"""),
     ))  # fmt: skip
 
 
