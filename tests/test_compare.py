@@ -235,10 +235,12 @@ def test_a_comparison_that_is_stopped_saves_its_runs_and_goes_on_with_them(setti
                 paused.append(lock)
         return len(paused) == 2
 
-    until(both_have_begun)
-    process.terminate()
-    for lock in paused:
-        os.kill(holder(lock.parent), signal.SIGCONT)
+    try:
+        until(both_have_begun)
+    finally:
+        process.terminate()
+        for lock in paused:
+            os.kill(holder(lock.parent), signal.SIGCONT)
     stopped = finish(process, log)
     assert stopped.code == 130 and "the same command goes on from here" in stopped.err
     logs = sorted(tmp_path.glob("*/*.log"))

@@ -1,7 +1,7 @@
 """The commands of the README, in a copy of the repository at a tiny size; its tables are fresh.
 
-`make test` runs one command of each script, all that take no more than a second or two, and holds all others to what
-their script's own parser takes. `make test-all` runs every one.
+`make test` runs one command of each script, and all of a script that begins without torch. The others are read by their
+script's own parser, which refuses a wrong flag and a missing config. `make test-all` runs every one.
 """
 
 import json
