@@ -80,7 +80,8 @@ def work(tmp_path_factory):
     sleep: float = 0.0
     bias: float = 0.0  # an auxiliary loss
     eot_id: int"""),
-        ("        return F.cross_entropy(self.logits(x).flatten(0, 1)", """        if self.config.sleep and type(x) is torch.Tensor:
+        ("        return F.cross_entropy(self.logits(x).flatten(0, 1)", """        real = type(x) is torch.Tensor
+        if self.config.sleep and real:  # a fake one is counted by flops.py
             import time
             print("sleeping", flush=True)
             time.sleep(self.config.sleep)
