@@ -302,7 +302,7 @@ def test_rows_that_are_missing_are_refused_even_where_nobody_verified(chain, tmp
     shutil.copytree(chain / "fsdp4" / "baseline" / "step-00000002", path)
     relist(path, "model-00004-of-00004.safetensors", None)
     message = error_of(lambda: restore(path, tiny("baseline")))
-    assert "embed.weight is float32 [195, 32] in the checkpoint, float32 [259, 32] in the model" in message
+    assert "embed.weight is float32 [195, 64] in the checkpoint, float32 [259, 64] in the model" in message
 
 
 def hold(patch, owner, name):
