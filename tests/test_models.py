@@ -258,14 +258,14 @@ def test_init_weights_sets_every_parameter(name):
 
 @each_model
 def test_init_weights_raises_on_a_parameter_that_it_does_not_know(name):
-    for kind in ("temperature", "w_new.weight"):
+    for kind in ("unheard_of", "w_new.weight"):
         model = build(name)
         block = model.blocks[0]
         owner = block
         if "." in kind:
             block.w_new = torch.nn.Linear(3, 3, bias=False)
         else:
-            owner.temperature = torch.nn.Parameter(torch.ones(3))
+            owner.unheard_of = torch.nn.Parameter(torch.ones(3))
         with pytest.raises(ValueError, match=rf"blocks.0.{kind}: say how it begins"):
             model.init_weights()
 
