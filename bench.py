@@ -53,6 +53,7 @@ from timing import (
     peak_memory,
     random_batch,
     ratios,
+    training_step,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -126,17 +127,9 @@ def summary(rows):
 
 
 def step_of(folder, device="cpu"):
-    """The training step of a run, from the config it saved, in its dtype, and compiled where the run was."""
+    """Returns the training step of a run, from the config that it saved."""
     config = json.loads((ROOT / folder / "config.json").read_text())
-    names = ("optimizer", "learning_rate", "weight_decay", "beta1", "beta2", "muon_momentum", "muon_steps")
-    options = {key: config["knobs"][key] for key in names}
-    dtype = config["knobs"]["muon_dtype"]
-    options["muon_dtype"] = None if dtype == "auto" else getattr(torch, dtype)
-    model = build(config["model"], config["model_config"], device)
-    compiled = {"auto": device.startswith("cuda")}.get(config["knobs"]["compile"], config["knobs"]["compile"])
-    _, dtype = device_and_dtype(device, config["knobs"]["dtype"])
-    loss, optimizer = torch.compile(model) if compiled else model, muon.make_optimizer(model, **options)
-    return make_step(model, optimizer, dtype, loss, config["knobs"]["micro_batch"])
+    return training_step(config["model"], config["model_config"], config["knobs"], device)
 
 
 def shakespeare(args):

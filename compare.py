@@ -9,7 +9,7 @@ A variant is a model with knobs of its own: moe, or moe:balance_loss=0:bias_rate
 same order, the same evaluation, and each the learning rate that suited it best with the first seed. The runs are those
 of train.py, one folder each: a comparison that was killed goes on where it was, and one with more seeds, rates or
 variants keeps what is finished. Further arguments (config files, --knob=value) go to every run; without a config file
-they have that of config/compare_cpu.py.
+they have that of config/compare_cpu.py. What can fail is tried before anything trains, and the plan is printed.
 """
 
 import argparse
@@ -20,42 +20,48 @@ import math
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-import bench
 import flops
+import guard
 import record
 import timing
+from benchmarks import comparison
 from configurator import resolve
 from data.shards import Shards
 
 ROOT = Path(__file__).resolve().parent
+TRAIN = ROOT / "train.py"
 MORE_RATES = 2  # at most, beyond the ends of the sweep
-DIVERGED = "in a row without a finite gradient"  # how train.py says it
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, 5 %, two-sided: 1, 2... of freedom
+EVALUATIONS = 5  # of a run
 MATCHES = ("flops", "flops_per_token", "parameters")
+OWN_KNOBS = ("--seed", "--max_steps", "--out_dir")  # what the comparison sets for each run
+FROM_LENGTH = ("max_steps", "eval_every", "save_every")
 
 
 class Variant(NamedTuple):
     name: str
     config: dict  # all knobs, as train.py would have them
-    arguments: list  # that make train.py have them; what differs between the runs comes behind
-    flops_per_token: int
+    arguments: list  # with which train.py has them; what differs between the runs follows
+    flops_per_token: float  # forward and backward
+    optimizer_flops: int  # of a step; 0 with --match_optimizer=False
     steps: int
     tokens: int
     budget: float
     data_fingerprint: str
+
+    def step_flops(self):
+        return self.flops_per_token * self.config["batch_tokens"] + self.optimizer_flops
 
 
 class Run(NamedTuple):
@@ -65,18 +71,26 @@ class Run(NamedTuple):
     folder: Path
 
 
+# ---- arguments -------------------------------------------------------------------------------------------------------
 def numbers(text):
     return [float(x) for x in text.split(",")]
 
 
+def yes_or_no(text):
+    return {"True": True, "False": False}[text]
+
+
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--models", default="baseline", help="variants, with commas; the first is what the others are compared with")
     add("--vary", metavar="KNOB=A,B,...", help="the values of one knob as variants of the model, or of MODEL.KNOB")
     add("--match", default="flops", choices=MATCHES, help="what is equal: all FLOPs (tokens follow), or all tokens and "
         "FLOPs per token, or tokens and parameters (for both a knob is solved)")  # fmt: skip
+    add("--match_optimizer", type=yes_or_no, nargs="?", default=True, const=True, metavar="False",
+        help="count the optimizer's FLOPs of each step, too (%(default)s)")  # fmt: skip
     add("--knob", help="which knob to solve (default: a width that the variant has)")
     add("--budget", type=float, default=1e13, help="training FLOPs of a run; with another match, of the first variant")
     add("--budgets", type=numbers, help="several budgets: curves of loss against size at each (isoflop)")
@@ -90,56 +104,92 @@ def parse_arguments(argv):
     add("--title", default="Variants at equal compute")
     add("--rounds", type=int, default=5, help="of measuring the speed; 0: leave it out")
     args, more = parser.parse_known_args(argv)
-    args.more = more if any(word.endswith(".py") for word in more) else [str(ROOT / "config/compare_cpu.py"), *more]
     args.argv = sys.argv[1:] if argv is None else argv
+    args.more = more
+    if not any(word.endswith(".py") for word in more):
+        args.more = [str(ROOT / "config/compare_cpu.py"), *more]
+    if args.results is None:
+        args.results = f"{args.out_dir}/comparison"
     if args.seeds < 1 or args.jobs < 1 or min(args.lrs) <= 0:
         parser.error(f"--seeds {args.seeds} --jobs {args.jobs} --lrs {args.lrs}: give numbers above 0")
     if bool(args.budgets) != bool(args.sizes):
         parser.error("--budgets and --sizes go together")
-    args.results = args.results or f"{args.out_dir}/comparison"
-    fixed = [word for word in args.more if word.partition("=")[0] in ("--seed", "--max_steps", "--out_dir")]
+    fixed = [word for word in args.more if word.partition("=")[0] in OWN_KNOBS]
     if fixed:
         parser.error(f"{' '.join(fixed)}: compare.py sets these itself, by --seeds, --budget and --out_dir")
     return args
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
-def gpt_config(config):
-    """The GPTConfig among the knobs."""
+def gpt_config(config: dict):
+    """Returns the GPTConfig among the knobs."""
     cls = importlib.import_module(f"model_{config['model']}").GPTConfig
     return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
 
 
+def parameters(variant: Variant) -> int:
+    return sum(flops.parameters(variant.config["model"], gpt_config(variant.config)).values())
+
+
 def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant:
-    """The variant of this name. like: the one whose tokens it gets, and whose parameters or FLOPs per token."""
+    """Returns the variant of this name. like: the one whose tokens it gets, and whose cost a token or parameters."""
+    # 1. its knobs
     model, *knobs = name.split(":")
     arguments = [*args.more, f"--model={model}", *(f"--{knob}" for knob in knobs)]
-    arguments += [f"--data={args.data}"] if args.data else []
-    config = resolve(ROOT / "train.py", arguments)
+    if args.data:
+        arguments.append(f"--data={args.data}")
+    config = resolve(TRAIN, arguments)
+    guard.check_knobs(config, world_size=1)
     data = Shards(config["data"], "train")
-    added = {"vocab_size": config["vocab_size"] or -(-data.vocab_size // 64) * 64}
-    T, batch_tokens = config["block_size"], config["batch_tokens"]
-    if like:
-        by = "parameters" if args.match == "parameters" else "flops"
-        knob = args.knob or flops.width_knob(gpt_config(config | added))
-        target = like.flops_per_token if by == "flops" else parameters(like)
-        added[knob], _ = flops.match(model, config | added, T, target, knob, by)
-    config = resolve(ROOT / "train.py", arguments + [f"--{key}={value}" for key, value in added.items()])
+    Shards(config["data"], "val")
+    T = config["block_size"]
+    batch_tokens = config["batch_tokens"]
+    if batch_tokens % T:
+        raise ValueError(
+            f"batch_tokens={batch_tokens} is not a multiple of block_size={T}: try {batch_tokens // T * T}"
+        )
+
+    # 2. its size
+    added = {"vocab_size": config["vocab_size"] or math.ceil(data.vocab_size / 64) * 64}
+    if like is not None:
+        sizes = config | added
+        knob = args.knob or flops.width_knob(gpt_config(sizes))
+        if args.match == "parameters":
+            value, _ = flops.match(model, sizes, T, parameters(like), knob, "parameters")
+        else:
+            target = like.step_flops() / like.config["batch_tokens"]
+            optimizer = (config["optimizer"], batch_tokens) if args.match_optimizer else None
+            value, _ = flops.match(model, sizes, T, target, knob, "flops", optimizer)
+        added[knob] = value
+    config = resolve(TRAIN, arguments + as_arguments(added))
+
+    # 3. its length
     per_token = flops.training_flops_per_token(model, gpt_config(config), T)
-    steps = like.tokens // batch_tokens if like else round(budget / (per_token * batch_tokens))
+    of_optimizer = 0
+    if args.match_optimizer:
+        of_optimizer, _ = flops.optimizer_cost(model, gpt_config(config), config["optimizer"])
+    step_flops = per_token * batch_tokens + of_optimizer
+    steps = round(budget / step_flops)
+    if like is not None:
+        steps = like.tokens // batch_tokens
     least = config["warmup_steps"] + 1
     if steps < least:
-        raise ValueError(f"--budget={budget:.3g} pays for {steps} steps of {name} ({per_token:.3g} FLOPs a token, "
-                         f"{batch_tokens:,} tokens a step), and warmup_steps={least - 1}: try "
-                         f"{10 * least * per_token * batch_tokens:.1g}")  # fmt: skip
-    added |= {"max_steps": steps, "eval_every": -(-steps // 5), "save_every": steps, "keep_last": 1}
-    arguments += [f"--{key}={value}" for key, value in added.items()]
-    config = resolve(ROOT / "train.py", arguments)
-    return Variant(name, config, arguments, per_token, steps, steps * batch_tokens, budget, data.fingerprint)
+        raise ValueError(
+            f"--budget={budget:.3g} pays for {steps} steps of {name} ({step_flops:.3g} FLOPs a step of "
+            f"{batch_tokens:,} tokens), and warmup_steps={least - 1}: try {10 * least * step_flops:.1g}"
+        )
+    added["max_steps"] = steps
+    added["eval_every"] = math.ceil(steps / EVALUATIONS)
+    added["save_every"] = steps
+    added["keep_last"] = 1
+    arguments += as_arguments(added)
+    config = resolve(TRAIN, arguments)
+    tokens = steps * batch_tokens
+    return Variant(name, config, arguments, per_token, of_optimizer, steps, tokens, budget, data.fingerprint)
 
 
-def parameters(variant):
-    return sum(flops.parameters(variant.config["model"], gpt_config(variant.config)).values())
+def as_arguments(knobs):
+    return [f"--{key}={value}" for key, value in knobs.items()]
 
 
 def plan_all(args) -> list[Variant]:
@@ -147,14 +197,16 @@ def plan_all(args) -> list[Variant]:
     if args.vary:
         knob, _, values = args.vary.partition("=")
         base, _, knob = knob.rpartition(".")
-        names = [f"{name}:{knob}={value}" for name in ([base] if base else names) for value in values.split(",")]
+        models = [base] if base else names
+        names = [f"{model}:{knob}={value}" for model in models for value in values.split(",")]
     if args.sizes:
         if len({name.split(":")[0] for name in names}) < len(names):
             raise ValueError(f"--sizes draws a curve for each model: name one once, not {', '.join(names)}")
         names = [f"{name}:{size}" for name in names for size in args.sizes.split(",")]
         return [plan(args, name, budget) for budget in args.budgets for name in names]
     first = plan(args, names[0], args.budget)
-    return [first, *(plan(args, name, args.budget, None if args.match == "flops" else first) for name in names[1:])]
+    like = None if args.match == "flops" else first
+    return [first] + [plan(args, name, args.budget, like) for name in names[1:]]
 
 
 def make_run(args, variant, lr, seed):
@@ -162,14 +214,82 @@ def make_run(args, variant, lr, seed):
     return Run(variant, lr, seed, Path(args.out_dir) / name / f"{variant.steps}steps_lr{lr:g}_seed{seed}")
 
 
+def differences(variant: Variant, first: Variant) -> str:
+    """Returns the knobs that are not as in the first variant, with its value where it has such a knob."""
+    found = []
+    for key, value in variant.config.items():
+        if key not in first.config:
+            found.append(f"{key}={value}")
+        elif value != first.config[key] and key not in FROM_LENGTH:
+            found.append(f"{key}={value} ({first.config[key]})")
+    return ", ".join(found)
+
+
+def print_plan(args, planned, sweeps, step_seconds):
+    """Prints, to stderr, the runs, what sets the variants apart, and about how long it will take."""
+    say = partial(print, file=sys.stderr)
+    first = planned[0]
+    rates = ", ".join(f"{lr:g}" for lr in args.lrs)
+    say(f"learning rates {rates} x the config's, and the best with {args.seeds} seeds in all:")
+    seconds = 0.0
+    for variant, sweep in zip(planned, sweeps):
+        size = f"{parameters(variant):,} parameters, {variant.steps:,} steps = {variant.tokens:,} tokens"
+        say(f"  {variant.name}: {size}, {variant.step_flops() * variant.steps:.3g} FLOPs")
+        if variant is not first and differences(variant, first):
+            say(f"    differs from {first.name} in {differences(variant, first)}")
+        left = [run for run in sweep if not is_finished(run)]
+        if variant.name in step_seconds:
+            # An evaluated token costs a third of a trained one.
+            evaluated = variant.config["eval_tokens"] / (3 * variant.config["batch_tokens"])
+            steps = variant.steps + EVALUATIONS * evaluated
+            seconds += step_seconds[variant.name] * steps * (len(left) + args.seeds - 1)
+    if step_seconds:
+        minutes = max(seconds / args.jobs / 60, 0.1)
+        say(f"about {minutes:.1f} minutes with --jobs {args.jobs}; more where the best rate lies at an end of a sweep")
+
+
+# ---- a rehearsal -----------------------------------------------------------------------------------------------------
+def training_step(variant, device):
+    """Returns a function that does one step of the variant's training, on the same random tokens each time."""
+    c = variant.config
+    step = timing.training_step(c["model"], vars(gpt_config(c)), c, device)
+    batch = timing.random_batch(c["batch_tokens"] // c["block_size"], c["block_size"], c["vocab_size"], device)
+    return partial(step, *batch)
+
+
+def rehearse(variant: Variant, jobs: int) -> float:
+    """Tries what will be done with a variant, training and decoding, at its real size; returns a step's seconds.
+
+    ValueError says where its model failed.
+    """
+    device, _ = timing.device_and_dtype(variant.config["device"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, os.cpu_count() // jobs))
+    try:
+        step = training_step(variant, device)
+        step()  # makes the optimizer's state
+        seconds = timing.seconds(step, device=device)
+        decoder(variant, context=1, new=1, device=device, calls=1)()
+        return seconds
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        for frame in traceback.extract_tb(error.__traceback__):
+            if Path(frame.filename).name == f"model_{variant.config['model']}.py":
+                place = frame
+        where = f"{Path(place.filename).name} line {place.lineno}"
+        raise ValueError(f"{variant.name} cannot be trained: {where}: {type(error).__name__}: {error}") from error
+    finally:
+        torch.set_num_threads(threads)
+
+
 # ---- the runs --------------------------------------------------------------------------------------------------------
 def options(run):
-    """What a run has beside its variant's arguments."""
+    """Returns what a run has beside its variant's arguments."""
     return {"seed": run.seed, "learning_rate": run.lr * run.variant.config["learning_rate"], "out_dir": str(run.folder)}
 
 
 def is_finished(run: Run) -> bool:
-    """Whether it was done before. ValueError where another one stands in its folder."""
+    """Returns whether it was done before. ValueError where another run stands in its folder."""
     if not record.exists(run.folder):
         return False
     saved = json.loads((run.folder / "config.json").read_text())
@@ -185,41 +305,53 @@ def is_finished(run: Run) -> bool:
 
 
 def train(run: Run, slots: SimpleQueue, jobs: int, processes: list) -> Run:
-    """Runs train.py to its end, or goes on with it. RuntimeError where it fails. slots: of the jobs, those free."""
+    """Runs train.py to its end, or goes on with it. slots: the free ones of the jobs. RuntimeError where it fails."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, ROOT / "train.py", *run.variant.arguments]
-    command += [f"--{key}={value}" for key, value in options(run).items()]
-    command += ["--resume"] if record.exists(run.folder) else []
-    own = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
-    slot = slots.get()
-    if torch.cuda.is_available():
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        own["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[slot % len(gpus.split(","))]
+    command = [sys.executable, TRAIN, *run.variant.arguments, *as_arguments(options(run))]
+    if record.exists(run.folder):
+        command.append("--resume")
     log = Path(f"{run.folder}.log")
+    slot = slots.get()
     try:
         with log.open("a") as file:  # an orphan of a killed comparison may still write to it
             begin = file.tell()
-            process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | own)
+            environment = os.environ | share_of_the_machine(slot, jobs)
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
             processes.append(process)
             code = process.wait()
     finally:
         slots.put(slot)
-    printed = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
-    if code and DIVERGED in "".join(printed):  # a result, too
+    if code == guard.DIVERGED:  # a result, too
         row = {"step": run.variant.steps, "tokens": run.variant.tokens, "val_loss": None, "val_bits_per_byte": None}
         with (run.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
     elif code or not is_finished(run):
-        last = [line for line in printed if line.startswith("error: ")][-1:] or printed[-1:]
-        raise RuntimeError(f"{run.folder} ended with code {code}; in {log}: {''.join(last)}")
+        printed = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
+        errors = [line for line in printed if line.startswith("error: ")]
+        last = (errors or printed or [""])[-1]
+        raise RuntimeError(f"{run.folder} ended with code {code}; in {log}: {last}")
     return run
+
+
+def share_of_the_machine(slot, jobs):
+    """Returns the environment that gives a job its cores, and one of the GPUs that the user has or gave."""
+    own = {}
+    if jobs > 1:
+        own["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs))
+    if torch.cuda.is_available():
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+        own["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    return own
 
 
 def train_all(runs: list[Run], jobs: int, bar: tqdm) -> None:
     """Does what is not finished, `jobs` at a time; what is finished stays, whatever happens to the rest."""
-    processes, left = [], [run for run in runs if not is_finished(run)]
+    left = [run for run in runs if not is_finished(run)]
     finished = sum(run.variant.budget for run in runs if run not in left)
-    bar.initial, bar.n = bar.initial + finished, bar.n + finished  # they say nothing of the time that the others take
+    bar.initial += finished  # they say nothing of the time that the others take
+    bar.n += finished
+    processes = []
 
     def on_sigterm(*_):  # a Ctrl-C reaches the runs by itself
         for process in processes:
@@ -227,9 +359,10 @@ def train_all(runs: list[Run], jobs: int, bar: tqdm) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, on_sigterm)
-    pool, slots = ThreadPoolExecutor(jobs), SimpleQueue()
+    slots = SimpleQueue()
     for slot in range(jobs):
         slots.put(slot)
+    pool = ThreadPoolExecutor(jobs)
     try:
         for future in as_completed([pool.submit(train, run, slots, jobs, processes) for run in left]):
             run = future.result()
@@ -240,37 +373,54 @@ def train_all(runs: list[Run], jobs: int, bar: tqdm) -> None:
 
 
 def final(run):
+    """Returns the row of its last evaluation."""
     return [row for row in record.read_metrics(run.folder) if "val_loss" in row][-1]
 
 
 def loss_of(run):
-    """Its last validation loss; infinity where it diverged."""
+    """Returns its last validation loss; infinity where it diverged."""
     loss = final(run)["val_loss"]
     return math.inf if loss is None else loss
 
 
-# ---- what came of it -------------------------------------------------------------------------------------------------
+def beyond(args, sweep):
+    """Returns [a further run] of a variant that learns best at an end of its sweep, which is thus no end any more."""
+    rates = sorted(run.lr for run in sweep)
+    best = min(sweep, key=loss_of).lr
+    if len(args.lrs) < 2 or len(sweep) >= len(args.lrs) + MORE_RATES or best not in (rates[0], rates[-1]):
+        return []
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    further = make_run(args, sweep[0].variant, best * best / neighbour, 1)
+    sweep.append(further)
+    return [further]
+
+
+# ---- what came of them -----------------------------------------------------------------------------------------------
 def curve(run):
-    """[(tokens, validation loss)] of a run, without the loss before training."""
+    """Returns [(tokens, validation loss)] of a run, without the loss before training."""
     rows = [row for row in record.read_metrics(run.folder) if row.get("val_loss") is not None and row["step"] > 0]
     return [(row["tokens"], row["val_loss"]) for row in rows]
 
 
-def describe(variant, sweep, repeats):
-    """A variant's row of the result: what it is, and its runs at the best learning rate."""
-    model, c = variant.config["model"], gpt_config(variant.config)
+def outcome(variant: Variant, sweep: list[Run], repeats: list[Run]) -> dict:
+    """Returns a variant's row of the result: what it is and costs, and its runs at the best learning rate."""
+    model = variant.config["model"]
+    c = gpt_config(variant.config)
     best = min(sweep, key=loss_of)
+    runs = [best, *repeats]
     device, _ = timing.device_and_dtype(variant.config["device"])
-    runs, size = [best, *repeats], 2 if timing.device_and_dtype(device)[1] == "bfloat16" else 4  # as sample.py decodes
+    _, dtype = timing.device_and_dtype(device)
+    size = 2 if dtype == "bfloat16" else 4  # as sample.py decodes
     return {
         "name": variant.name,
         "model": model,
         "config": variant.config,
         "budget": variant.budget,
         "tokens": variant.tokens,
-        "parameters": sum(flops.parameters(model, c).values()),
+        "parameters": parameters(variant),
         "active_parameters": sum(flops.active_parameters(model, c).values()),
         "flops_per_token": variant.flops_per_token,
+        "optimizer_flops": variant.optimizer_flops,
         "cache_bytes_per_token": flops.cache_bytes_per_token(model, c, size),
         "state_bytes": flops.state_bytes(model, c, size),
         "sweep": {f"{run.lr:g}": loss_of(run) for run in sweep},
@@ -282,24 +432,21 @@ def describe(variant, sweep, repeats):
     }
 
 
-def measure(runs, rounds):
-    """[{"train_seconds": of a step, "decode_seconds": {context: of a token}}], each a list with one number a round.
+def measure(variants: list[Variant], rounds: int) -> list[dict]:
+    """Returns [{"train_seconds": of a step, "decode_seconds": {context: of a token}}], lists with a number a round.
 
     All variants take turns, on one device. Decoding is at batch 1 with a cache, in the dtype that sample.py would take;
     context: the tokens that are in it already.
     """
-    configs = [run.variant.config for run in runs]
-    device, _ = timing.device_and_dtype(configs[0]["device"])
-    torch.set_float32_matmul_precision("high" if configs[0]["tf32"] and device.startswith("cuda") else "highest")
-    steps = []
-    for run, c in zip(runs, configs):
-        batch = c["batch_tokens"] // c["block_size"], c["block_size"], c["vocab_size"], device
-        steps.append(partial(bench.step_of(run.folder.absolute(), device), *timing.random_batch(*batch)))
+    config = variants[0].config
+    device, _ = timing.device_and_dtype(config["device"])
+    torch.set_float32_matmul_precision("high" if config["tf32"] and device.startswith("cuda") else "highest")
+    steps = [training_step(variant, device) for variant in variants]
     found = [{"train_seconds": x, "decode_seconds": {}} for x in timing.in_turn(steps, (), rounds, 1, device)]
-    T = min(c["block_size"] for c in configs)
+    T = min(variant.config["block_size"] for variant in variants)
     new = max(T // 16, 1)
     for context in (T // 4, T - new):
-        steps = [decoder(run.variant, context, new, device, 2 + rounds) for run in runs]  # two calls warm up
+        steps = [decoder(variant, context, new, device, 2 + rounds) for variant in variants]  # two calls warm up
         for row, seconds in zip(found, timing.in_turn(steps, (), rounds, 1, device)):
             row["decode_seconds"][str(context)] = [x / new for x in seconds]
     return found
@@ -307,12 +454,13 @@ def measure(runs, rounds):
 
 @torch.no_grad()
 def decoder(variant, context, new, device, calls):
-    """Returns a function that decodes `new` tokens behind `context` random ones, and may be called so many times.
+    """Returns a function that decodes `new` tokens after `context` random ones, and may be called so many times.
 
     Each call has a copy of the prefilled cache, made before: a state cannot go back, and a copy takes time.
     """
     model = timing.build(variant.config["model"], vars(gpt_config(variant.config)), device).eval()
-    model = model.to(getattr(torch, timing.device_and_dtype(device)[1]))
+    _, dtype = timing.device_and_dtype(device)
+    model = model.to(getattr(torch, dtype))
     prompt = torch.randint(model.config.vocab_size, (1, context), device=device)
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     prefilled = model.new_cache(1, context + new)
@@ -328,210 +476,42 @@ def decoder(variant, context, new, device, calls):
     return decode
 
 
-def standard_error(values):
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def verdict(row, first):
-    """How a variant's loss differs from the first one's, ± standard error: a win if chance gives it once in 20 or less.
-
-    By Student's t for two means of few seeds, which asks for more than two standard errors.
-    """
-    if math.inf in row["loss"] + first["loss"]:
-        return "diverged"
-    difference = statistics.mean(row["loss"]) - statistics.mean(first["loss"])
-    if row is first:
-        return "-"
-    if len(row["loss"]) < 2 or len(first["loss"]) < 2:
-        return f"{difference:+.4f} (one seed)"
-    error = math.hypot(standard_error(row["loss"]), standard_error(first["loss"]))
-    freedom = len(row["loss"]) + len(first["loss"]) - 2
-    sure = abs(difference) > error * T95[min(freedom, len(T95)) - 1]
-    word = "no difference seen" if not sure else "better" if difference < 0 else "worse"
-    return f"{difference:+.4f} ± {error:.4f}: {word}"
-
-
-def with_error(values, digits=4):
-    if None in values or math.inf in values:
-        return "n/a" if None in values else "diverged"
-    error = standard_error(values)
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
-
-
-def markdown(result: dict) -> str:
-    if result["isoflop"]:
-        return isoflop_markdown(result)
-    rows = result["variants"]
-    first, seeds = rows[0], len(rows[0]["loss"])
-    evaluated = f"{first['config']['eval_tokens']:,}" if first["config"]["eval_tokens"] else "all"
-    equal = {
-        "flops": "all have the same training FLOPs (attention counted over all T keys)",
-        "flops_per_token": "all have the same tokens and, by their width, the same FLOPs a token",
-        "parameters": "all have the same tokens and, by their width, the same parameters",
-    }[result["match"]]
-    lines = [
-        f"# {result['title']}\n",
-        timing.describe(result),
-        f"{seeds} seed(s); {equal}, the same data in the same order, and each the learning rate that suited it best at "
-        f"the first seed, of {min(len(row['sweep']) for row in rows)} or more. Mean ± standard error over seeds; "
-        f"{evaluated} validation tokens.\n",
-        f"| variant | validation loss | bits per byte | against {first['name']} | learning rate |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        rate = row["lr"] * row["config"]["learning_rate"]
-        swept = [float(x) for x in row["sweep"]]
-        edge = ", at the edge" if len(swept) > 1 and row["lr"] in (min(swept), max(swept)) else ""
-        lines.append(f"| {row['name']} | {with_error(row['loss'])} | {with_error(row['bits_per_byte'])} | "
-                     f"{verdict(row, first)} | {rate:g}{edge} |")  # fmt: skip
-    lines += ["\n| variant | parameters | of them active | FLOPs a token | tokens | training tokens/s | MFU | "
-              "peak memory | cache bytes a token |" + "".join(f" decoded tokens/s at {c} |" for c in contexts(first)),
-              "|---" * (9 + len(contexts(first))) + "|"]  # fmt: skip
-    for row in rows:
-        state = f" + {row['state_bytes']:,}" if row["state_bytes"] else ""
-        speed = ratio(first, row, lambda r: r.get("train_seconds"), row["config"]["batch_tokens"])
-        decoded = [ratio(first, row, lambda r, c=c: r["decode_seconds"][c], 1) for c in contexts(first)]
-        lines.append(f"| {row['name']} | {row['parameters']:,} | {row['active_parameters']:,} | "
-                     f"{row['flops_per_token']:.4g} | {row['tokens']:,} | {speed} | {mfu(row, result)} | "
-                     f"{row['memory_gb']:.2f} GB | {row['cache_bytes_per_token']:,}{state} |"
-                     + "".join(f" {x} |" for x in decoded))  # fmt: skip
-    if any(row["state_bytes"] for row in rows):
-        lines.append('\n"+": bytes of state, however long the text is.')
-    return "\n".join(lines) + "\n"
-
-
-def contexts(row):
-    return list(row.get("decode_seconds", ()))
-
-
-def ratio(first, row, seconds, tokens):
-    """Tokens/s, and how many times those of the first variant, as medians over rounds in which all took turns."""
-    if not seconds(row):
-        return "n/a"
-    times = statistics.median(a / b for a, b in zip(seconds(first), seconds(row)))
-    return f"{tokens / statistics.median(seconds(row)):,.0f} ({times:.2f}x)"
-
-
-def mfu(row, result):
-    if not row.get("train_seconds") or not result["peak_flops"]:
-        return "n/a"
-    speed = row["config"]["batch_tokens"] / statistics.median(row["train_seconds"])
-    return f"{speed * row['flops_per_token'] / result['peak_flops']:.1%}"
-
-
-def best_sizes(rows):
-    """{(model, budget): (its rows, the parabola of loss over ln(parameters), its minimum in parameters)}.
-
-    The minimum is None where it lies outside of the sizes tried, or the parabola has none (arXiv 2203.15556, 3.2).
-    """
-    found = {}
-    for key in dict.fromkeys((row["model"], row["budget"]) for row in rows):
-        own = [row for row in rows if (row["model"], row["budget"]) == key]
-        x, y = [math.log(row["parameters"]) for row in own], [statistics.mean(row["loss"]) for row in own]
-        fit = np.polyfit(x, y, 2) if len(own) > 2 else None
-        lowest = -fit[1] / (2 * fit[0]) if fit is not None and fit[0] > 0 else math.inf
-        found[key] = own, fit, math.exp(lowest) if min(x) <= lowest <= max(x) else None
-    return found
-
-
-def isoflop_markdown(result):
-    found = best_sizes(result["variants"])
-    lines = [
-        f"# {result['title']}\n",
-        timing.describe(result),
-        "Validation loss of each size at each budget of training FLOPs, and the size at which a parabola through them, "
-        "over the logarithm of the parameters, is lowest.\n",
-        "| budget | variant | parameters | tokens | validation loss |",
-        "|---|---|---|---|---|",
-    ]
-    for row in result["variants"]:
-        lines.append(f"| {row['budget']:.3g} | {row['name']} | {row['parameters']:,} | {row['tokens']:,} | "
-                     f"{with_error(row['loss'])} |")  # fmt: skip
-    lines += ["\n| model | budget | best size |", "|---|---|---|"]
-    for (model, budget), (_, _, size) in found.items():
-        best = f"{size:,.0f} parameters" if size else "outside of the sizes tried"
-        lines.append(f"| {model} | {budget:.3g} | {best} |")
-    return "\n".join(lines) + "\n"
-
-
-def isoflop_plot(result, path):
-    figure, axis = new_figure(result, 1, 7)
-    for (model, budget), (own, fit, size) in best_sizes(result["variants"]).items():
-        x, y = [row["parameters"] for row in own], [statistics.mean(row["loss"]) for row in own]
-        bars = axis.errorbar(x, y, [standard_error(row["loss"]) or 0 for row in own], fmt="o", capsize=3,
-                             label=f"{model}, {budget:.3g} FLOPs")  # fmt: skip
-        if fit is not None:
-            xs = np.geomspace(min(x), max(x))
-            axis.plot(xs, np.polyval(fit, np.log(xs)), color=bars[0].get_color())
-        if size:
-            axis.plot(size, np.polyval(fit, math.log(size)), marker="*", markersize=14, color=bars[0].get_color())
-    axis.set(xlabel="parameters", ylabel="validation loss", xscale="log")
-    axis.legend()
-    figure.savefig(path, dpi=110)
-
-
-def new_figure(result, panels, width):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, panels, figsize=(width, 4.5), layout="constrained")
-    for axis in np.atleast_1d(axes):
-        axis.grid(alpha=0.3)
-    figure.suptitle(result["title"])
-    return figure, axes
-
-
-def plot(result: dict, path: Path) -> None:
-    """Loss against FLOPs and against time (means over seeds), and cache bytes against the last loss."""
-    if result["isoflop"]:
-        return isoflop_plot(result, path)
-    figure, axes = new_figure(result, 3, 15)
-    for row in result["variants"]:
-        tokens, loss = zip(*([statistics.mean(x) for x in zip(*points)] for points in zip(*row["curves"])))
-        axes[0].plot([x * row["flops_per_token"] for x in tokens], loss, marker=".", label=row["name"])
-        if row.get("train_seconds"):
-            pace = statistics.median(row["train_seconds"]) / row["config"]["batch_tokens"]
-            axes[1].plot([x * pace for x in tokens], loss, marker=".")
-        error = standard_error(row["loss"]) or 0.0
-        axes[2].errorbar(row["cache_bytes_per_token"], statistics.mean(row["loss"]), yerr=error, marker="o", capsize=3)
-        axes[2].annotate(row["name"], (row["cache_bytes_per_token"], statistics.mean(row["loss"])),
-                         xytext=(4, 4), textcoords="offset points", fontsize=8)  # fmt: skip
-    for axis, label in zip(
-        axes, ("training FLOPs", "seconds of training, at the speed measured in turn", "cache bytes a token")
-    ):
-        axis.set(xlabel=label, ylabel="validation loss")
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
-
-
-def beyond(args, sweep):
-    """[a further run] of a variant that learns best at an end of its sweep, which is thus no end any more; or []."""
-    rates, best = sorted(run.lr for run in sweep), min(sweep, key=loss_of).lr
-    if len(args.lrs) < 2 or len(sweep) >= len(args.lrs) + MORE_RATES or best not in (rates[0], rates[-1]):
-        return []
-    sweep.append(make_run(args, sweep[0].variant, best * best / (rates[1] if best == rates[0] else rates[-2]), 1))
-    return sweep[-1:]
-
-
+# ---- all of it -------------------------------------------------------------------------------------------------------
 def compare(args) -> dict:
-    """Does all runs; what came of them, for `markdown` and `plot`."""
+    """Does all runs; returns what came of them, for `comparison.markdown` and `comparison.plot`."""
+    # 1. plan, and try what can fail
     planned = plan_all(args)
     sweeps = [[make_run(args, variant, lr, 1) for lr in args.lrs] for variant in planned]
-    new = [run for sweep in sweeps for run in sweep]
-    folders = [str(run.folder) for run in new]
-    if twice := {folder for folder in folders if folders.count(folder) > 1}:
-        raise ValueError(f"planned twice: {', '.join(sorted(twice))}: give each variant, budget and rate once")
+    folders = [str(run.folder) for sweep in sweeps for run in sweep]
+    twice = sorted({folder for folder in folders if folders.count(folder) > 1})
+    if twice:
+        raise ValueError(f"planned twice: {', '.join(twice)}: give each variant, budget and rate once")
+    repeats = [
+        make_run(args, variant, lr, s) for variant in planned for lr in args.lrs for s in range(2, args.seeds + 1)
+    ]
+    for run in repeats:
+        is_finished(run)  # refuses a folder of another comparison
+    step_seconds = {}
+    for variant, sweep in zip(planned, sweeps):
+        if not all(is_finished(run) for run in sweep):
+            step_seconds[variant.name] = rehearse(variant, args.jobs)
+    print_plan(args, planned, sweeps, step_seconds)
+
+    # 2. find each variant's learning rate, then repeat the best with other seeds
     total = sum(variant.budget for variant in planned) * (len(args.lrs) + args.seeds - 1)
     with tqdm(total=total, unit="FLOP", unit_scale=True, smoothing=0) as bar:
+        new = [run for sweep in sweeps for run in sweep]
         while new:
             train_all(new, args.jobs, bar)
             new = [run for sweep in sweeps for run in beyond(args, sweep)]
             bar.total += sum(run.variant.budget for run in new)
-        best = [min(sweep, key=loss_of) for sweep in sweeps]
-        repeats = [[make_run(args, run.variant, run.lr, seed) for seed in range(2, args.seeds + 1)] for run in best]
+        repeats = []
+        for sweep in sweeps:
+            best = min(sweep, key=loss_of)
+            repeats.append([make_run(args, best.variant, best.lr, seed) for seed in range(2, args.seeds + 1)])
         train_all([run for runs in repeats for run in runs], args.jobs, bar)
+
+    # 3. say what came of it
     device, dtype = timing.device_and_dtype(planned[0].config["device"], planned[0].config["dtype"])
     result = {
         "title": args.title,
@@ -539,12 +519,13 @@ def compare(args) -> dict:
         "machine": timing.machine(device),
         "peak_flops": flops.peak_flops(flops.device_name(device), dtype),
         "match": args.match,
+        "optimizer_counted": args.match_optimizer,
         "isoflop": bool(args.sizes),
-        "variants": [describe(*row) for row in zip(planned, sweeps, repeats)],
+        "variants": [outcome(*row) for row in zip(planned, sweeps, repeats)],
     }
     if args.rounds and not args.sizes:
         try:
-            for row, found in zip(result["variants"], measure(best, args.rounds)):
+            for row, found in zip(result["variants"], measure(planned, args.rounds)):
                 row |= found
         except RuntimeError as error:  # out of memory, say: what was trained is not lost for that
             print(f"the speed was not measured: {error}", file=sys.stderr)
@@ -553,9 +534,12 @@ def compare(args) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    json_, markdown_, png = (Path(f"{args.results}.{kind}") for kind in ("json", "md", "png"))
+    results = [Path(f"{args.results}.{kind}") for kind in ("json", "md", "png")]
     try:
-        json_.parent.mkdir(parents=True, exist_ok=True)
+        folder = results[0].parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"--results {args.results}: {folder} cannot be written to: choose another folder")
         result = compare(args)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -563,10 +547,11 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    json_.write_text(json.dumps(result, indent=1) + "\n")
-    markdown_.write_text(markdown(result))
-    plot(result, png)
-    print(markdown(result))
+    json_file, markdown_file, picture = results
+    json_file.write_text(json.dumps(result, indent=1) + "\n")
+    markdown_file.write_text(comparison.markdown(result))
+    comparison.plot(result, picture)
+    print(comparison.markdown(result))
 
 
 if __name__ == "__main__":

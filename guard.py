@@ -16,6 +16,7 @@ import torch
 import record
 import sharding
 
+DIVERGED = 3  # the exit code of a run that gave up after too many steps without a finite gradient
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what a disk says that has none
 
 

@@ -70,8 +70,8 @@ class GPTConfig:
     bias_rate: float = 0.0  # how far a step moves each bias against the load: 0.001, in place of balance_loss
     qk_norm: bool = True  # RMSNorm on each query and key head: attention logits stay small at high learning rates
     rope_theta: float = 10000.0  # wavelengths reach 2 pi rope_theta tokens: 1e6 for long context
-    rope_scaling: Literal["none", "linear", "yarn"] = "none"  # stretches positions past the trained length
-    rope_factor: float = 1.0  # how far rope_scaling stretches: 4.0 is 4 times the trained length
+    rope_scaling: Literal["none", "linear", "yarn"] = "none"  # turns more slowly, to read past the trained length
+    rope_factor: float = 1.0  # how much more slowly: 4.0 for a block_size of 4 times the trained length
     rope_original: int = 0  # the trained length, which yarn needs
     norm_eps: float = 1e-6
     tie_embeddings: bool = True  # the head is the embedding transposed
@@ -80,7 +80,9 @@ class GPTConfig:
     dropout: float = 0.0  # on the output of each branch: for many epochs over little data
     init_std: float = 0.02  # std of every weight matrix; wo and w_down use init_std / sqrt(2 n_layer)
     zero_init_residual: bool = False  # wo and w_down start at 0, so that every block starts as the identity
-    eot_id: int = -1  # the token that begins a document, which nothing crosses; -1 sees one document: the fast path
+    eot_id: int = (
+        -1
+    )  # the token that begins every document: no token sees an earlier document; -1: one document, faster
 
     def __post_init__(self):
         if self.n_head % self.n_kv_head:
@@ -121,7 +123,10 @@ class GPTConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (https://arxiv.org/abs/1910.07467); F.rms_norm computes in fp32."""
+    """x / rms(x) * weight over the last dimension (https://arxiv.org/abs/1910.07467), in the dtype of x.
+
+    F.rms_norm sums in fp32. Under autocast the weight is fp32 and x may be bf16: the product is rounded back to bf16.
+    """
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -133,7 +138,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_cos_sin(positions, config):
-    """Returns cos and sin (..., T, 1, D/2) in fp32 of the angles position * theta^(-2i/D), one for each pair i."""
+    """Returns cos and sin in fp32 of the angles position * theta^(-2i/D), one for each pair i of a head.
+
+    positions (T,) or (B, T) -> (T, 1, D/2) or (B, T, 1, D/2); the 1 stands for all heads.
+    """
     D = config.head_dim
     i = torch.arange(D // 2, device=positions.device).float()
     inv_freq = 1.0 / config.rope_theta ** (2 * i / D)  # (D/2,)
@@ -147,21 +155,22 @@ def rope_cos_sin(positions, config):
 
 
 def yarn(inv_freq, config):
-    """Returns stretched frequencies (D/2,) and the factor of cos and sin (https://arxiv.org/abs/2309.00071, section 3).
+    """Returns lower frequencies (D/2,) and the factor of cos and sin (https://arxiv.org/abs/2309.00071, section 3).
 
-    Pairs that turn more than 32 times within the trained length stay as they are, those that turn less than once are
-    stretched by the whole rope_factor, and in between the share grows linearly.
+    Pairs that turn more than 32 times within the trained length keep their frequency, those that turn less than once
+    have it divided by rope_factor, and from pair to pair in between the blend of the two moves linearly.
     """
     D = 2 * len(inv_freq)
 
     def pair_that_turns(n):
+        """Returns the i, a fraction, whose angle rope_original * theta^(-2i/D) is n full turns, 2 pi n."""
         return D * math.log(config.rope_original / (2 * math.pi * n)) / (2 * math.log(config.rope_theta))
 
     low = max(math.floor(pair_that_turns(32)), 0)
-    high = min(math.ceil(pair_that_turns(1)), D - 1)
+    high = min(math.ceil(pair_that_turns(1)), D - 1)  # the authors' bound, although i ends at D/2 - 1
     i = torch.arange(D // 2, device=inv_freq.device).float()
-    stretched = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # (D/2,)
-    inv_freq = inv_freq * (1 - stretched) + inv_freq / config.rope_factor * stretched
+    share = ((i - low) / max(high - low, 0.001)).clamp(0, 1)  # (D/2,), of the lower frequency; never 0 / 0
+    inv_freq = inv_freq * (1 - share) + inv_freq / config.rope_factor * share
     # Over a longer context attention spreads: larger logits sharpen it again. Scores grow by the square of this.
     magnitude = 0.1 * math.log(max(config.rope_factor, 1.0)) + 1.0
     return inv_freq, magnitude
@@ -188,8 +197,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask=None, cache=None):
+        """Returns (B, T, C) for x (B, T, C); rope is (cos, sin), mask as GPT.positions_and_mask returns it."""
         B, T, _ = x.shape
-        # 1. project; -1 counts the heads, which are fewer where a model is cut by heads over devices
+        # 1. project; -1 counts the heads, of which a device has a share where tensor parallelism splits them
         q = self.wq(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
         k = self.wk(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
         v = self.wv(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
@@ -205,15 +215,15 @@ class Attention(nn.Module):
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
     def rotate(self, q, k, rope):
-        """Norms each head of q (B, T, H, D) and k (B, T, G, D), and turns it by its position."""
+        """Returns q (B, T, H, D) and k (B, T, G, D), each head normed (QK-norm) and turned by its position."""
         q = apply_rope(self.q_norm(q), *rope)
         k = apply_rope(self.k_norm(k), *rope)
         return q, k
 
     def attend(self, q, k, v, mask):
-        """Softmax attention of q (B, H, T, D) to k, v (B, G, S, D), H / G query heads to a key head: (B, H, T, D)."""
+        """Returns softmax attention (B, H, T, D) of q (B, H, T, D) to k, v (B, G, S, D); H / G heads share a key."""
         causal = False
-        if mask is None and q.size(2) > 1:  # a single query sees all keys
+        if mask is None and q.size(2) > 1:  # S = T here; a single query sees all S keys
             causal = True
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
 
@@ -467,6 +477,7 @@ class Block(nn.Module):
 class KVCache:
     """Keys and values of the tokens so far, in buffers made once: k[layer] and v[layer] (B, G, max_len, D).
 
+    A forward pass calls advance once, which takes places for its tokens; then each layer appends what belongs there.
     doc_start (B, max_len) holds for each place the place where its document begins; tokens see each other where it is
     equal. Padding at the left is a document of its own. Two rows, the second with pad=1; E is eot_id, - is padding:
         tokens       a b E c    - a b c
@@ -480,7 +491,9 @@ class KVCache:
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.max_len = max_len
         self.static = static
-        self.length = torch.zeros((), dtype=torch.long, device=device) if static else 0
+        self.length = 0
+        if static:  # a number would be compiled into a step, and every length compiled anew
+            self.length = torch.zeros((), dtype=torch.long, device=device)
         self.places = torch.arange(max_len, device=device)
         self.eot_id = config.eot_id
         self.has_documents = config.eot_id >= 0 or pad is not None
@@ -490,33 +503,36 @@ class KVCache:
         self.doc_start = torch.zeros(batch_size, max_len, dtype=torch.long, device=device)
 
     def advance(self, idx):
-        """Takes the next places for idx (B, T), and returns what GPT.positions_and_mask does, for all keys so far."""
+        """Takes the next places for idx (B, T); returns positions and mask as GPT.positions_and_mask describes them."""
         B, T = idx.shape
+        first = not self.static and self.length == 0
+        # A static length stands on the device, and to look at it would wait for all work there: its caller counts.
         too_long = not self.static and self.length + T > self.max_len
         if B != len(self.pad) or too_long:
             size = (len(self.pad), self.max_len)
             raise ValueError(f"{B} x ({int(self.length)} + {T}) tokens do not fit a cache of {size}")
         self.length += T
         place = self.last_places(T)  # (T,)
-        # Behind a past is_causal would be wrong: it counts keys from the first query on, which sees key 0 only.
-        # Without a past it is right, and a single query sees every key there is: neither needs a mask.
-        if not self.has_documents and not self.static and T in (1, self.length):
+        # The first tokens attend by is_causal, whose first query sees key 0 alone; a single query sees every key.
+        needs_no_mask = first or T == 1
+        if needs_no_mask and not self.has_documents and not self.static:
             return place, None
         causal = self.places[: self.n_keys()] <= place[:, None]  # (T, S)
         if not self.has_documents:
             return place, causal
-        # A token's document begins at itself if it is eot_id, behind the padding, or where that of the token before it
-        # does, whichever is last. Before the first token entry 0 is 0.
+        # Where a token's document begins is the last of three: its own place if it is eot_id, the first place after the
+        # padding, and where the document of the token before it begins. An empty cache says 0 at place 0.
         at_eot = torch.where(idx == self.eot_id, place, 0)  # (B, T)
         behind_padding = torch.where(place < self.pad, 0, self.pad)  # (B, T)
-        before = self.doc_start.index_select(1, (place[:1] - 1).clamp(min=0))  # (B, 1)
+        previous = (place[:1] - 1).clamp(min=0)  # (1,), a tensor since a static length is one
+        before = self.doc_start.index_select(1, previous)  # (B, 1)
         doc_start = torch.maximum(torch.maximum(at_eot, behind_padding), before).cummax(dim=1).values  # (B, T)
         self.doc_start.index_copy_(1, place, doc_start)
         same = doc_start[:, :, None] == self.doc_start[:, None, : self.n_keys()]  # (B, T, S)
         return place - doc_start, (same & causal)[:, None]  # (B, T), (B, 1, T, S)
 
     def append(self, layer, k, v):
-        """Writes k, v (B, G, T, D) of the newest tokens; returns those of all tokens so far, (B, G, S, D)."""
+        """Writes k, v (B, G, T, D) at the places of the newest tokens; returns those of all so far, (B, G, S, D)."""
         place = self.last_places(k.size(2))
         self.k[layer].index_copy_(2, place, k.type_as(self.k[layer]))
         self.v[layer].index_copy_(2, place, v.type_as(self.v[layer]))
@@ -524,6 +540,7 @@ class KVCache:
         return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
 
     def last_places(self, T):
+        """Returns the places (T,) of the newest T tokens."""
         if self.static:
             return self.length - T + self.places[:T]
         return self.places[self.length - T : self.length]
@@ -618,10 +635,10 @@ class GPT(nn.Module):
         return self.lm_loss(x, targets) + auxiliary
 
     def positions_and_mask(self, idx, cache=None):
-        """Returns each token's position in its document, (T,) or (B, T), and the keys that it sees as a bool mask.
+        """Returns each token's position in its document, (T,) or (B, T), and a mask, True where a query sees a key.
 
-        A mask of None means causal, with the same keys as queries: the fast path. Behind a cache, which also moves its
-        length on here, the mask is (T, S) or (B, 1, T, S). Documents begin at eot_id, for example 9:
+        None instead of a mask is faster: every token sees itself and all before it. Else it is (T, S) or (B, 1, T, S).
+        A cache takes places for idx here, before the layers append to it. Documents begin at eot_id, for example 9:
             idx 9 5 9 7  ->  doc_start 0 0 2 2  ->  positions 0 1 0 1;  the last token sees the last two
         """
         if cache is not None:
@@ -649,13 +666,13 @@ class GPT(nn.Module):
         return logits
 
     def lm_loss(self, x, targets):
-        """Returns the mean cross-entropy, in fp32, of the final hidden states x (B, T, C) against targets (B, T)."""
+        """Returns the mean cross-entropy in fp32 of hidden states x (B, T, C) for targets (B, T); keeps all logits."""
         return F.cross_entropy(self.logits(x).flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     def token_losses(self, x, targets):
-        """Returns the cross-entropy of each token (B, T), in fp32, from chunks whose logits are computed twice.
+        """Returns the cross-entropy of each token (B, T) in fp32, and keeps no logits: chunks are computed twice.
 
-        Kept for the gradient, the logits of 8 x 2,048 tokens over 151,936 ids would take 10 GB.
+        What fine-tuning wants: at 151,936 ids the fp32 logits of 8 x 2,048 tokens take 10 GB.
         """
 
         def chunk_losses(x, targets):
@@ -715,7 +732,8 @@ class GPT(nn.Module):
     def new_cache(self, batch_size, max_len, pad=None, static=False):
         """Returns an empty cache for max_len tokens a row, of which the first pad (B,) are padding.
 
-        static: shapes never depend on the length, so that one compiled step serves every token.
+        static: shapes never depend on the length, so that one compiled step serves every token. Its caller sees to it
+        that no more than max_len tokens come.
         """
         if max_len > self.config.block_size:
             raise ValueError(f"max_len={max_len} is more than block_size={self.config.block_size}: give less")
@@ -726,7 +744,8 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0):
         """Returns idx (B, T) continued by max_new_tokens ids; temperature=0 is greedy, top_k=0 draws from all ids.
 
-        When block_size is full, each further token is predicted from the last block_size ones, without their cache.
+        When block_size is full, each further token is predicted from the last block_size ones in a new cache, since
+        they all stand at other positions. Call eval() before if there is dropout.
         """
         max_len = min(idx.size(1) + max_new_tokens, self.config.block_size)
         cache = None

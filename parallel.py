@@ -94,15 +94,17 @@ def shard(
     """Cuts what `empty` gave into shares, and fills them with what GPT(config) would hold, bit for bit.
 
     No process ever holds more than its shares and one whole weight. dtype: that gathered weights have, to compute with;
-    shares, gradients and their sums are float32. reshard=False keeps a block's weights from its forward to its
-    backward. cpu_offload: shares and optimizer state are in the CPU's memory. compile: a block at a time.
+    shares, gradients and their sums are float32, or dtype where that is wider. reshard=False keeps a block's weights
+    from its forward to its backward. cpu_offload: shares and optimizer state are in the CPU's memory. compile: a block
+    at a time.
     """
     # 1. cut: a block at a time, then what is left: embedding, last norm and head
     device = torch.device(device)
-    half = None if dtype == torch.float32 else dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    half = None if dtype == exact else dtype
     options = {
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=exact, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy(),
     }
     for block in model.blocks:

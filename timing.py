@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import flops
+import muon
 
 
 def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
@@ -163,6 +164,23 @@ def make_step(
             model.after_step()
 
     return step
+
+
+def training_step(model: str, fields: dict, knobs: dict, device: str = "cpu") -> Callable:
+    """Returns the training step of a run with these knobs of train.py: in its dtype, and compiled where the run is."""
+    names = ("optimizer", "learning_rate", "weight_decay", "beta1", "beta2", "muon_momentum", "muon_steps")
+    options = {key: knobs[key] for key in names}
+    options["muon_dtype"] = None
+    if knobs["muon_dtype"] != "auto":
+        options["muon_dtype"] = getattr(torch, knobs["muon_dtype"])
+    gpt = build(model, fields, device)
+    optimizer = muon.make_optimizer(gpt, **options)
+    compiled = knobs["compile"]
+    if compiled == "auto":
+        compiled = device.startswith("cuda")
+    loss = torch.compile(gpt) if compiled else gpt
+    _, dtype = device_and_dtype(device, knobs["dtype"])
+    return make_step(gpt, optimizer, dtype, loss, knobs["micro_batch"])
 
 
 def random_batch(windows: int, length: int, vocab_size: int = 66, device: str = "cpu") -> tuple:

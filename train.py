@@ -97,9 +97,11 @@ tensorboard = False  # write out_dir/tensorboard too
 config = configure(globals())
 
 
-def die(message):
+def die(message, code=2):
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(2) if dist.is_initialized() else sys.exit(2)  # gloo's threads may abort a process that ends otherwise
+    os._exit(code) if dist.is_initialized() else sys.exit(
+        code
+    )  # gloo's threads may abort a process that ends otherwise
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
@@ -430,8 +432,9 @@ while True:
         say(f"step {step:>6}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {1000 * seconds:.0f} ms | "
             f"{speed:,.0f} tokens/s | mfu {mfu_text} | {memory:.2f} GB | eta {eta_text}")  # fmt: skip
     if in_a_row >= max_skipped:
-        die(f"{in_a_row} steps in a row without a finite gradient: stopped. The last good checkpoint is "
-            f"{checkpoint.newest(out, say)}: try a lower learning_rate, or dtype=bfloat16 or float32")  # fmt: skip
+        last_good = checkpoint.newest(out, say)
+        die(f"{in_a_row} steps in a row without a finite gradient: stopped. The last good checkpoint is {last_good}: "
+            "try a lower learning_rate, or dtype=bfloat16 or float32", guard.DIVERGED)  # fmt: skip
 
 on_disk(checkpoint.finish)
 bar.close()

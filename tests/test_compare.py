@@ -15,6 +15,7 @@ import pytest
 
 import compare
 import flops
+from benchmarks import comparison
 from tests.test_reliability import holder
 from tests.test_train import FORK, finish, in_fork, launch, until, write_data, wrote
 from tests.tiny import MODELS, ROOT, module
@@ -92,8 +93,10 @@ def planned(setting, *more):
 # ---- the plan --------------------------------------------------------------------------------------------------------
 def test_all_variants_get_the_same_training_flops_to_half_a_step(setting):
     for name, variant in zip(MODELS, planned(setting, "--models", ",".join(MODELS)), strict=True):
-        step = flops.training_flops_per_token(name, compare.gpt_config(variant.config), 32) * 256
-        assert variant.steps >= 20 and abs(variant.steps * step - BUDGET) <= step / 2
+        config = compare.gpt_config(variant.config)
+        of_optimizer, _ = flops.optimizer_cost(name, config, "muon")
+        step = flops.training_flops_per_token(name, config, 32) * 256 + of_optimizer
+        assert variant.steps >= 10 and abs(variant.steps * step - BUDGET) <= step / 2
         assert variant.config["max_steps"] == variant.steps and variant.tokens == variant.steps * 256
 
 
@@ -101,7 +104,7 @@ def test_all_variants_get_the_same_training_flops_to_half_a_step(setting):
 def test_a_matched_variant_has_the_tokens_and_the_cost_of_the_first(setting, match):
     first, *others = planned(setting, "--models", "baseline,mla,hybrid", "--match", match)
     for other in others:
-        cost = [compare.parameters(v) if match == "parameters" else v.flops_per_token for v in (first, other)]
+        cost = [compare.parameters(v) if match == "parameters" else v.step_flops() for v in (first, other)]
         assert other.tokens == first.tokens and abs(cost[1] / cost[0] - 1) <= 0.005
     small, large = planned(setting, "--vary", "batch_tokens=256,512", "--match", match)
     assert 0 <= small.tokens - large.tokens < 512 and large.steps == small.steps // 2
@@ -115,6 +118,43 @@ def test_the_values_of_a_knob_become_variants_of_each_model_or_of_the_one_named(
         ("switch", "batch"),
         ("switch", "global"),
     ]
+
+
+def test_the_optimizer_s_flops_count_unless_they_are_left_out(setting):
+    muon, adamw = planned(setting, "--vary", "optimizer=muon,adamw")
+    assert (
+        adamw.optimizer_flops == 0
+        and muon.optimizer_flops == flops.optimizer_cost("baseline", compare.gpt_config(muon.config), "muon")[0]
+    )
+    assert muon.steps < adamw.steps
+    without = planned(setting, "--vary", "optimizer=muon,adamw", "--match_optimizer=False")
+    assert [variant.steps for variant in without] == [adamw.steps] * 2
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """A model that fails in its forward, as one's own may."""
+    variant = module("baseline")
+    monkeypatch.setattr(variant.MLP, "forward", lambda self, x: self.w_gate(x, 1))
+
+
+def test_a_model_that_fails_is_named_before_anything_trains(setting, tmp_path, fake, broken, monkeypatch, capsys):
+    plan = planned(setting)  # counting its FLOPs runs the model as well
+    monkeypatch.setattr(compare, "plan_all", lambda args: plan)
+    with pytest.raises(SystemExit) as exit:
+        run(setting, tmp_path, "--lrs", "1", "--seeds", "1")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and not fake.ran
+    assert re.match(r"error: baseline cannot be trained: model_baseline.py line \d+: TypeError: ", error)
+
+
+def test_the_plan_says_what_sets_variants_apart_and_how_long_it_takes(setting, tmp_path, fake, capsys):
+    run(setting, tmp_path, "--models", "baseline,baseline:n_inner=64:dropout=0.1", "--lrs", "1", "--seeds", "2")
+    said = capsys.readouterr().err
+    assert "differs from baseline in n_inner=64 (160), dropout=0.1 (0.0)\n" in said
+    assert re.search(r"about \d+\.\d minutes with --jobs 1", said)
+    run(setting, tmp_path, "--models", "baseline,baseline:n_inner=64:dropout=0.1", "--lrs", "1", "--seeds", "2")
+    assert "minutes" not in capsys.readouterr().err  # all is finished
 
 
 @pytest.mark.parametrize("more, message", [
@@ -292,14 +332,14 @@ def test_a_real_comparison_trains_both_variants_and_measures_their_speed(setting
 ])  # fmt: skip
 def test_a_difference_that_chance_may_give_is_no_win(losses, said):
     first = {"loss": [2.9, 3.0, 3.1]}
-    assert compare.verdict({"loss": losses}, first) == said
-    assert compare.verdict(first, first) == "-"
-    assert compare.verdict({"loss": [1.0, 1.0]}, {"loss": [1.0, 1.0]}).endswith("no difference seen")
+    assert comparison.verdict({"loss": losses}, first) == said
+    assert comparison.verdict(first, first) == "-"
+    assert comparison.verdict({"loss": [1.0, 1.0]}, {"loss": [1.0, 1.0]}).endswith("no difference seen")
 
 
 def test_student_s_t_is_that_of_its_distribution():
     """The density of t integrated to the table's values holds 95 %."""
-    for freedom, t in enumerate(compare.T95, 1):
+    for freedom, t in enumerate(comparison.T95, 1):
         x = np.linspace(-t, t, 200_001)
         scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
         assert np.trapezoid(scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2), x) == pytest.approx(0.95, abs=5e-4)
@@ -311,12 +351,12 @@ def test_the_table_has_ratios_of_rounds_and_the_bytes_of_state(setting, tmp_path
         row |= {"train_seconds": seconds, "decode_seconds": {"8": [x / 10 for x in seconds]}}
     result["peak_flops"] = 1e9
     row = next(
-        line for line in compare.markdown(result).splitlines() if line.startswith("| hybrid | ") and "GB" in line
+        line for line in comparison.markdown(result).splitlines() if line.startswith("| hybrid | ") and "GB" in line
     )
     per_token, cells = result["variants"][1]["flops_per_token"], row.split(" | ")
-    assert cells[5:7] == ["51 (0.50x)", f"{256 / 5 * per_token / 1e9:.1%}"]
+    assert cells[6:8] == ["51 (0.50x)", f"{256 / 5 * per_token / 1e9:.1%}"]
     # keys and values: 2 * 2 heads * 16 * 4 bytes; state: 4 * (4 heads * 16 * 12 + 3 inputs of 112 channels)
-    assert cells[8:] == ["256 + 4,416", "2 (0.50x) |"]
+    assert cells[9:] == ["256 + 4,416", "2 (0.50x) |"]
 
 
 def test_the_best_size_is_the_minimum_of_a_parabola_through_known_losses(setting, tmp_path, fake):
@@ -325,16 +365,16 @@ def test_the_best_size_is_the_minimum_of_a_parabola_through_known_losses(setting
     more = ["--budgets", "2e9,4e9", "--sizes", "n_embd=16,n_embd=32,n_embd=64", "--lrs", "1", "--seeds", "1"]
     result = run(setting, tmp_path, *more)
     assert len(fake.ran) == 6 and [row["budget"] for row in result["variants"]] == [2e9] * 3 + [4e9] * 3
-    for own, fit, best in compare.best_sizes(result["variants"]).values():
+    for own, fit, best in comparison.best_sizes(result["variants"]).values():
         for row in own:  # three points lie on the parabola
             assert np.polyval(fit, math.log(row["parameters"])) == pytest.approx(row["loss"][0])
         assert np.polyval(np.polyder(fit), math.log(best)) == pytest.approx(0, abs=1e-9)
         assert own[1]["parameters"] < best < own[2]["parameters"]
         assert f"{best:,.0f} parameters" in (tmp_path / "comparison.md").read_text()
     result["variants"][0]["loss"] = [1.0]
-    assert compare.best_sizes(result["variants"])["baseline", 2e9][2] is None
+    assert comparison.best_sizes(result["variants"])["baseline", 2e9][2] is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("compare_*.json")), ids=lambda path: path.stem)
 def test_a_committed_table_is_the_one_drawn_from_the_committed_numbers(path):
-    assert path.with_suffix(".md").read_text() == compare.markdown(json.loads(path.read_text()))
+    assert path.with_suffix(".md").read_text() == comparison.markdown(json.loads(path.read_text()))

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -62,6 +62,17 @@ def everywhere(world_size, function, *args):
         return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
+@contextmanager
+def weights_in(dtype):
+    """Makes floating tensors of this dtype meanwhile."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def build(name, how, dtype=torch.float32, reshard=True, cpu_offload=False, compile=False, **options):
     sizes = dict(vocab_size=VOCAB, block_size=BLOCK, **TINY[name]) | OPTIONS.get(name, {}) | options
     GPT, config = module(name).GPT, module(name).GPTConfig(**sizes)
@@ -77,16 +88,25 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def curve(name, how, optimizer="muon", steps=20, micro=2, **options):
+def curve(name, how, optimizer="muon", steps=20, micro=2, dtype=torch.float64, **options):
     """Training of a tiny model, 8 windows a step, which each process takes in `micro` parts. rows: steps x (loss,
-    gradient norm); weights: in the end; held: bytes of parameters and optimizer state on this process."""
+    gradient norm); weights: in the end; held: bytes of parameters and optimizer state on this process.
+
+    In fp64 what is computed in another order has the same gradients to 1e-9 after 20 steps. In fp32 that depends on the
+    model: hybrid's norms differ by 1e-4 between two sizes of the micro-batch, although its losses do by 1e-6 alone.
+    """
+    with weights_in(torch.float32 if dtype == torch.bfloat16 else dtype):
+        return curve_in(dtype, name, how, optimizer, steps, micro, options)
+
+
+def curve_in(dtype, name, how, optimizer, steps, micro, options):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model = build(name, how, **options)
+    model = build(name, how, dtype, **options)
     net = DistributedDataParallel(model, broadcast_buffers=False) if how == "ddp" else model
     # eps: a gradient that is zero but for rounding, like that of a key's bias, moves no weight.
     opt = muon.make_optimizer(model, optimizer, 5e-3, eps=1e-4)
     generator, rows, positions = torch.Generator().manual_seed(7), [], torch.arange(33)
-    half = "dtype" in options
+    half = dtype == torch.bfloat16
     for _ in range(steps):
         windows = (torch.randint(EOT, (8, 1), generator=generator) + positions * (1 + positions % 3)) % EOT
         batches = windows[rank * 8 // world_size : (rank + 1) * 8 // world_size].chunk(micro)
@@ -109,7 +129,7 @@ def curve(name, how, optimizer="muon", steps=20, micro=2, **options):
             dist.all_reduce(total)
         rows.append([total.item(), norm])
     tensors = [*model.parameters(), *(value for state in opt.state.values() for value in state.values())]
-    assert {t.dtype for t in tensors} == {torch.float32}
+    assert {t.dtype for t in tensors if t.ndim} == {torch.get_default_dtype()}  # a count of steps is fp32
     final = {key: whole(t).clone() for key, t in model.state_dict().items()}
     return {"rows": rows, "weights": final, "held": sum(muon.to_local(t).nbytes for t in tensors)}
 
@@ -118,14 +138,16 @@ def curves(*cases):
     return [curve(*case) for case in cases]
 
 
-LAYOUTS = [(2, "ddp", "adamw"), (2, "fsdp", "muon"), (2, "fsdp", "adamw"), (4, "ddp", "muon"), (4, "fsdp", "muon")]
-CASES = [(processes, (name, how, optimizer)) for name in PROVED for processes, how, optimizer in LAYOUTS]
+LAYOUTS = [(2, "ddp", "adamw"), (2, "fsdp", "adamw"), (4, "ddp", "muon"), (4, "fsdp", "muon")]
+CASES = [(2, (name, "fsdp", "muon")) for name in MODELS]
+CASES += [(processes, (name, how, optimizer)) for name in PROVED for processes, how, optimizer in LAYOUTS]
 
 
 @pytest.fixture(scope="module")
 def one():
     """{(name, optimizer): curve} of one process."""
-    return {(name, optimizer): curve(name, "none", optimizer) for name in PROVED for optimizer in ("muon", "adamw")}
+    cases = dict.fromkeys((name, optimizer) for _, (name, _, optimizer) in CASES)
+    return {(name, optimizer): curve(name, "none", optimizer) for name, optimizer in cases}
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +166,8 @@ def many():
 def test_losses_gradient_norms_and_weights_of_20_steps_equal_those_of_one_process(one, many, world_size, case):
     expected = one[case[0], case[2]]
     for result in many[world_size, case]:
-        torch.testing.assert_close(torch.tensor(result["rows"]), torch.tensor(expected["rows"]), atol=1e-5, rtol=0)
-        torch.testing.assert_close(result["weights"], expected["weights"], atol=1e-4, rtol=0)
+        same_curve(result, expected)
+        torch.testing.assert_close(result["weights"], expected["weights"], atol=1e-8, rtol=0)
     losses = [loss for loss, _ in expected["rows"]]
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.03
 
@@ -157,8 +179,12 @@ def test_a_process_holds_its_share_of_weights_and_optimizer_state_and_little_mor
     assert max(held) < 1.2 * whole / world_size and sum(held) < 1.05 * whole  # 6 experts over 4 are 2 + 2 + 2 + 0
 
 
-def same_curve(a, b, tolerance=1e-5):
-    torch.testing.assert_close(torch.tensor(a["rows"]), torch.tensor(b["rows"]), atol=tolerance, rtol=0)
+def same_curve(a, b, loss_tolerance=2e-6, norm_tolerance=1e-9):
+    """Losses are fp32, whatever the model is; their gradients are as exact as it."""
+    losses, norms = torch.tensor(a["rows"], dtype=torch.float64).T
+    expected_losses, expected_norms = torch.tensor(b["rows"], dtype=torch.float64).T
+    torch.testing.assert_close(losses, expected_losses, atol=loss_tolerance, rtol=0)
+    torch.testing.assert_close(norms, expected_norms, atol=norm_tolerance, rtol=0)
 
 
 def test_experts_balanced_over_all_processes_train_like_those_of_one():
@@ -219,9 +245,9 @@ def gathered(dtype):
 
 
 def test_bfloat16_gathers_half_the_bytes_keeps_float32_shares_and_stays_close():
-    one = curve("baseline", "none")
+    one = curve("baseline", "none", dtype=torch.float32)
     for result in everywhere(2, partial(curve, "baseline", "fsdp", dtype=torch.bfloat16)):
-        same_curve(result, one, 0.05)
+        same_curve(result, one, 0.05, 0.05)
         assert result["rows"] != one["rows"]
     assert everywhere(2, gathered, torch.bfloat16) == [["torch.bfloat16"]] * 2
 
