@@ -251,10 +251,27 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, 
     known = {field.name for field in dataclasses.fields(module.GPTConfig)}
     odd = sorted(known ^ saved.keys())
     if odd:
-        raise CheckpointError(f"{path} is of another version of {name}.py: only one of them knows {', '.join(odd)}")
+        common = {key: value for key, value in saved.items() if key in known}
+        weights_too = unknown_weights(path, module, common)
+        raise CheckpointError(
+            f"{path} is of another version of {name}.py: only one of them knows {', '.join(odd)}{weights_too}"
+        )
     model = module.GPT(module.GPTConfig(**saved)).to(device)
     restore(path, model)
     return model.eval(), config
+
+
+def unknown_weights(path, module, fields):
+    """Returns the end of a message that names a checkpoint's weights which a model of these fields has not."""
+    try:
+        with torch.device("meta"):
+            names = weights(module.GPT(module.GPTConfig(**fields))).keys()
+    except ValueError:  # these fields alone make no model
+        return ""
+    unknown = [name for name in Stored(path, "model").parts if name not in names]
+    if not unknown:
+        return ""
+    return f", and {len(unknown)} weights of the checkpoint, {', '.join(unknown[:3])}..."
 
 
 def changed_keys(old: dict, new: dict) -> list[str]:

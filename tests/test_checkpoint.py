@@ -478,6 +478,11 @@ def test_load_model_rebuilds_the_variant_from_the_checkpoint_alone(tmp_path, mon
     save(tmp_path / "odd", 1, model, adamw(model), config, {})
     with pytest.raises(CheckpointError, match="another version of model_toyload.py: only one of them knows n_expert"):
         load_model(tmp_path / "odd")
+    older = model_toyload.GPT(model_toyload.GPTConfig(vocab_size=7))
+    older.fused = torch.nn.Linear(4, 4)
+    save(tmp_path / "older", 1, older, adamw(older), config, {})
+    with pytest.raises(CheckpointError, match="n_expert, and 2 weights of the checkpoint, fused.bias, fused.weight"):
+        load_model(tmp_path / "older")
     config["model_config"] = {"vocab_size": 7}
     save(tmp_path / "odd", 1, model, adamw(model), config, {})
     with pytest.raises(CheckpointError, match="only one of them knows n_embd"):

@@ -5,12 +5,9 @@ script's own parser, which refuses a wrong flag and a missing config. `make test
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch.distributed.run as torchrun
@@ -23,6 +20,7 @@ import sample
 from configurator import resolve
 from tests.readme import fresh
 from tests.tiny import ROOT
+from tests.tree import copy_of_the_project, run
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S) for line in block.splitlines()]
@@ -68,11 +66,7 @@ def tiny(command):
 def copy(tmp_path_factory):
     """The repository's files in an empty folder, with the quickstart made at a tiny size and the files it talks of."""
     folder = tmp_path_factory.mktemp("copy") / "nanollm"
-    for name in run("git ls-files --cached --others --exclude-standard", ROOT).splitlines():
-        if not (ROOT / name).is_file():  # deleted, or a link to a folder
-            continue
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
+    copy_of_the_project(folder)
     shutil.copy(folder / "train.py", folder / "notes.txt")
     documents = [path.read_text() for path in sorted(folder.glob("*.py"))]
     (folder / "more.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
@@ -82,13 +76,6 @@ def copy(tmp_path_factory):
     run(STDLIB, folder)
     run(f"python train.py config/quickstart.py {TINY}", folder)
     return folder
-
-
-def run(command, folder, **options):
-    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, **options)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done.stdout
 
 
 def test_every_changed_command_is_in_the_readme():
