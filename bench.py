@@ -34,11 +34,11 @@ import flops
 import hf
 import kernels_delta
 import muon
-from bench_kernels import bench_kernels, kernels_markdown
-from bench_parallel import parallel, parallel_markdown
-from bench_variants import variants, variants_markdown
+from benchmarks.kernels import bench_kernels, kernels_markdown
+from benchmarks.parallel import parallel, parallel_markdown
+from benchmarks.variants import variants, variants_markdown
 from generate import CompiledStep, stream
-from timing import (
+from benchmarks.timing import (
     TokenTimes,
     bandwidth,
     begin,

@@ -33,9 +33,9 @@ import torch
 from tqdm import tqdm
 
 import flops
-import guard
-import record
-import timing
+from training import guard
+from training import run_folder
+from benchmarks import timing
 from benchmarks import comparison
 from configurator import resolve
 from data.shards import Shards

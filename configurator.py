@@ -13,14 +13,21 @@ way in which a knob may be unknown.
 import ast
 import dataclasses
 import difflib
+import math
 import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 SIMPLE = (bool, int, float, str, list, dict, tuple, type(None))
+LEAST = {  # the least number that can be meant, for the knobs that have one
+    1: "block_size n_layer n_head n_kv_head head_dim n_embd n_inner n_expert n_expert_per_token n_expert_inner "
+    "max_steps batch_tokens micro_batch muon_steps max_skipped eval_every save_every log_every timeout",
+    0: "vocab_size seed warmup_steps lr_batch_tokens grad_clip eval_tokens keep_last keep_every minutes dropout",
+}
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 
 
@@ -30,7 +37,9 @@ class Knob:
 
     default: object
     kinds: set  # names of the types that it takes, "None" among them; empty: any type
+    choices: tuple  # the values of its Literal; empty: any value of these types
     comment: str
+    group: str  # the comment line above the knobs that it stands with
 
 
 def fail(message):
@@ -60,29 +69,50 @@ def read_knobs(path, defaults, class_name=None):
         statements = next(node.body for node in statements if getattr(node, "name", None) == class_name)
 
     knobs = {}
+    group = ""
+    last_line = statements[0].lineno - 1
     for statement in statements:
         if mentions_configure(statement):
             break
+        for line in lines[last_line : statement.lineno - 1]:
+            if line.strip().startswith("#"):
+                group = line.strip(" #-")
+        last_line = statement.end_lineno
         if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
             continue
-        last_line = lines[statement.end_lineno - 1].encode()
-        comment = last_line[statement.end_col_offset :].decode().strip(" #")  # the offset counts bytes
+        text = lines[statement.end_lineno - 1].encode()
+        comment = text[statement.end_col_offset :].decode().strip(" #")  # the offset counts bytes
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in defaults:
                 default = defaults[node.id]
-                knobs[node.id] = Knob(default, kinds_of(statement, default), comment)
+                kinds, choices = kinds_and_choices(statement, default)
+                knobs[node.id] = Knob(default, kinds, choices, comment, group)
     return knobs
 
 
-def kinds_of(assignment, default):
-    """Returns the names of the types that a knob takes: those of its annotation, and its default's."""
+def kinds_and_choices(assignment, default):
+    """Returns the names of the types that a knob takes, and the values of its Literal, by its annotation and default.
+
+    bool | Literal["auto"] takes bools, and of the strings "auto" alone.
+    """
     kinds = set()
+    choices = ()
     if isinstance(assignment, ast.AnnAssign):
-        for kind in ast.unparse(assignment.annotation).split("|"):
-            kinds.add(kind.split("[")[0].strip())  # list[int] is a list
+        parts = [assignment.annotation]
+        while isinstance(parts[-1], ast.BinOp):  # a | b | c is (a | b) | c
+            union = parts.pop()
+            parts += [union.right, union.left]
+        for part in parts:
+            name = ast.unparse(part).split("[")[0]  # list[int] is a list
+            if name == "Literal":
+                choices = ast.literal_eval(part.slice)
+                choices = choices if isinstance(choices, tuple) else (choices,)
+                kinds.update(type_name(choice) for choice in choices)
+            else:
+                kinds.add(name)
     if kinds or default is not None:  # a bare None says nothing about what else the knob takes
         kinds.add(type_name(default))
-    return kinds
+    return kinds, choices
 
 
 def model_files():
@@ -122,7 +152,7 @@ def is_field_of_some_model(key):
 
 
 def model_knobs(name):
-    """Returns the fields of model_<name>.GPTConfig as knobs."""
+    """Returns the fields of model_<name>.GPTConfig as knobs of a group of their own."""
     config, path = config_class(name)
     defaults = {}
     for field in dataclasses.fields(config):
@@ -130,16 +160,19 @@ def model_knobs(name):
             defaults[field.name] = field.default
         else:
             defaults[field.name] = field.default_factory()
-    return read_knobs(path, defaults, "GPTConfig")
+    knobs = read_knobs(path, defaults, "GPTConfig")
+    group = f"fields of {path.name}"
+    return {key: dataclasses.replace(knob, group=group) for key, knob in knobs.items()}
 
 
 # ---- what config files and the command line say ---------------------------------------------------------------------
 class Namespace(dict):
     """The globals of config files: all knobs by value so far; once `model` is set, those of that choice."""
 
-    def __init__(self, script_knobs, options):
+    def __init__(self, script_knobs, options, starting_from):
         self.script_knobs = script_knobs
         self.options = options  # {knob: text}, of the command line
+        self.starting_from = starting_from
         self.given = {}  # {name: value}, as config files have set them
         self.file_of = {}  # {name: the config file that set it last}
         self.where_present = set()  # names set for those models alone that have such a knob
@@ -147,12 +180,19 @@ class Namespace(dict):
 
     def choose_model(self):
         """Adds the knobs of the chosen model: the command line's choice, or the files' so far, or the script's."""
+        said = self.given | self.options
+        start = {}
+        if self.starting_from and said.get("init_from"):
+            start = self.starting_from(said["init_from"])
         self.knobs = dict(self.script_knobs)
         choice = {}
         if "model" in self.script_knobs:
-            choice["model"] = (self.given | self.options).get("model", self.script_knobs["model"].default)
+            choice["model"] = said.get("model", start.get("model", self.script_knobs["model"].default))
             for key, knob in model_knobs(choice["model"]).items():
                 self.knobs.setdefault(key, knob)  # the script's own knob of that name counts
+        if start and choice["model"] == start["model"]:
+            for key, value in start.items():
+                self.knobs[key] = dataclasses.replace(self.knobs[key], default=value)
         # update does not come by __setitem__, so none of this counts as set by a file.
         self.update({key: knob.default for key, knob in self.knobs.items()})
         self.update(self.given)
@@ -170,7 +210,7 @@ class Namespace(dict):
         self.given[name] = value
         self.file_of[name] = self.path
         self.where_present.discard(name)
-        if name == "model":
+        if name in ("model", "init_from"):
             self.choose_model()
 
     def run(self, path):
@@ -197,6 +237,8 @@ def sort_arguments(argv):
         key, equals, text = argument.removeprefix("--").partition("=")
         if argument.startswith("--"):
             options[key] = text if equals else "True"
+        elif argument == "-h":
+            options["help"] = "True"
         elif argument.endswith(".py"):
             files.append(argument)
         else:
@@ -221,20 +263,46 @@ def parse(text, kinds):
     return value
 
 
+def check(key, value, knob, given_as):
+    """Ends the program where a knob's value is of no type that it takes, none of its choices, or cannot be meant."""
+    if knob.kinds and type_name(value) not in knob.kinds:
+        fail(f"{given_as}: expected {' or '.join(sorted(knob.kinds))}")
+    if isinstance(value, str) and knob.choices and value not in knob.choices:
+        choices = [repr(choice) if choice == "" else str(choice) for choice in knob.choices]
+        if "bool" in knob.kinds:
+            choices += ["True", "False"]
+        fail(f"{given_as}: try one of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        fail(f"{given_as}: give a finite number")
+    for least, names in LEAST.items():
+        if key in names.split() and isinstance(value, int | float) and value < least:
+            fail(f"{given_as}: try {least} or more")
+
+
 def print_help(script_globals, knobs):
-    """Prints the first line of the script's docstring, its usage, and a line for each knob."""
+    """Prints the first line of the script's docstring, its usage, and its knobs by group, with their defaults."""
     docstring = script_globals.get("__doc__") or ""
     print(docstring.strip().partition("\n")[0])
     print(f"usage: python {Path(script_globals['__file__']).name} [config/x.py ...] [--key=value ...] [--flag]")
-    print("A config file is Python and is run: run only files you trust.\n")
+    print("A config file is Python and is run: run only files you trust.")
+    group = ""
     for key, knob in knobs.items():
-        print(f"--{key}={knob.default!r}".ljust(36) + " " + knob.comment)
+        if knob.group != group:
+            group = knob.group
+            print(f"\n{group}")
+        print(f"  --{key}={knob.default!r}".ljust(36) + " " + knob.comment)
 
 
-def configure(script_globals: dict, argv: list[str] | None = None, quiet: bool = False) -> dict:
+def configure(
+    script_globals: dict,
+    argv: list[str] | None = None,
+    quiet: bool = False,
+    starting_from: Callable[[str], dict] | None = None,
+) -> dict:
     """Applies config files and --key=value to the script's globals; returns {knob: value}, the chosen model's included.
 
-    Rank 0 prints what differs from the defaults, unless quiet. A user's mistake is one line on stderr and exit code 2.
+    Process 0 prints what differs from the defaults, unless quiet. A user's mistake is one line on stderr, and code 2.
+    starting_from: gives {"model": name, field: value} of a trained model, the defaults where `init_from` names one.
     """
     # 1. sort the arguments
     if argv is None:
@@ -246,7 +314,7 @@ def configure(script_globals: dict, argv: list[str] | None = None, quiet: bool =
     # 2. find the knobs, and what the config files make of them
     simple = {key: value for key, value in script_globals.items() if type(value) in SIMPLE and not key.startswith("_")}
     script_knobs = read_knobs(script_globals["__file__"], simple)
-    namespace = Namespace(script_knobs, options)
+    namespace = Namespace(script_knobs, options, starting_from)
     for file in files:
         namespace.run(file)
     knobs = namespace.knobs
@@ -275,8 +343,7 @@ def configure(script_globals: dict, argv: list[str] | None = None, quiet: bool =
             given_as = f"{key}={value!r}{place}"
         if type(value) is int and "float" in knob.kinds and "int" not in knob.kinds:
             value = float(value)
-        if knob.kinds and type_name(value) not in knob.kinds:
-            fail(f"{given_as}: expected {' or '.join(sorted(knob.kinds))}")
+        check(key, value, knob, given_as)
         values[key] = value
         if is_loud and value != knob.default:
             print(f"{key} = {value!r}  (default {knob.default!r})")

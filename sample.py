@@ -7,7 +7,6 @@ python sample.py out/run --save_pretrained my-model        (a folder that transf
 """
 
 import argparse
-import json
 import math
 import sys
 from itertools import chain
@@ -15,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import generate
 import hf
-from data.tokenizer_json import ids_before_text
-from data.tokenizers import load_tokenizer, stream_text, tokenizer_from_dict
+from data.tokenizers import stream_text
+from training.checkpoint import CheckpointError
+from training.load import hide_padding, load, stop_tokens
 
 LIMITS = {
     "num_samples": (1, math.inf),
@@ -62,99 +61,7 @@ def parse_arguments(argv):
     return args
 
 
-# ---- the model and its tokenizer -------------------------------------------------------------------------------------
-
-
-def load(args):
-    """Returns the model in eval mode, its tokenizer, and the tokens that every prompt begins with."""
-    # 1. the model
-    path = args.path
-    device = find_device(args.device)
-    dtype = torch.float32
-    if args.dtype != "auto":
-        dtype = getattr(torch, args.dtype)
-    elif device.startswith("cuda"):
-        dtype = torch.bfloat16
-    if not path.exists():
-        raise FileNotFoundError(f"{path} not found: give a run's folder, a checkpoint's, or a Hugging Face model's")
-    if is_from_hugging_face(path):
-        model = hf.load(path, device, dtype)
-    else:
-        model, _ = checkpoint.load_model(path, device)
-        model = model.to(dtype)
-
-    # 2. the tokenizer, and how our documents, or those of a Hugging Face model, begin
-    tokenizer, prefix = find_tokenizer(path, args.tokenizer)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, and the model {model.config.vocab_size}"
-        raise ValueError(f"the tokenizer {tokenizer.name} has {sizes}: they do not belong together")
-    return model, tokenizer, prefix
-
-
-def find_device(name):
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        if torch.backends.mps.is_available():
-            return "mps"
-        return "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}, but torch {torch.__version__} sees no CUDA device: try --device cpu")
-    return name
-
-
-def is_from_hugging_face(path):
-    """Returns whether a folder has a config.json that names a model_type, which those of our runs do not."""
-    file = path / "config.json"
-    return file.exists() and "model_type" in json.loads(file.read_text())
-
-
-def find_tokenizer(path, name):
-    """Returns the tokenizer of this name, or else that of the folder; and the tokens that its documents begin with."""
-    if name:
-        tokenizer = load_tokenizer(name)
-        prefix = [] if is_from_hugging_face(path) else [tokenizer.eot_id]
-        return tokenizer, prefix
-    file = path / "tokenizer.json"
-    if file.exists():
-        tokenizer = load_tokenizer(str(file))
-        return tokenizer, ids_before_text(json.loads(file.read_text("utf-8")))
-    for folder in (path, path.resolve().parent):  # of a run, and of a checkpoint in it
-        file = folder / "data.json"
-        if not file.exists():
-            continue
-        meta = json.loads(file.read_text())
-        if meta.get("tokenizer"):
-            tokenizer = tokenizer_from_dict(meta["tokenizer"])
-        else:
-            tokenizer = load_tokenizer("gpt2")  # published shards come without a tokenizer: they are GPT-2's
-        return tokenizer, [tokenizer.eot_id]
-    raise ValueError(f"{path} has no tokenizer: name one with --tokenizer, for example --tokenizer gpt2")
-
-
-def hide_padding(model, tokenizer):
-    """Leaves out the logits of what only pads the vocabulary: no text stands behind those ids."""
-    logits = model.logits
-    model.logits = lambda x: logits(x)[..., : tokenizer.vocab_size]
-
-
-def stop_tokens(tokenizer):
-    """Returns the ids that end a text: that of the next document, and that of the end of a turn in a chat."""
-    ids = {tokenizer.eot_id}
-    if "<|im_end|>" in tokenizer.special_tokens:
-        ids.add(tokenizer.special_tokens["<|im_end|>"])
-    return ids
-
-
-def save_pretrained(model, tokenizer, prefix, folder):
-    hf.save(model, folder, tokenizer.to_hf(prefix))
-    names = ", ".join(sorted(file.name for file in Path(folder).iterdir()))
-    print(f"wrote {folder}: {names}")
-
-
 # ---- text ------------------------------------------------------------------------------------------------------------
-
-
 def until_stop(pieces, stops, begin):
     """Yields the text of the pieces up to the first stop behind `begin` characters, and never a part of a stop."""
     longest = max((len(stop) for stop in stops), default=1)
@@ -227,6 +134,12 @@ def interact(model, tokenizer, prefix, options, stops):
         history += tokenizer.encode("<|im_end|>\n", special=True)
 
 
+def save_pretrained(model, tokenizer, prefix, folder):
+    hf.save(model, folder, tokenizer.to_hf(prefix))
+    names = ", ".join(sorted(file.name for file in Path(folder).iterdir()))
+    print(f"wrote {folder}: {names}")
+
+
 def run(args):
     # 1. the prompt, before the minutes that a large model may take to load
     text = args.prompt
@@ -236,7 +149,7 @@ def run(args):
         text = Path(args.prompt_file).read_text("utf-8")
 
     # 2. the model
-    model, tokenizer, prefix = load(args)
+    model, tokenizer, prefix = load(args.path, args.device, args.dtype, args.tokenizer)
     if args.save_pretrained:
         save_pretrained(model, tokenizer, prefix, args.save_pretrained)
         return
@@ -270,7 +183,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     try:
         run(args)
-    except (OSError, ValueError, checkpoint.CheckpointError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print()

@@ -27,11 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-import checkpoint
+from training import checkpoint
 import flops
-import guard
+from training import guard
 import muon
-import record
+from training import run_folder
 from configurator import configure
 from data.shards import Loader, Shards, eval_batches
 from data.tokenizers import tokenizer_from_dict

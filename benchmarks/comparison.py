@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-import timing
+from benchmarks import timing
 
 # Student's t for two-sided 5 %, with 1, 2, 3... degrees of freedom; beyond the table it is close to the last one.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)

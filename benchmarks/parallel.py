@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoint
+from training import checkpoint
 import muon
-import record
-from timing import begin, build, describe, device_and_dtype, make_step, middle, random_batch, ratios
+from training import run_folder
+from benchmarks.timing import begin, build, describe, device_and_dtype, make_step, middle, random_batch, ratios
 
 ROOT = Path(__file__).resolve().parent
 SIZES = {

@@ -10,7 +10,7 @@ import torch
 
 import flops
 import muon
-from timing import begin, build, describe, device_and_dtype, in_turn, make_step, middle, random_batch, ratios
+from benchmarks.timing import begin, build, describe, device_and_dtype, in_turn, make_step, middle, random_batch, ratios
 
 VARIANTS = {
     "moe": dict(

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.sandbox import passes
+from evals.sandbox import passes
 
 
 class Question(NamedTuple):

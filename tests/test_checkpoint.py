@@ -16,8 +16,8 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-from checkpoint import CheckpointError, changed_keys, load_config, load_model, newest, resolve, restore, save, verify
+from training import checkpoint
+from training.checkpoint import CheckpointError, changed_keys, load_config, load_model, newest, resolve, restore, save, verify
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {"model": "toy", "model_config": {"vocab_size": 11, "n_embd": 8}, "knobs": {"learning_rate": 0.1, "seed": 1}}

@@ -23,11 +23,11 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 
-import atomic
-import checkpoint
+from training import atomic
+from training import checkpoint
 import hf
 import sample
-from checkpoint import CheckpointError, newest, restore, verify
+from training.checkpoint import CheckpointError, newest, restore, verify
 from tests.tiny import build, tokens
 
 pytestmark = pytest.mark.xdist_group("processes")

@@ -96,7 +96,7 @@ def test_all_variants_get_the_same_training_flops_to_half_a_step(setting):
         config = compare.gpt_config(variant.config)
         of_optimizer, _ = flops.optimizer_cost(name, config, "muon")
         step = flops.training_flops_per_token(name, config, 32) * 256 + of_optimizer
-        assert variant.steps >= 10 and abs(variant.steps * step - BUDGET) <= step / 2
+        assert variant.steps >= 5 and abs(variant.steps * step - BUDGET) <= step / 2
         assert variant.config["max_steps"] == variant.steps and variant.tokens == variant.steps * 256
 
 

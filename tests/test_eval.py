@@ -14,9 +14,9 @@ import torch
 
 import eval as evaluation
 import hf
-from data import sandbox
+from evals import sandbox
 from data.shards import write_shard
-from data.tasks import TASKS, Question, accuracies, boxed, final_answer, load_task, plain_math
+from evals.tasks import TASKS, Question, accuracies, boxed, final_answer, load_task, plain_math
 from data.tokenizers import load_tokenizer
 from eval import Request, Scorer, bytes_of_tokens, evaluate_task, loss_report, loss_sums, windows
 from generate import generate

@@ -1,6 +1,7 @@
 """What is special to model_gated.py: its gates, against three models of transformers and against the baseline."""
 
 import math
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -32,7 +33,11 @@ LAYER = {
 
 @contextmanager
 def exact():
-    """transformers computes norms and softmax in float32 by name: while this lasts, that name means float64."""
+    """transformers computes norms and softmax in float32 by name: while this lasts, that name means float64.
+
+    A module that is imported meanwhile would keep the wrong meaning for all tests that follow.
+    """
+    imported = set(sys.modules)
     float32 = torch.float32
     to_float = torch.Tensor.float
     torch.float32 = torch.float = torch.float64
@@ -44,6 +49,8 @@ def exact():
         torch.float32 = torch.float = float32
         torch.Tensor.float = to_float
         torch.set_default_dtype(float32)
+        new = [name for name in set(sys.modules) - imported if name.startswith("transformers")]
+        assert not new, f"to be imported before: {new}"
 
 
 def oracle(cls, config):
@@ -117,6 +124,7 @@ ORACLES = {
 def test_logits_and_gradients_of_the_embedding_equal_those_of_transformers(case):
     x = tokens(2, 50)
     y = tokens(2, 50, seed=2)
+    ORACLES[case]()  # imports what it needs
     with exact():
         theirs, weights, options = ORACLES[case]()
         ours = GPT(GPTConfig(**OURS, **options, norm_eps=1e-3, tie_embeddings=False)).eval()

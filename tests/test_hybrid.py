@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+from training import checkpoint
 import flops
 import model_hybrid
 import muon
-from checkpoint import CheckpointError
+from training.checkpoint import CheckpointError
 from model_hybrid import GPT, GatedDelta, GPTConfig, RMSNorm, chunked_delta_rule, recurrent_delta_rule
 from tests.test_gated import LAYER, SIZES, TOP, exact, oracle, renamed
 from tests.test_models import run_in_pieces
@@ -400,6 +400,7 @@ def qwen3_5():
 def test_logits_cached_or_not_and_gradients_equal_those_of_transformers(make):
     x = tokens(2, 100)
     y = tokens(2, 100, seed=2)
+    make()  # imports what it needs
     with exact():
         theirs, weights = make()
         stored = theirs.state_dict()

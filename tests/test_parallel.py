@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import muon
-import parallel
+from distributed import fsdp
 from tests import test_train
 from tests.test_train import FORK, KNOBS, close, fail, finish, finished, together, train, weights
 from tests.tiny import BLOCK, EOT, MODELS, ROOT, TINY, VOCAB, module

@@ -15,7 +15,7 @@ import torch.distributed.run as torchrun
 import bench
 import compare
 import eval as evaluation
-import guard
+from training import guard
 import sample
 from configurator import resolve
 from tests.readme import fresh

@@ -16,9 +16,9 @@ import time
 import pytest
 import torch
 
-import checkpoint
-import guard
-import record
+from training import checkpoint
+from training import guard
+from training import run_folder
 import sample
 from data.shards import Shards
 from tests import soak

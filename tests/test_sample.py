@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-import checkpoint
+from training import checkpoint
 import generate
 import sample
 from data.tokenizers import CHAT_TOKENS, load_tokenizer

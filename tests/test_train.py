@@ -24,12 +24,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+from training import checkpoint
 import model_baseline
-import record
+from training import run_folder
 from data.shards import Loader, Shards, write_shard
 from data.tokenizers import load_tokenizer
-from sharding import Stored
+from training.sharding import Stored
 from tests.tiny import ROOT, TINY
 
 FORK = get_context("forkserver")  # forks of a process that has imported all this: a run starts in a tenth of the time

@@ -5,9 +5,10 @@
                             trainer.safetensors  tensors of the optimizer's state as <parameter>.<key>
                             trainer.json         step, what else the caller gives, numbers of the optimizer's state
                             manifest.json        size and sha256 of each file: written last
+                            evaluation.json      loss, step and tokens, once it was evaluated; not in the manifest
     out_dir/{latest,best}   relative links to such folders
 
-Of sharded parameters each process writes its rows, to model-00001-of-00004.safetensors and so on (sharding.py); any
+Of sharded parameters each process writes its rows, to model-00001-of-00004.safetensors and so on (stored.py); any
 layout restores what any other saved. How folders come and go: atomic.py.
 With many processes all of them call save, finish, newest, resolve and restore, and an error on one is raised on all.
 """
@@ -24,9 +25,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-import atomic
-from atomic import STEP, TEXTS, CheckpointError, entries, folders, fsync, verify  # noqa: F401 (some for others)
-from sharding import Stored, all_done, gather, on_first, own_files, results, start, start_on_first
+from distributed.processes import all_done, gather, on_first, results, start, start_on_first
+from training import atomic
+from training.atomic import CheckpointError, entries, fsync, verify
+from training.stored import Stored, own_files
 
 SIZE = re.compile(r"n_\w+|\w+_dim|(?!block_)\w+_size")  # fields that make another model; block_size may be extended
 
@@ -78,13 +80,15 @@ in_flight = []  # (the future of its thread, its further stages) of the save tha
 
 
 def save(
-    out_dir, step: int, model, optimizer, config: dict, trainer: dict, keep_last=5, best=False, keep_every=0, wait=True
+    out_dir, step: int, model, optimizer, config: dict, trainer: dict, keep_last=5, keep_every=0, wait=True
 ) -> Path | None:
-    """Saves a step, points `latest` (and `best`) at it, then deletes all but the best, the last keep_last (0: none is
-    deleted) and each keep_every-th step's (0: none's). config and trainer (tokens seen, best loss...) go to JSON.
-    wait=False: returns None when the state is copied to host memory; a thread writes it, and a later finish ends it.
-    On a full disk CheckpointError, and nothing is lost. A save in flight is finished first; if it fails, this is not
-    begun."""
+    """Saves a step, points `latest` at it, then deletes old ones; returns its folder.
+
+    What stays: the best, the last keep_last (0: all) and each keep_every-th step's (0: none's). config and trainer
+    (tokens seen and so on) go to JSON. wait=False: returns None when the state is copied to host memory; a thread
+    writes it, and a later finish ends it. On a full disk CheckpointError, and nothing is lost. A save in flight is
+    finished first; if it fails, this is not begun.
+    """
     finish()
     folder = Path(out_dir) / f"step-{step:08d}"
     on_first(lambda: folder.parent.mkdir(parents=True, exist_ok=True))
@@ -118,7 +122,7 @@ def save(
         writing = start(write, Path(f"{folder}.tmp"), files)
         yield writing
         listed = merged(attempt(writing))
-        placing = start_on_first(atomic.commit, folder, step, listed, best)
+        placing = start_on_first(atomic.commit, folder, step, listed)
         yield placing
         attempt(placing)
         pruning = start_on_first(atomic.prune, folder, keep_last, keep_every)
@@ -133,8 +137,10 @@ def save(
 
 
 def finish(wait: bool = True) -> Path | None:
-    """Takes the save in flight as far as it gets, with wait to its end: its folder when it is in place; None before,
-    and where none is in flight. CheckpointError if it failed. For the time between steps, and the end of a run."""
+    """Takes the save in flight as far as it gets, with wait to its end; returns its folder when it is in place.
+
+    None before, and where none is in flight. CheckpointError if it failed. For the time between steps, and the end.
+    """
     while in_flight and (wait or all_done(in_flight[0][0])):
         _, saving = in_flight.pop()
         try:
@@ -146,19 +152,29 @@ def finish(wait: bool = True) -> Path | None:
 # ---- finding --------------------------------------------------------------------------------------------------------
 def newest(out_dir: str | Path, log: Callable = print) -> Path | None:
     """Returns a run's newest whole checkpoint, None where it has none at all; CheckpointError if all are damaged.
-    Process 0 verifies, and tells the others what it found."""
+
+    Process 0 verifies, and tells the others what it found.
+    """
     return on_first(atomic.find, out_dir, log)
 
 
 def resolve(path: str | Path, log: Callable = print) -> Path:
-    """Returns the folder, verified, of a checkpoint's folder or link; of a run's folder its newest whole checkpoint."""
+    """Returns the folder, verified, of a checkpoint; of a run's folder its newest whole one.
+
+    out/run/best and out/run/latest are found where there are no such links, too.
+    """
+    path = Path(path)
+    if path.name == "best" and not path.exists():
+        path = on_first(atomic.best, path.parent) or path
+    if path.name == "latest" and not path.exists():
+        path = path.parent
     found = newest(path, log)
     if found:
         return found
-    reason = on_first(verify, Path(path))
+    reason = on_first(verify, path)
     if reason:
         raise CheckpointError(f"no checkpoint in {path}: {reason}")
-    return Path(path).resolve()
+    return path.resolve()
 
 
 # ---- restoring ------------------------------------------------------------------------------------------------------
@@ -186,8 +202,7 @@ def dtype_and_shape(tensor):
 
 
 def fitting_weights(path, model):
-    """Returns the stored weights; CheckpointError, first from the configs' sizes, then from tensors, where they do not
-    fit."""
+    """Returns the stored weights; CheckpointError where sizes in the configs, or else tensors, do not fit."""
     config = getattr(model, "config", None)
     if dataclasses.is_dataclass(config):
         check_sizes(path, config)
@@ -205,7 +220,9 @@ def fitting_weights(path, model):
 
 def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
     """Copies a checkpoint's folder into the model and the optimizer's state; returns the `trainer` given to save.
-    What does not fit is a CheckpointError, and nothing is copied. The optimizer's hyper-parameters stay as they are."""
+
+    What does not fit is a CheckpointError, and nothing is copied. The optimizer's hyper-parameters stay as they are.
+    """
     stored = fitting_weights(path, model)
     trainer = json.loads((path / "trainer.json").read_text())
     saved = trainer.pop("optimizer")

@@ -1,0 +1,1 @@
+"""The parts of bench.py and compare.py: clocks, what is measured, and the tables and pictures drawn from it."""

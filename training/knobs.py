@@ -1,0 +1,65 @@
+"""What configurator.py cannot know of train.py's knobs: how they go together, and with the machine."""
+
+import os
+import shlex
+import sys
+from importlib.util import find_spec
+
+import torch
+
+
+def check(config: dict, world_size: int) -> None:
+    """Raises ValueError where knobs do not go together, or not with so many processes."""
+    for package in ("wandb", "tensorboard"):
+        if config[package] and not find_spec(package):
+            raise ValueError(f"{package}={config[package]}, but this package is not here:  pip install {package}")
+    parallel = config["parallel"]
+    if world_size > 1 and parallel == "none":
+        raise ValueError(f"parallel=none, but torchrun started {world_size} processes: try parallel=ddp")
+    if parallel in ("ddp", "fsdp") and "RANK" not in os.environ:
+        launch = f"torchrun --standalone --nproc_per_node=2 {shlex.join(sys.argv)}"
+        raise ValueError(f"parallel={parallel} is for processes that torchrun starts:  {launch}")
+    if parallel != "fsdp" and (config["cpu_offload"] or not config["reshard"]):
+        raise ValueError(f"cpu_offload=True and reshard=False are for parallel=fsdp, and this is parallel={parallel}")
+    if parallel == "fsdp" and config["dtype"] == "float16":
+        raise ValueError("dtype=float16 needs a loss scaler, which parallel=fsdp has not: try bfloat16 or float32")
+    if config["overwrite"] and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise ValueError("--overwrite would delete the run at each restart of --max-restarts: try --resume=auto")
+
+
+def find_device(name: str) -> str:
+    """Returns the device of this name; auto is the first of cuda, mps and cpu that is there. ValueError without it."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        if torch.backends.mps.is_available():
+            return "mps"
+        return "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name}: {str(error).splitlines()[0]}: try device=cpu or device=auto") from None
+    return name
+
+
+def find_dtype(name: str, device: str) -> str:
+    """Returns the name of the dtype to compute in; auto is the best that the device is fast at."""
+    if name != "auto":
+        return name
+    if not device.startswith("cuda"):
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def round_batch(batch_tokens: int, block_size: int, world_size: int) -> int:
+    """Returns how many windows a step has. ValueError names near sizes where they do not share out evenly."""
+    unit = block_size * world_size
+    if batch_tokens % unit:
+        below = max(batch_tokens // unit, 1) * unit
+        above = -(-batch_tokens // unit) * unit
+        near = " or ".join(str(size) for size in sorted({below, above}))
+        raise ValueError(
+            f"batch_tokens={batch_tokens} is not a multiple of block_size={block_size} times {world_size} processes: "
+            f"try {near}"
+        )
+    return batch_tokens // block_size

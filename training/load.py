@@ -1,0 +1,82 @@
+"""A trained model and its tokenizer, from a run's folder, a checkpoint's, or a Hugging Face folder."""
+
+import json
+from pathlib import Path
+
+import torch
+
+import hf
+from data.tokenizer_json import ids_before_text
+from data.tokenizers import load_tokenizer, tokenizer_from_dict
+from training import checkpoint
+from training.knobs import find_device
+
+
+def load(path: Path, device: str = "auto", dtype: str = "auto", tokenizer: str | None = None) -> tuple:
+    """Returns the model in eval mode, its tokenizer, and the ids that every prompt begins with.
+
+    dtype: auto is bfloat16 on CUDA, else float32. tokenizer: the name or path of one, for a folder that has none.
+    ValueError and OSError say what is missing, or does not belong together.
+    """
+    # 1. the model
+    device = find_device(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    weights_in = getattr(torch, dtype)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} not found: give a run's folder, a checkpoint's, or a Hugging Face model's")
+    if is_from_hugging_face(path):
+        model = hf.load(path, device, weights_in)
+    else:
+        model, _ = checkpoint.load_model(path, device)
+        model = model.to(weights_in)
+
+    # 2. the tokenizer, and how our documents, or those of a Hugging Face model, begin
+    found, prefix = find_tokenizer(path, tokenizer)
+    if found.vocab_size > model.config.vocab_size:
+        sizes = f"{found.vocab_size} tokens, and the model {model.config.vocab_size}"
+        raise ValueError(f"the tokenizer {found.name} has {sizes}: they do not belong together")
+    return model, found, prefix
+
+
+def is_from_hugging_face(path: Path) -> bool:
+    """Returns whether a folder has a config.json that names a model_type, which those of our runs do not."""
+    file = path / "config.json"
+    return file.exists() and "model_type" in json.loads(file.read_text())
+
+
+def find_tokenizer(path: Path, name: str | None) -> tuple:
+    """Returns the tokenizer of this name, or else that of the folder; and the ids that its documents begin with."""
+    if name:
+        tokenizer = load_tokenizer(name)
+        prefix = [] if is_from_hugging_face(path) else [tokenizer.eot_id]
+        return tokenizer, prefix
+    file = path / "tokenizer.json"
+    if file.exists():
+        tokenizer = load_tokenizer(str(file))
+        return tokenizer, ids_before_text(json.loads(file.read_text("utf-8")))
+    for folder in (path, path.resolve().parent):  # of a run, and of a checkpoint in it
+        file = folder / "data.json"
+        if not file.exists():
+            continue
+        meta = json.loads(file.read_text())
+        if meta.get("tokenizer"):
+            tokenizer = tokenizer_from_dict(meta["tokenizer"])
+        else:
+            tokenizer = load_tokenizer("gpt2")  # published shards come without a tokenizer: they are GPT-2's
+        return tokenizer, [tokenizer.eot_id]
+    raise ValueError(f"{path} has no tokenizer: name one with --tokenizer, for example --tokenizer gpt2")
+
+
+def hide_padding(model, tokenizer) -> None:
+    """Leaves out the logits of what only pads the vocabulary: no text stands behind those ids."""
+    logits = model.logits
+    model.logits = lambda x: logits(x)[..., : tokenizer.vocab_size]
+
+
+def stop_tokens(tokenizer) -> set[int]:
+    """Returns the ids that end a text: that of the next document, and that of the end of a turn in a chat."""
+    ids = {tokenizer.eot_id}
+    if "<|im_end|>" in tokenizer.special_tokens:
+        ids.add(tokenizer.special_tokens["<|im_end|>"])
+    return ids

@@ -1,0 +1,55 @@
+"""The loss of a model over a split: nats a token, perplexity, and bits per byte of the text behind the tokens."""
+
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+
+
+def bytes_of_tokens(tokenizer, vocab_size: int) -> torch.Tensor:
+    """Returns (vocab_size,): the bytes of text that each token stands for; 0 for special ones."""
+    sizes = torch.zeros(vocab_size, dtype=torch.long)
+    if tokenizer:
+        sizes[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes())
+    return sizes
+
+
+@torch.no_grad()
+def loss_sums(model, batches: Iterable[tuple], bytes_of: torch.Tensor, autocast=None) -> torch.Tensor:
+    """Returns fp64 (4,): nats and number of all targets that are not -1; nats and bytes of those that stand for text.
+
+    model(x) gives logits, so there is no auxiliary loss in it. The caller sets eval mode.
+    """
+    total = torch.zeros(4, dtype=torch.float64)
+    for x, y in batches:
+        with autocast or nullcontext():
+            logits = model(x)
+        targets = y.flatten()
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-1, reduction="none")
+        nats = nats.cpu().double()
+        targets = targets.cpu()
+        valid = targets >= 0
+        size = bytes_of[targets.clamp(min=0)] * valid
+        total += torch.stack((nats.sum(), valid.sum(), nats[size > 0].sum(), size.sum())).double()
+    return total
+
+
+def loss_report(sums: Iterable[float]) -> dict:
+    """Returns loss (nats a token), perplexity = exp(loss), bits_per_byte = nats / (ln 2 * bytes), tokens and bytes.
+
+    Bits per byte leave out the tokens that no text stands behind, such as the one that begins a document; they are None
+    where no token has text. ValueError where there are no targets.
+    """
+    nats, tokens, text_nats, size = (float(x) for x in sums)
+    if tokens == 0:
+        raise ValueError("no token of the validation split is a target: raise eval_tokens, or prepare more text")
+    loss = nats / tokens
+    perplexity = math.inf
+    if loss < 700:  # the largest float is exp(709.8)
+        perplexity = math.exp(loss)
+    bits_per_byte = None
+    if size > 0:
+        bits_per_byte = text_nats / math.log(2) / size
+    return dict(loss=loss, perplexity=perplexity, bits_per_byte=bits_per_byte, tokens=int(tokens), bytes=int(size))
