@@ -6,14 +6,26 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
-from training import checkpoint
 import muon
-from training import run_folder
-from benchmarks.timing import begin, build, describe, device_and_dtype, make_step, middle, random_batch, ratios
+from benchmarks.timing import (
+    build,
+    count_parameters,
+    describe,
+    device_and_dtype,
+    make_step,
+    median_and_range,
+    new_result,
+    random_batch,
+    ratios,
+)
+from training import checkpoint, run_folder
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = "parallel"
 SIZES = {
     "processes": 2,
     "training": "--n_layer=9 --n_embd=512 --n_inner=1408 --n_head=8 --n_kv_head=8 --head_dim=64 --block_size=256 "
@@ -23,92 +35,120 @@ SIZES = {
     "resuming": "config/quickstart.py --max_steps={steps} --eval_every=1000 --eval_tokens=2048 --save_every=1000",
 }  # fmt: skip
 
+# What train.py imports, and what of that takes time: a resumed run is judged by its time beyond this.
+IMPORTS = (
+    "torch",
+    "tqdm",
+    "matplotlib.pyplot",
+    "flops",
+    "muon",
+    "data.shards",
+    "data.tokenizers",
+    "training.checkpoint",
+    "training.pictures",
+    "training.run_folder",
+    "model_baseline",
+)
 
-def run(command, **options):
-    """Seconds that it took."""
+
+def measure(args: Namespace) -> Iterator[dict]:
+    """Yields one result: the seconds of all that is compared, a number for each round."""
+    device, _ = device_and_dtype(args.device)
+    result = new_result(["parallel"], args.rounds, device) | SIZES
+    for key in ("ddp", "fsdp", "save", "stall", "dd", "resume", "imports"):
+        result[key] = []
+
+    folder = ROOT / "out/bench/saved"
+    model = build("baseline", SIZES["saving"] | {"block_size": 64})
+    optimizer = muon.make_optimizer(model, "adamw")
+    step = make_step(model, optimizer)
+    step(*random_batch(1, 8))  # makes the optimizer's state
+    save_seconds(model, optimizer, folder)  # the memory for a copy is made once
+    result["parameters"] = count_parameters(model)
+
+    for i in range(args.rounds):
+        print(f"round {i + 1} of {args.rounds}...", file=sys.stderr)
+        took = {"ddp": step_seconds("ddp", args.data), "fsdp": step_seconds("fsdp", args.data)}
+        took |= save_seconds(model, optimizer, folder)
+        took |= resume_seconds(args.data)
+        for key, seconds in took.items():
+            result[key].append(round(seconds, 4))
+    yield result
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+def command_seconds(command, **options):
+    """Runs a command, and returns the seconds that it took."""
     started = time.perf_counter()
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, **options)
     return time.perf_counter() - started
 
 
 def step_seconds(strategy, data):
-    """The median step of a run of its own."""
-    launch = f"-m torch.distributed.run --standalone --nproc_per_node={SIZES['processes']} train.py {SIZES['training']}"
-    out, threads = f"out/bench/{strategy}", {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // SIZES["processes"]))}
+    """Returns the seconds of the median step of a run of its own, on processes that share the cores."""
+    processes = SIZES["processes"]
+    threads = max(1, os.cpu_count() // processes)
+    out = f"out/bench/{strategy}"
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node={processes} train.py {SIZES['training']}"
     options = [f"--data={data}", f"--out_dir={out}", f"--parallel={strategy}", "--optimizer=adamw", "--overwrite"]
-    run([sys.executable, *launch.split(), *options], env=os.environ | threads)
-    return (
-        statistics.median([row["ms"] for row in record.read_metrics(ROOT / out) if "ms" in row][SIZES["first"] :])
-        / 1000
-    )
+    command_seconds([sys.executable, *launch.split(), *options], env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    ms = [row["ms"] for row in run_folder.read_metrics(ROOT / out) if "ms" in row]
+    return statistics.median(ms[SIZES["first"] :]) / 1000
 
 
 def save_seconds(model, optimizer, folder):
-    """(seconds of a save, those that an asynchronous one holds training up, of writing as many bytes with dd)."""
+    """Returns seconds: save, of a save; stall, that an asynchronous one holds training up; dd, of writing its bytes."""
     shutil.rmtree(folder, ignore_errors=True)
-    took = []
-    for wait in (True, False):
-        started = time.perf_counter()
-        checkpoint.save(folder, 1, model, optimizer, {}, {}, keep_last=1, wait=wait)
-        took.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    checkpoint.save(folder, 1, model, optimizer, {}, {}, keep_last=1, wait=True)
+    save = time.perf_counter() - started
+
+    started = time.perf_counter()
+    checkpoint.save(folder, 1, model, optimizer, {}, {}, keep_last=1, wait=False)
+    stall = time.perf_counter() - started
     saved = checkpoint.finish()
-    size = sum(path.stat().st_size for path in saved.iterdir())
+
+    megabytes = sum(path.stat().st_size for path in saved.iterdir()) >> 20
     shutil.rmtree(folder)
     folder.mkdir()
-    blocks = [f"of={folder}/bytes", "bs=1M", f"count={size >> 20}", "conv=fsync"]
-    written = run(["dd", "if=/dev/zero", *blocks], stderr=subprocess.DEVNULL)
+    dd = ["dd", "if=/dev/zero", f"of={folder}/bytes", "bs=1M", f"count={megabytes}", "conv=fsync"]
+    written = command_seconds(dd, stderr=subprocess.DEVNULL)
     shutil.rmtree(folder)
-    return *took, written
+    return {"save": save, "stall": stall, "dd": written}
 
 
 def resume_seconds(data):
-    """(seconds from the launch of a resumed run to its end after one step, of importing what it imports)."""
+    """Returns seconds: resume, from the launch of a resumed run to its end after one step; imports, of its imports."""
     knobs = [f"--data={data}", "--out_dir=out/bench/resumed"]
-    run([sys.executable, "train.py", *SIZES["resuming"].format(steps=2).split(), *knobs, "--overwrite"])
-    took = run([sys.executable, "train.py", *SIZES["resuming"].format(steps=3).split(), *knobs, "--resume"])
-    imports = (
-        "torch, tqdm, matplotlib.pyplot, checkpoint, flops, guard, muon, record, eval, data.shards, model_baseline"
-    )
-    return took, run([sys.executable, "-c", f"import {imports}"])
+    two_steps = SIZES["resuming"].format(steps=2).split()
+    three_steps = SIZES["resuming"].format(steps=3).split()
+    command_seconds([sys.executable, "train.py", *two_steps, *knobs, "--overwrite"])
+    resume = command_seconds([sys.executable, "train.py", *three_steps, *knobs, "--resume"])
+    imports = command_seconds([sys.executable, "-c", f"import {', '.join(IMPORTS)}"])
+    return {"resume": resume, "imports": imports}
 
 
-def parallel(args):
-    """Everything that `parallel_markdown` draws."""
-    device, _ = device_and_dtype(args.device)
-    result = begin(args, device, ["parallel"]) | SIZES | {"ddp": [], "fsdp": [], "save": [], "stall": [], "dd": []}
-    result |= {"resume": [], "imports": []}
-    model = build("baseline", SIZES["saving"] | {"block_size": 64})
-    optimizer = muon.make_optimizer(model, "adamw")
-    make_step(model, optimizer)(*random_batch(1, 8))
-    save_seconds(model, optimizer, ROOT / "out/bench/saved")  # the memory for a copy is made once
-    result["parameters"] = sum(p.numel() for p in model.parameters())
-    for i in range(args.rounds):
-        print(f"round {i + 1} of {args.rounds}...", file=sys.stderr)
-        for strategy in ("ddp", "fsdp"):
-            result[strategy].append(round(step_seconds(strategy, args.data), 4))
-        for names, found in ((("save", "stall", "dd"), save_seconds(model, optimizer, ROOT / "out/bench/saved")),
-                            (("resume", "imports"), resume_seconds(args.data))):  # fmt: skip
-            for key, took in zip(names, found):
-                result[key].append(round(took, 4))
-    return result
-
-
-def parallel_markdown(result):
-    def row(what, first, second):
-        ratio = middle(ratios(result[first], result[second]))
-        return f"| {what} | {middle(result[first])} | {middle(result[second])} | {ratio} |"
-
-    later = [a - b for a, b in zip(result["resume"], result["imports"])]
-    return "\n".join([
+# ---- the table ------------------------------------------------------------------------------------------------------
+def markdown(result: dict) -> str:
+    """Returns the table of a result."""
+    million = f"{result['parameters'] / 1e6:.0f}M"
+    beyond_imports = [resume - imports for resume, imports in zip(result["resume"], result["imports"])]
+    lines = [
         "# Many processes, and checkpoints\n",
         describe(result),
         f"{result['rounds']} rounds in which all take turns; medians and ranges of seconds.\n",
         "| | this | beside | ratio |",
         "|---|---|---|---|",
-        row(f"a step on {result['processes']} processes, FSDP beside DDP", "fsdp", "ddp"),
-        row(f"a save of {result['parameters'] / 1e6:.0f}M parameters and AdamW's state beside dd", "save", "dd"),
-        row("what an asynchronous save holds a step up, beside a save", "stall", "save"),
+        ratio_row(f"a step on {result['processes']} processes, FSDP beside DDP", result["fsdp"], result["ddp"]),
+        ratio_row(f"a save of {million} parameters and AdamW's state beside dd", result["save"], result["dd"]),
+        ratio_row("what an asynchronous save holds a step up, beside a save", result["stall"], result["save"]),
         "",
-        f"A resumed run of the quickstart takes {middle(later)} s beyond its imports: it verifies and reads the "
-        "checkpoint, makes one step, evaluates, saves and ends.",
-    ]) + "\n"  # fmt: skip
+        f"A resumed run of the quickstart takes {median_and_range(beyond_imports)} s beyond its imports: it verifies "
+        "and reads the checkpoint, makes one step, evaluates, saves and ends.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def ratio_row(label, this, beside):
+    ratio = median_and_range(ratios(this, beside))
+    return f"| {label} | {median_and_range(this)} | {median_and_range(beside)} | {ratio} |"

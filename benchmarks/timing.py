@@ -1,4 +1,4 @@
-"""What bench.py measures with: clocks, memory, training steps.
+"""What all benchmarks measure with: clocks, memory, training steps, and the words and cells of their tables.
 
 What is compared runs in turn, in one process, after warming up; on a GPU, time ends when all that was queued is done.
 """
@@ -8,8 +8,7 @@ import os
 import platform
 import statistics
 import time
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,54 +17,76 @@ import flops
 import muon
 
 
+# ---- where and on what ----------------------------------------------------------------------------------------------
 def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
-    """What train.py would take: the GPU if there is one, and bfloat16 on it."""
+    """Returns what train.py would take: the GPU if there is one, and bfloat16 on it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return device, dtype if dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return device, dtype
+
+
+def cpu_name():
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if "model name" in line:
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def machine(device: str = "cpu") -> dict:
-    """What it was measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x] if (
-        cpuinfo.exists()
-    ) else []  # fmt: skip
-    cpu = names[0] if names else platform.processor() or platform.machine()
-    found = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    return found | ({"gpu": flops.device_name(device)} if device != "cpu" else {})
+    """Returns what a result was measured on."""
+    found = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    if device != "cpu":
+        found["gpu"] = flops.device_name(device)
+    return found
 
 
-def begin(args: Namespace, device: str, words: list[str]) -> dict:
-    """What every result begins with: the command, given as the words after bench.py, and the machine."""
-    command = " ".join(["python bench.py", *words, f"--rounds {args.rounds}"])
-    return {"command": command, "machine": machine(device), "rounds": args.rounds}
+def new_result(words: list[str], rounds: int, device: str) -> dict:
+    """Returns what a result begins with: the command, given as the words after bench.py, the machine, the rounds."""
+    command = " ".join(["python bench.py", *words, f"--rounds {rounds}"])
+    return {"command": command, "machine": machine(device), "rounds": rounds}
 
 
 def describe(result: dict) -> str:
-    m = result["machine"]
-    gpu = f"{m['gpu']}; " if "gpu" in m else ""
-    return f"{gpu}{m['cores']} x {m['cpu']}, {m['threads']} thread(s), torch {m['torch']}. `{result['command']}`\n"
+    """Returns the line under a table's title: the machine and the command."""
+    where = result["machine"]
+    gpu = f"{where['gpu']}; " if "gpu" in where else ""
+    cpu = f"{where['cores']} x {where['cpu']}, {where['threads']} thread(s)"
+    return f"{gpu}{cpu}, torch {where['torch']}. `{result['command']}`\n"
+
+
+# ---- clocks ---------------------------------------------------------------------------------------------------------
+def wait_for(device):
+    """Waits for all that was queued on a GPU; a CPU queues nothing."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
 
 def seconds(function: Callable, batch: tuple = (), times: int = 1, device: str = "cpu") -> float:
-    """Seconds of one of so many calls in a row."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    wait()
-    begin = time.perf_counter()
+    """Returns the seconds of a call, as the mean of `times` calls in a row."""
+    wait_for(device)
+    started = time.perf_counter()
     for _ in range(times):
         function(*batch)
-    wait()
-    return (time.perf_counter() - begin) / times
+    wait_for(device)
+    return (time.perf_counter() - started) / times
 
 
 def in_turn(functions: list[Callable], batch: tuple, rounds: int, times: int = 1, device: str = "cpu") -> list[list]:
-    """Seconds of a call of each function, [rounds] for each: all of them are measured in every round.
+    """Returns the seconds of a call of each function, [rounds] for each: all of them are measured in every round.
 
     times: calls in a row, of which a round holds the mean.
     """
     for function in functions:
-        for _ in range(2):  # compiles, and makes the optimizer's state
+        for _ in range(2):  # the first call compiles and makes the optimizer's state; the second meets them made
             function(*batch)
     took = [[] for _ in functions]
     for _ in range(rounds):
@@ -75,7 +96,7 @@ def in_turn(functions: list[Callable], batch: tuple, rounds: int, times: int = 1
 
 
 class TokenTimes:
-    """Notes when tokens come: what transformers' generate calls a streamer. The first thing put is the prompt."""
+    """The times at which tokens come: what transformers' generate calls a streamer. The prompt is put first."""
 
     def __init__(self):
         self.times = []
@@ -88,13 +109,16 @@ class TokenTimes:
         pass
 
     def seconds(self) -> tuple[float, float]:
-        """From the prompt to the first token, and from each token to the next one."""
-        begin, first, *_, last = self.times
-        return first - begin, (last - first) / (len(self.times) - 2)
+        """Returns the seconds from the prompt to the first token, and from each token to the next one."""
+        prompt = self.times[0]
+        first = self.times[1]
+        last = self.times[-1]
+        return first - prompt, (last - first) / (len(self.times) - 2)
 
 
+# ---- memory ---------------------------------------------------------------------------------------------------------
 def peak_memory(function: Callable, device: str = "cpu") -> int:
-    """Bytes of tensors that a call has in use at most, beyond what was in use before it."""
+    """Returns the bytes of tensors that a call has in use at most, beyond what was in use before it."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -105,56 +129,71 @@ def peak_memory(function: Callable, device: str = "cpu") -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints a line at every start otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+    events = profile.profiler.kineto_results.events()
+    in_use = 0
+    peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            in_use += event.nbytes()
+            peak = max(peak, in_use)
+    return peak
 
 
-def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Bytes of a model's weights and buffers, and of an optimizer's state: what is in use between steps."""
+def resident_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Returns the bytes in use between steps: a model's weights and buffers, and an optimizer's state."""
     tensors = [*model.parameters(), *model.buffers()]
-    for state in optimizer.state.values() if optimizer else ():
-        tensors += [value for value in state.values() if torch.is_tensor(value)]
+    if optimizer is not None:
+        for state in optimizer.state.values():
+            tensors += [value for value in state.values() if torch.is_tensor(value)]
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def bandwidth(device: str = "cpu") -> tuple[float, str]:
-    """Bytes/s of memory and where the number is from: the data sheet, or a copy."""
+    """Returns the bytes/s of memory, and where the number is from: the data sheet, or a copy."""
     gpu = flops.known_gpu(flops.device_name(device))
-    return (gpu[3], "data sheet") if gpu else (copy_bandwidth(device), "measured copy")
+    if gpu:
+        return gpu[3], "data sheet"
+    return copy_bandwidth(device), "measured copy"
 
 
 def copy_bandwidth(device: str = "cpu", megabytes: int = 256) -> float:
-    """Bytes/s, read and written, of copies that fit no cache: the best of 10 times 10 in a row."""
+    """Returns the bytes/s, read and written, of copies that fit no cache: the best of 10 times 10 in a row."""
     source = torch.randint(256, (megabytes * 2**20,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(seconds(target.copy_, (source,), 10, device) for _ in range(10))
+    fastest = min(seconds(target.copy_, (source,), 10, device) for _ in range(10))
+    return 2 * source.nbytes / fastest
 
 
+# ---- models and their steps -----------------------------------------------------------------------------------------
 def build(variant: str, fields: dict, device: str = "cpu") -> torch.nn.Module:
+    """Returns model_<variant>.py's model with these fields of GPTConfig; its weights are the same ones every time."""
     torch.manual_seed(0)
     module = importlib.import_module(f"model_{variant}")
-    return module.GPT(module.GPTConfig(**fields)).to(device)
+    config = module.GPTConfig(**fields)
+    return module.GPT(config).to(device)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def make_step(
     model: torch.nn.Module, optimizer=None, dtype: str = "float32", loss: Callable | None = None, micro_batch: int = 0
 ) -> Callable:
-    """A function that does one training step of train.py on tokens x, y. loss(x, y): the model's, unless given.
+    """Returns a function that does one training step of train.py on tokens and targets x, y (windows, length).
 
+    Without an optimizer it is forward and backward alone. loss(x, y): the model itself, unless given.
     micro_batch: windows at once; 0: all.
-
-    Without an optimizer it is forward and backward alone.
     """
-    device, loss = next(model.parameters()).device.type, model if loss is None else loss
+    device = next(model.parameters()).device.type
+    if loss is None:
+        loss = model
 
     def step(x, y):
-        for part in zip(x.split(micro_batch or len(x)), y.split(micro_batch or len(y))):
+        windows = micro_batch or len(x)
+        for some_x, some_y in zip(x.split(windows), y.split(windows)):
             with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-                value = loss(*part)
+                value = loss(some_x, some_y)
             value.backward()
         if optimizer:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -184,16 +223,37 @@ def training_step(model: str, fields: dict, knobs: dict, device: str = "cpu") ->
 
 
 def random_batch(windows: int, length: int, vocab_size: int = 66, device: str = "cpu") -> tuple:
-    """Tokens and targets, (windows, length) each, the same ones every time."""
-    tokens = torch.randint(vocab_size, (windows, length + 1), generator=torch.Generator().manual_seed(1)).to(device)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    """Returns tokens and targets, (windows, length) each, the same ones every time."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(vocab_size, (windows, length + 1), generator=generator).to(device)
+    x = tokens[:, :-1].contiguous()  # (windows, length)
+    y = tokens[:, 1:].contiguous()  # (windows, length)
+    return x, y
 
 
-def middle(values: list[float], form: Callable = "{:.2f}".format) -> str:
-    """Their median, and their range: 3.10 (2.95 to 3.40)."""
-    return f"{form(statistics.median(values))} ({form(min(values))} to {form(max(values))})"
+# ---- the cells of a table -------------------------------------------------------------------------------------------
+def table_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table_head(cells: Sequence[str]) -> list[str]:
+    """Returns the two lines that begin a table."""
+    return [table_row(cells), "|" + "---|" * len(cells)]
+
+
+def median_and_range(values: list[float], form: Callable = "{:.2f}".format) -> str:
+    """Returns the median of values with their range: 3.10 (2.95 to 3.40)."""
+    middle = form(statistics.median(values))
+    return f"{middle} ({form(min(values))} to {form(max(values))})"
 
 
 def ratios(first: list[float], second: list[float]) -> list[float]:
-    """first / second, round by round: how many times as fast the second is."""
+    """Returns first / second, round by round: how many times as fast the second is."""
     return [a / b for a, b in zip(first, second)]
+
+
+def times_as_fast(first: list[float] | None, second: list[float]) -> str:
+    """Returns how many times as fast the second is, by the median of the rounds; n/a where there is no first."""
+    if first is None:
+        return "n/a"
+    return f"{statistics.median(ratios(first, second)):.2f}"

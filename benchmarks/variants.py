@@ -2,17 +2,32 @@
 
 import copy
 import importlib
-import statistics
 import sys
+from argparse import Namespace
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 import flops
 import muon
-from benchmarks.timing import begin, build, describe, device_and_dtype, in_turn, make_step, middle, random_batch, ratios
+from benchmarks.timing import (
+    build,
+    count_parameters,
+    describe,
+    device_and_dtype,
+    in_turn,
+    make_step,
+    median_and_range,
+    new_result,
+    random_batch,
+    table_head,
+    table_row,
+    times_as_fast,
+)
 
-VARIANTS = {
+RESULT = "variants"
+SIZES = {
     "moe": dict(
         batch=(8, 512),  # 4,096 tokens a step
         experts=(8, 16, 32, 64),
@@ -31,40 +46,39 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def variants(args):
-    """Everything that `variants_markdown` draws."""
+def measure(args: Namespace) -> Iterator[dict]:
+    """Yields one result, with a section for each idea."""
     device, dtype = device_and_dtype(args.device)
-    result = begin(args, device, ["variants"]) | {"dtype": dtype}
-    for name, measure in (("moe", moe_rows), ("mla", mla_rows), ("hybrid", hybrid_rows)):
+    result = new_result(["variants"], args.rounds, device)
+    result["dtype"] = dtype
+    sections = {"moe": moe_rows, "mla": mla_rows, "hybrid": hybrid_rows}
+    for name, measure_section in sections.items():
         print(f"{name}...", file=sys.stderr)
-        sizes = VARIANTS[name]
-        result[name] = sizes | measure(args.rounds, device, dtype, **sizes)
-    return result
+        sizes = SIZES[name]
+        result[name] = sizes | measure_section(args.rounds, device, dtype, **sizes)
+    yield result
+
+
+def markdown(result: dict) -> str:
+    """Returns the tables of a result."""
+    lines = [
+        "# What an idea costs and what it saves\n",
+        describe(result),
+        f"{result['rounds']} rounds in which all of a section take turns; medians and ranges, ratios round by round.\n",
+    ]
+    lines += moe_markdown(result["moe"])
+    lines += mla_markdown(result["mla"], result["dtype"])
+    lines += decoding_markdown(result["hybrid"], result["dtype"])
+    lines += training_markdown(result["hybrid"]["training"])
+    return "\n".join(lines) + "\n"
 
 
 def rounded(took):
-    return [[round(x, 7) for x in measured] for measured in took]
+    return [[round(seconds, 7) for seconds in measured] for measured in took]
 
 
-def moe_rows(rounds, device, dtype, batch, experts, versus, sizes, per_token, width):
-    """A dense model and mixtures of so many experts, in all of which a token meets `per_token` times `width`."""
-    own = dict(n_expert_per_token=per_token, n_expert_inner=width)
-    entrants = [("baseline", sizes | {"n_inner": per_token * width})]
-    entrants += [("moe", sizes | own | {"n_expert": n}) for n in experts]
-    x, y = random_batch(*batch, sizes["vocab_size"], device)
-    rows, functions = [], []
-    for variant, fields in entrants:
-        model = build(variant, fields | {"block_size": batch[1]}, device)
-        facts = {"model": variant, "n_expert": fields.get("n_expert", 0)}
-        facts["parameters"] = sum(p.numel() for p in model.parameters())
-        facts["flops_per_token"] = flops.training_flops_per_token(variant, model.config, batch[1])
-        rows.append(facts)
-        for optimizer in (None, muon.make_optimizer(model, "adamw")):
-            functions.append(make_step(model, optimizer, dtype))
-    took = rounded(in_turn(functions, (x, y), rounds, device=device))
-    for row, gradient, step in zip(rows, took[::2], took[1::2]):
-        row |= {"gradient": gradient, "step": step}
-    return {"rows": rows}
+def milliseconds(measured):
+    return median_and_range([1000 * seconds for seconds in measured])
 
 
 @torch.no_grad()
@@ -76,142 +90,260 @@ def prefilled_cache(model, context, room=0):
     return cache
 
 
-@torch.no_grad()
-def mla_rows(rounds, device, dtype, context, sizes):
-    """One attention layer, one token: from latents as they are, from keys and values made of them, and from MHA's."""
-    H, D = sizes["n_head"], sizes["head_dim"]
-    shared = dict(n_layer=1, n_head=H, n_embd=sizes["n_embd"], block_size=context, vocab_size=64)
-    latent = dict(nope_dim=D, v_dim=D, kv_rank=sizes["kv_rank"], rope_dim=sizes["rope_dim"])
-    mla = build("mla", shared | latent, device).to(getattr(torch, dtype))
-    mha = build("baseline", shared | dict(n_kv_head=H, head_dim=D), device).to(getattr(torch, dtype))
-    expanded = copy.copy(mla.blocks[0].attn)
-    expanded.absorbed = expanded.expanded  # what one token would take otherwise
-    rows, functions, outputs = [], [], []
-    for who, model, attention in (("absorbed", mla, mla.blocks[0].attn), ("expanded", mla, expanded),
-                                  ("MHA", mha, mha.blocks[0].attn)):  # fmt: skip
-        cache = prefilled_cache(model, context)
-        rope_cos_sin = importlib.import_module(type(model).__module__).rope_cos_sin
-        rope = rope_cos_sin(torch.tensor([context - 1], device=device), model.config)
-        torch.manual_seed(0)
-        x = torch.randn(1, 1, sizes["n_embd"], device=device, dtype=model.embed.weight.dtype)
-        functions.append(partial(attention, x, rope, None, cache))
-        outputs.append(functions[-1]())
-        rows.append({"who": who, "cache_bytes_per_token": cache.bytes_per_token()})
-    assert (outputs[0] - outputs[1]).norm() < 0.05 * outputs[1].norm()  # two forms of one function
-    for row, measured in zip(rows, rounded(in_turn(functions, (), rounds, 10, device))):
-        row |= {"bytes_read": row["cache_bytes_per_token"] * context, "seconds": measured}
+# ---- a mixture of experts -------------------------------------------------------------------------------------------
+def moe_rows(rounds, device, dtype, batch, experts, versus, sizes, per_token, width):
+    """Measures a dense model and mixtures of so many experts, in all of which a token meets `per_token` times `width`.
+
+    gradient: seconds of forward and backward alone; step: with AdamW.
+    """
+    windows, length = batch
+    dense = sizes | {"n_inner": per_token * width, "block_size": length}
+    entrants = [("baseline", dense)]
+    for n_expert in experts:
+        own = dict(n_expert=n_expert, n_expert_per_token=per_token, n_expert_inner=width, block_size=length)
+        entrants.append(("moe", sizes | own))
+    rows = []
+    steps = []
+    for variant, fields in entrants:
+        model = build(variant, fields, device)
+        rows.append({
+            "model": variant,
+            "n_expert": fields.get("n_expert", 0),
+            "parameters": count_parameters(model),
+            "flops_per_token": flops.training_flops_per_token(variant, model.config, length),
+        })  # fmt: skip
+        steps.append(make_step(model, None, dtype))
+        steps.append(make_step(model, muon.make_optimizer(model, "adamw"), dtype))
+
+    x, y = random_batch(windows, length, sizes["vocab_size"], device)
+    took = rounded(in_turn(steps, (x, y), rounds, device=device))
+    for i, row in enumerate(rows):
+        row["gradient"] = took[2 * i]
+        row["step"] = took[2 * i + 1]
     return {"rows": rows}
 
 
-def hybrid_rows(rounds, device, dtype, contexts, lengths, sizes):
-    """One token after contexts of several lengths; a training step of one window, short and long."""
-    decoding, training, functions, steps = [], [], [], []
-    # 1. decode; a state cannot go back, so each call meets one token more, and all of them `context` on average
-    calls = 2 + 10 * rounds  # two warm up
-    model = build("hybrid", sizes | {"block_size": max(contexts) + calls}, device).to(getattr(torch, dtype)).eval()
-    rope_cos_sin = importlib.import_module("model_hybrid").rope_cos_sin
-    x = torch.randn(1, 1, sizes["n_embd"], device=device, dtype=model.embed.weight.dtype)
-    for context in contexts:
-        cache = prefilled_cache(model, max(context - calls // 2, 1), calls)
-        position = torch.tensor([context - 1], device=device)
-        rope = rope_cos_sin(position, model.config)
-        token = torch.zeros(1, 1, dtype=torch.long, device=device)
-        functions += [
-            partial(each_layer, model, "delta", x, position, cache),
-            partial(each_layer, model, "attn", x, rope, None, cache),
-            partial(model, token, cache=cache),
+def moe_markdown(section):
+    windows, length = section["batch"]
+    per_token = section["per_token"]
+    width = section["width"]
+    dense, *mixtures = section["rows"]
+    fewest = mixtures[0]
+    against = f"{fewest['n_expert']} experts'"
+    head = ["model", "parameters", "MFLOP a token", "ms forward and backward", "ms step", "x dense"]
+    head += [f"forward and backward / {against}", f"step / {against}"]
+    lines = [
+        "## A mixture of experts\n",
+        f"Training on {windows} x {length} tokens a step, {per_token} experts of width {width} a token, none dropped; "
+        f"the dense model's MLPs are {per_token * width:,} wide, so that a token costs as much but for the router. "
+        "x dense: tokens/s of the whole step. The time of AdamW grows with the parameters, whatever a token meets of "
+        "them.\n",
+        *table_head(head),
+        table_row(["dense", *moe_cells(dense, dense), "", ""]),
+    ]
+    for row in mixtures:
+        label = f"{row['n_expert']} experts"
+        if row["n_expert"] == section["versus"]:
+            label = f"**{label}**"
+        gradient_grown = times_as_fast(row["gradient"], fewest["gradient"])
+        step_grown = times_as_fast(row["step"], fewest["step"])
+        lines.append(table_row([label, *moe_cells(row, dense), gradient_grown, step_grown]))
+    return lines
+
+
+def moe_cells(row, dense):
+    return [
+        f"{row['parameters']:,}",
+        f"{row['flops_per_token'] / 1e6:.1f}",
+        milliseconds(row["gradient"]),
+        milliseconds(row["step"]),
+        times_as_fast(dense["step"], row["step"]),
+    ]
+
+
+# ---- latent attention -----------------------------------------------------------------------------------------------
+@torch.no_grad()
+def mla_rows(rounds, device, dtype, context, sizes):
+    """Measures one attention layer, one token: from latents, from keys and values made of them, and from MHA's."""
+    n_head = sizes["n_head"]
+    head_dim = sizes["head_dim"]
+    shared = dict(n_layer=1, n_head=n_head, n_embd=sizes["n_embd"], block_size=context, vocab_size=64)
+    latent = dict(nope_dim=head_dim, v_dim=head_dim, kv_rank=sizes["kv_rank"], rope_dim=sizes["rope_dim"])
+    own = dict(n_kv_head=n_head, head_dim=head_dim)
+    mla = build("mla", shared | latent, device).to(getattr(torch, dtype))
+    mha = build("baseline", shared | own, device).to(getattr(torch, dtype))
+    absorbed = mla.blocks[0].attn
+    expanded = copy.copy(absorbed)
+    expanded.absorbed = expanded.expanded  # what one token would take otherwise
+
+    rows = []
+    functions = []
+    outputs = []
+    for who, model, attention in (
+        ("absorbed", mla, absorbed),
+        ("expanded", mla, expanded),
+        ("MHA", mha, mha.blocks[0].attn),
+    ):
+        cache = prefilled_cache(model, context)
+        x, rope = newest_token(model, context)
+        function = partial(attention, x, rope, None, cache)
+        functions.append(function)
+        outputs.append(function())
+        bytes_per_token = cache.bytes_per_token()
+        rows.append({"who": who, "cache_bytes_per_token": bytes_per_token, "bytes_read": bytes_per_token * context})
+    difference = (outputs[0] - outputs[1]).norm()
+    assert difference < 0.05 * outputs[1].norm()  # absorbed and expanded are two forms of one function
+
+    took = rounded(in_turn(functions, (), rounds, 10, device))
+    for row, seconds in zip(rows, took):
+        row["seconds"] = seconds
+    return {"rows": rows}
+
+
+def newest_token(model, context):
+    """Returns an input (1, 1, C) of the last of `context` tokens, and the rope of its position."""
+    weight = model.embed.weight
+    module = importlib.import_module(type(model).__module__)
+    position = torch.tensor([context - 1], device=weight.device)
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, model.config.n_embd, device=weight.device, dtype=weight.dtype)
+    return x, module.rope_cos_sin(position, model.config)
+
+
+def mla_markdown(section, dtype):
+    sizes = section["sizes"]
+    rows = section["rows"]
+    _, expanded, mha = rows
+    head = [
+        "attention",
+        "cache bytes a token",
+        "MB of cache read",
+        "cache / MHA's",
+        "ms a token",
+        "x MHA",
+        "x expanded",
+    ]
+    lines = [
+        "\n## Latent attention\n",
+        f"One layer of {sizes['n_head']} heads, one token after {section['context'] - 1:,} of random contents, in "
+        f"{dtype}. Latents of {sizes['kv_rank']} numbers and keys of {sizes['rope_dim']} for all heads "
+        f"together, where MHA has keys and values of {sizes['head_dim']} for each head. x MHA, x expanded: how many "
+        "times as fast.\n",
+        *table_head(head),
+    ]
+    for row in rows:
+        smaller = mha["bytes_read"] / row["bytes_read"]
+        cells = [
+            row["who"],
+            f"{row['cache_bytes_per_token']:,}",
+            f"{row['bytes_read'] / 1e6:.1f}",
+            f"1 / {smaller:.1f}",
+            milliseconds(row["seconds"]),
+            times_as_fast(mha["seconds"], row["seconds"]),
+            times_as_fast(expanded["seconds"], row["seconds"]),
         ]
-        decoding.append({"context": context})
-    with torch.no_grad():
-        took = rounded(in_turn(functions, (), rounds, 10, device))
-    for i, row in enumerate(decoding):
-        row |= dict(zip(("delta", "attention", "model"), took[3 * i : 3 * i + 3]))
-    # 2. train: delta layers alone, and with attention among them
-    for pattern in ("d", sizes["layer_pattern"]):
-        model = build("hybrid", sizes | {"block_size": max(lengths), "layer_pattern": pattern}, device)
-        optimizer = muon.make_optimizer(model, "adamw")
-        for length in lengths:
-            steps.append(partial(make_step(model, optimizer, dtype), *random_batch(1, length, 64, device)))
-            training.append({"layers": model.config.layer_pattern, "length": length})
-    for row, measured in zip(training, rounded(in_turn(steps, (), rounds, device=device))):
-        row["seconds"] = measured
-    return {"decoding": decoding, "training": training}
+        lines.append(table_row(cells))
+    return lines
+
+
+# ---- delta layers ---------------------------------------------------------------------------------------------------
+def hybrid_rows(rounds, device, dtype, contexts, lengths, sizes):
+    """Measures one token after contexts of several lengths; a training step of one window, short and long."""
+    return {
+        "decoding": hybrid_decoding_rows(rounds, device, dtype, contexts, sizes),
+        "training": hybrid_training_rows(rounds, device, dtype, lengths, sizes),
+    }
+
+
+@torch.no_grad()
+def hybrid_decoding_rows(rounds, device, dtype, contexts, sizes):
+    """Measures all delta layers, all attention layers, and the whole model.
+
+    A state cannot go back, so each call of the model meets one token more, and all of them `context` on average.
+    """
+    calls = 2 + 10 * rounds  # two warm up
+    model = build("hybrid", sizes | {"block_size": max(contexts) + calls}, device)
+    model.to(getattr(torch, dtype)).eval()
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    functions = []
+    for context in contexts:
+        before = max(context - calls // 2, 1)
+        cache = prefilled_cache(model, before, calls)
+        x, rope = newest_token(model, context)
+        position = torch.tensor([context - 1], device=device)
+        functions.append(partial(each_layer, model, "delta", x, position, cache))
+        functions.append(partial(each_layer, model, "attn", x, rope, None, cache))
+        functions.append(partial(model, token, cache=cache))
+
+    took = rounded(in_turn(functions, (), rounds, 10, device))
+    rows = []
+    for i, context in enumerate(contexts):
+        delta, attention, whole = took[3 * i : 3 * i + 3]
+        rows.append({"context": context, "delta": delta, "attention": attention, "model": whole})
+    return rows
 
 
 def each_layer(model, kind, *inputs):
     """Runs all layers of a kind, delta or attn, on the same inputs. The newest token is written again, at its place."""
     for block in model.blocks:
-        if getattr(block, kind):
-            getattr(block, kind)(*inputs)
+        layer = getattr(block, kind)
+        if layer:
+            layer(*inputs)
 
 
-def variants_markdown(result):
-    ms = lambda values: middle([1000 * x for x in values])  # noqa: E731
-    times = lambda first, second: f"{statistics.median(ratios(first, second)):.2f}"  # noqa: E731
-    # 1. a mixture of experts
-    moe = result["moe"]
-    (windows, length), rows = moe["batch"], moe["rows"]
-    fewest = next(row for row in rows if row["n_expert"])
+def hybrid_training_rows(rounds, device, dtype, lengths, sizes):
+    """Measures delta layers alone, and with attention among them."""
+    rows = []
+    steps = []
+    for pattern in ("d", sizes["layer_pattern"]):
+        model = build("hybrid", sizes | {"block_size": max(lengths), "layer_pattern": pattern}, device)
+        step = make_step(model, muon.make_optimizer(model, "adamw"), dtype)
+        for length in lengths:
+            x, y = random_batch(1, length, 64, device)
+            steps.append(partial(step, x, y))
+            rows.append({"layers": model.config.layer_pattern, "length": length})
+    took = rounded(in_turn(steps, (), rounds, device=device))
+    for row, seconds in zip(rows, took):
+        row["seconds"] = seconds
+    return rows
+
+
+def decoding_markdown(section, dtype):
+    rows = section["decoding"]
+    first = rows[0]
+    against = f"/ {first['context']:,}'s"
     lines = [
-        "# What an idea costs and what it saves\n",
-        describe(result),
-        f"{result['rounds']} rounds in which all of a section take turns; medians and ranges, ratios round by round.\n",
-        "## A mixture of experts\n",
-        f"Training on {windows} x {length} tokens a step, {moe['per_token']} experts of width {moe['width']} a token, "
-        f"none dropped; the dense model's MLPs are {moe['per_token'] * moe['width']:,} wide, so that a token costs as "
-        "much but for the router. x dense: tokens/s of the whole step. The time of AdamW grows with the parameters, "
-        "whatever a token meets of them.\n",
-        "| model | parameters | MFLOP a token | ms forward and backward | ms step | x dense | "
-        f"forward and backward / {fewest['n_expert']} experts' | step / {fewest['n_expert']} experts' |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        label = f"{row['n_expert']} experts" if row["n_expert"] else "dense"
-        label = f"**{label}**" if row["n_expert"] == moe["versus"] else label
-        grown = [times(row[key], fewest[key]) if row["n_expert"] else "" for key in ("gradient", "step")]
-        lines.append(f"| {label} | {row['parameters']:,} | {row['flops_per_token'] / 1e6:.1f} | "
-                     f"{ms(row['gradient'])} | {ms(row['step'])} | {times(rows[0]['step'], row['step'])} | "
-                     f"{' | '.join(grown)} |")  # fmt: skip
-    # 2. latent attention
-    mla, rows = result["mla"], result["mla"]["rows"]
-    sizes, mha = mla["sizes"], result["mla"]["rows"][-1]
-    lines += [
-        "\n## Latent attention\n",
-        f"One layer of {sizes['n_head']} heads, one token after {mla['context'] - 1:,} of random contents, in "
-        f"{result['dtype']}. Latents of {sizes['kv_rank']} numbers and keys of {sizes['rope_dim']} for all heads "
-        f"together, where MHA has keys and values of {sizes['head_dim']} for each head. x MHA, x expanded: how many "
-        "times as fast.\n",
-        "| attention | cache bytes a token | MB of cache read | cache / MHA's | ms a token | x MHA | x expanded |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        fewer = mha["bytes_read"] / row["bytes_read"]
-        lines.append(f"| {row['who']} | {row['cache_bytes_per_token']:,} | {row['bytes_read'] / 1e6:.1f} | "
-                     f"1 / {fewer:.1f} | {ms(row['seconds'])} | {times(mha['seconds'], row['seconds'])} | "
-                     f"{times(rows[1]['seconds'], row['seconds'])} |")  # fmt: skip
-    # 3. delta layers
-    decoding, training = result["hybrid"]["decoding"], result["hybrid"]["training"]
-    pattern = result["hybrid"]["sizes"]["layer_pattern"]
-    first = decoding[0]
-    lines += [
         "\n## Delta layers\n",
-        f"One token by the model with layers `{pattern}`, after so many of random contents, in {result['dtype']}: all "
-        "its delta layers, all its attention layers, and the whole model.\n",
-        f"| context | ms delta layers | / {first['context']:,}'s | ms attention layers | ms model | "
-        f"/ {first['context']:,}'s |",
-        "|---|---|---|---|---|---|",
+        f"One token by the model with layers `{section['sizes']['layer_pattern']}`, after so many of random contents, "
+        f"in {dtype}: all its delta layers, all its attention layers, and the whole model.\n",
+        *table_head(["context", "ms delta layers", against, "ms attention layers", "ms model", against]),
     ]
-    for row in decoding:
-        lines.append(f"| {row['context']:,} | {ms(row['delta'])} | {times(row['delta'], first['delta'])} | "
-                     f"{ms(row['attention'])} | {ms(row['model'])} | "
-                     f"{times(row['model'], first['model'])} |")  # fmt: skip
-    lines += [
-        "\nA training step of one window:\n",
-        "| layers | tokens | ms step | x tokens | x time |",
-        "|---|---|---|---|---|",
-    ]
-    for i, row in enumerate(training):
-        short = training[i // 2 * 2]
-        lines.append(f"| `{row['layers']}` | {row['length']:,} | {ms(row['seconds'])} | "
-                     f"{row['length'] / short['length']:g} | {times(row['seconds'], short['seconds'])} |")  # fmt: skip
-    return "\n".join(lines) + "\n"
+    for row in rows:
+        cells = [
+            f"{row['context']:,}",
+            milliseconds(row["delta"]),
+            times_as_fast(row["delta"], first["delta"]),
+            milliseconds(row["attention"]),
+            milliseconds(row["model"]),
+            times_as_fast(row["model"], first["model"]),
+        ]
+        lines.append(table_row(cells))
+    return lines
+
+
+def training_markdown(rows):
+    """Returns the table of training steps. Rows of the same layers stand together, the shortest window first."""
+    lines = ["\nA training step of one window:\n", *table_head(["layers", "tokens", "ms step", "x tokens", "x time"])]
+    shortest = rows[0]
+    for row in rows:
+        if row["layers"] != shortest["layers"]:
+            shortest = row
+        cells = [
+            f"`{row['layers']}`",
+            f"{row['length']:,}",
+            milliseconds(row["seconds"]),
+            f"{row['length'] / shortest['length']:g}",
+            times_as_fast(row["seconds"], shortest["seconds"]),
+        ]
+        lines.append(table_row(cells))
+    return lines

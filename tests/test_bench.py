@@ -6,14 +6,12 @@ import pytest
 import torch
 
 import bench
-from benchmarks import kernels
-from benchmarks import parallel
-from benchmarks import variants
 import flops
 import kernels
 import kernels_delta
 import model_mla
-from benchmarks import timing
+from benchmarks import decoding, kernel_cases, parallel, shakespeare, timing, training, variants, workload
+from benchmarks import kernels as bench_kernels
 from tests.tiny import MODELS, build, cache_tensors, module, tokens
 
 TINY = ["--model=baseline", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--head_dim=8", "--n_embd=32", "--n_inner=48",
@@ -28,20 +26,21 @@ SMALL_VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", bench.MARKDOWN)
-def test_the_committed_table_is_the_one_drawn_from_the_committed_numbers(name):
-    files = sorted((bench.ROOT / "results").glob(f"{name}*.json"))
-    assert files or name == "kernels"  # which wait for a GPU
+@pytest.mark.parametrize("command", bench.BENCHMARKS)
+def test_the_committed_table_is_the_one_drawn_from_the_committed_numbers(command):
+    benchmark = bench.BENCHMARKS[command]
+    files = sorted((bench.ROOT / "results").glob(f"{benchmark.RESULT}*.json"))
+    assert files or command == "kernels"  # which wait for a GPU
     for file in files:
-        assert file.with_suffix(".md").read_text() == bench.MARKDOWN[name](json.loads(file.read_text()))
+        assert file.with_suffix(".md").read_text() == benchmark.markdown(json.loads(file.read_text()))
 
 
 def test_a_run_is_judged_where_the_line_between_two_evaluations_falls_to_the_target():
     rows = [{"step": 0, "val_loss": 4.0}, *({"step": i, "ms": 10.0} for i in range(1, 101))]
-    rows += [{"step": 100, "val_loss": bench.TARGET + 0.3}, *({"step": i, "ms": 20.0} for i in range(101, 201))]
-    missed = bench.summary(rows)
+    rows += [{"step": 100, "val_loss": shakespeare.TARGET + 0.3}, *({"step": i, "ms": 20.0} for i in range(101, 201))]
+    missed = shakespeare.summary(rows)
     assert (missed["reached"], missed["steps"], missed["seconds"]) == (False, 200, 3.0)
-    found = bench.summary([*rows, {"step": 200, "val_loss": bench.TARGET - 0.1}])
+    found = shakespeare.summary([*rows, {"step": 200, "val_loss": shakespeare.TARGET - 0.1}])
     assert (found["reached"], found["steps"]) == (True, 175)  # 3 / 4 of the way
     assert found["seconds"] == pytest.approx(2.5)  # 100 steps of 10 ms and 75 of 20
 
@@ -73,13 +72,13 @@ def test_peak_memory_is_what_is_in_use_at_once_and_not_what_was_there_before():
     assert timing.peak_memory(work) == pytest.approx(12e6, rel=0.01)
 
 
-def test_held_bytes_are_those_of_weights_buffers_and_the_optimizers_state():
+def test_resident_bytes_are_those_of_weights_buffers_and_the_optimizers_state():
     model = torch.nn.BatchNorm1d(1000)  # weight, bias, mean and variance, and a count of 8 bytes
-    assert timing.held_bytes(model) == 4 * 4000 + 8
+    assert timing.resident_bytes(model) == 4 * 4000 + 8
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(2, 1000)).sum().backward()
     optimizer.step()
-    assert timing.held_bytes(model, optimizer) == 4 * 4000 + 8 + 2 * (2 * 4000 + 4)  # two averages, and a step
+    assert timing.resident_bytes(model, optimizer) == 4 * 4000 + 8 + 2 * (2 * 4000 + 4)  # two averages, and a step
 
 
 def test_token_times_begin_at_the_prompt_and_leave_prefill_out_of_the_time_a_token(monkeypatch):
@@ -114,7 +113,7 @@ def test_the_step_of_a_run_is_that_of_its_saved_config(tmp_path):
                  muon_steps=3, muon_dtype="auto", seed=1, dtype="bfloat16", compile="auto", micro_batch=1)  # fmt: skip
     fields = module("baseline").TINY | dict(vocab_size=66, block_size=64)
     (tmp_path / "config.json").write_text(json.dumps({"model": "baseline", "model_config": fields, "knobs": knobs}))
-    step = bench.step_of(tmp_path)
+    step = shakespeare.step_of_run(tmp_path)
     names = step.__code__.co_freevars
     inside = dict(zip(names, (cell.cell_contents for cell in step.__closure__)))
     groups = {group["method"]: group for group in inside["optimizer"].param_groups}
@@ -122,7 +121,7 @@ def test_the_step_of_a_run_is_that_of_its_saved_config(tmp_path):
     assert groups["adamw"]["betas"] == (0.8, 0.9) and inside["dtype"] == "bfloat16"
     assert inside["loss"] is inside["model"]  # a CPU compiles only what is told to
     before = inside["model"].blocks[0].mlp.w_up.weight.clone()
-    step(*bench.random_batch(2, 64))
+    step(*timing.random_batch(2, 64))
     assert not torch.equal(before, inside["model"].blocks[0].mlp.w_up.weight)
 
 
@@ -139,7 +138,7 @@ def test_a_decoding_step_reads_the_weights_but_for_idle_experts_and_rows_and_the
         read -= sum(p.nbytes for p in experts) * (1 - model.config.n_expert_per_token / model.config.n_expert) ** batch
     cache = model.new_cache(1, 24)
     read += batch * (24 * cache.bytes_per_token() + (cache.state_bytes() if name == "hybrid" else 0))
-    assert bench.bytes_per_step(name, model, batch, 24) == round(read)
+    assert decoding.bytes_per_step(name, model, batch, 24) == round(read)
 
 
 # ---- the commands, small --------------------------------------------------------------------------------------------
@@ -149,8 +148,8 @@ def result_of(folder, name):
 
 def test_train_measures_a_config_against_transformers_with_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(bench, "peak_memory", lambda *_: 1000)
-    monkeypatch.setitem(bench.SETTINGS, "cpu", (("float32", False), ("bfloat16", True)))
+    monkeypatch.setattr(training, "peak_memory", lambda *_: 1000)
+    monkeypatch.setitem(training.SETTINGS, "cpu", (("float32", False), ("bfloat16", True)))
     bench.main(["--out", str(tmp_path), "--device", "cpu", "train", *TINY, "--rounds", "2", "--tokens", "100"])
     result, table = result_of(tmp_path, "training_speed_baseline")
     assert result["command"].startswith(f"python bench.py train {' '.join(TINY)} --tokens 100 --rounds 2")
@@ -174,7 +173,7 @@ def test_mfu_is_flops_done_over_the_peak_where_that_is_known():
     result = dict(command="c", rounds=3, machine=dict(cpu="x", cores=1, threads=1, torch="2", gpu="NVIDIA H200"),
                   sizes={"s": dict(batch=[2, 2], rows=[row, row | {"model": "transformers", "peak_flops": None,
                                                                    "seconds": [0.04, 0.05, 0.04]}])})  # fmt: skip
-    first, second = bench.train_markdown(result).splitlines()[-2:]
+    first, second = training.markdown(result).splitlines()[-2:]
     # 4 tokens in 25 ms: 160 tokens/s * 2 GFLOP = 320 GFLOP/s, of 1,000; rounds 2, 2 and 1 times as fast as the other
     assert "| 160 (100 to 200) | 320.0 | 32.0% | 5.0 | 2.00 |" in first
     assert "| n/a | 5.0 | 1.00 |" in second
@@ -205,16 +204,16 @@ def test_decode_emits_the_ids_of_transformers_and_a_compiled_step_those_of_eager
 
 def test_the_first_id_that_differs_is_told(monkeypatch):
     ids = iter([[[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 9, 6]]] * 3)
-    monkeypatch.setattr(bench, "our_tokens", lambda *_, **__: (next(ids), (1.0, 1.0)))
-    monkeypatch.setattr(bench, "as_transformers", lambda *_: None)
+    monkeypatch.setattr(decoding, "our_tokens", lambda *_, **__: (next(ids), (1.0, 1.0)))
+    monkeypatch.setattr(decoding, "as_transformers", lambda *_: None)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    rows = bench.decoding_rows(build("baseline"), tokens(2, 4), new=3, rounds=1, compiled=True)
+    rows = decoding.decoding_rows(build("baseline"), tokens(2, 4), new=3, rounds=1, compiled=True)
     assert [row["same"] for row in rows] == [3, 1]
 
 
 SMALL_KERNELS = dict(
     rows=(16, 8, 24), heads=(1, 8, 2, 16), attention=[(1, 2, 1, 8, 16, 0), (1, 2, 1, 8, 16, 3)], loss=(6, 8, 97),
-    moe=(8, 16, 8, 4, 2), delta=[(1, 2, 8, 16)], matmul=32, times=1, checked=2,
+    moe=(8, 16, 8, 4, 2), delta=[(1, 2, 8, 16)],
 )  # fmt: skip
 
 
@@ -223,21 +222,24 @@ def test_kernels_measures_each_of_them_in_turn_after_its_error(tmp_path, monkeyp
         """timing.in_turn calls a function twice before it measures, which an interpreted kernel does not need."""
         return [[timing.seconds(function, batch, times, device)] * rounds for function in functions]
 
-    monkeypatch.setattr(bench_kernels, "SIZES", SMALL_KERNELS)
+    monkeypatch.setattr(kernel_cases, "SIZES", SMALL_KERNELS)
+    monkeypatch.setattr(bench_kernels, "MATMUL_SIZE", 32)
+    monkeypatch.setattr(bench_kernels, "CALLS", 1)
+    monkeypatch.setattr(bench_kernels, "FEWER_TOKENS", 2)
     monkeypatch.setattr(bench_kernels, "in_turn", briefly)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
 
     def broken(q, k, v, causal, window):
         raise RuntimeError("no such kernel here\nand a long story")
 
-    real = bench_kernels.attention
+    real = kernel_cases.attention_case
 
-    def attention(*sizes):
+    def attention_with_a_broken_one(*sizes):
         case = real(*sizes)
         case.others |= {"broken": broken}
         return case
 
-    monkeypatch.setattr(bench_kernels, "attention", attention)
+    monkeypatch.setattr(kernel_cases, "attention_case", attention_with_a_broken_one)
     bench.main(["--out", str(tmp_path), "--device", "cpu", "kernels", "--rounds", "2"])
     result, table = result_of(tmp_path, "kernels")
     names = [case["name"] for case in result["cases"]]
@@ -249,9 +251,8 @@ def test_kernels_measures_each_of_them_in_turn_after_its_error(tmp_path, monkeyp
         assert all(len(rows[who][key]) == 2 for who in ("kernel", "eager", "compiled") for key in ("forward", "both"))
         assert case["work"][0] > 0 and f"## {case['name']}, {case['size']}" in table
     attention = next(case for case in result["cases"] if case["name"] == "flash_attention")
-    assert (
-        attention["rows"]["broken"] == {"failed": "no such kernel here"} and "| broken | no such kernel here |" in table
-    )
+    assert attention["rows"]["broken"] == {"failed": "no such kernel here"}
+    assert "| broken | no such kernel here |" in table
     assert attention["work"] == [4 * 2 * 16 * 36, 3.5 * 4 * 2 * 16 * 36]  # 8 * 9 / 2 = 36 pairs
     ratio = statistics.median(a / b for a, b in zip(rows["eager"]["forward"], rows["kernel"]["forward"]))
     assert f"| {ratio:.2f} |" in next(line for line in table.splitlines()[::-1] if line.startswith("| eager"))
@@ -266,10 +267,10 @@ def test_kernels_are_not_measured_without_a_gpu(monkeypatch, capsys):
 
 def test_parallel_saves_for_real_and_says_what_it_was_beside(tmp_path, monkeypatch):
     sizes = dict(n_layer=1, n_head=2, n_kv_head=1, head_dim=8, n_embd=16, n_inner=4096, vocab_size=64)
-    monkeypatch.setattr(bench_parallel, "SIZES", bench_parallel.SIZES | {"saving": sizes})
-    monkeypatch.setattr(bench_parallel, "ROOT", tmp_path)
-    monkeypatch.setattr(bench_parallel, "step_seconds", lambda strategy, data: {"ddp": 2.0, "fsdp": 2.5}[strategy])
-    monkeypatch.setattr(bench_parallel, "resume_seconds", lambda data: (5.0, 3.5))
+    monkeypatch.setattr(parallel, "SIZES", parallel.SIZES | {"saving": sizes})
+    monkeypatch.setattr(parallel, "ROOT", tmp_path)
+    monkeypatch.setattr(parallel, "step_seconds", lambda strategy, data: {"ddp": 2.0, "fsdp": 2.5}[strategy])
+    monkeypatch.setattr(parallel, "resume_seconds", lambda data: {"resume": 5.0, "imports": 3.5})
     bench.main(["--out", str(tmp_path), "--device", "cpu", "parallel", "--rounds", "2"])
     result, table = result_of(tmp_path, "parallel")
     assert all(0 < stall and 0 < took for stall, took in zip(result["stall"], result["save"]))
@@ -279,7 +280,7 @@ def test_parallel_saves_for_real_and_says_what_it_was_beside(tmp_path, monkeypat
 
 
 def test_variants_measures_every_section_and_its_ratios_are_those_of_the_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_variants, "VARIANTS", SMALL_VARIANTS)
+    monkeypatch.setattr(variants, "SIZES", SMALL_VARIANTS)
     forms = []
     for form in ("absorbed", "expanded"):
         real = getattr(model_mla.Attention, form)
@@ -310,12 +311,10 @@ def test_variants_measures_every_section_and_its_ratios_are_those_of_the_numbers
 
 
 def test_each_time_stands_where_it_was_measured(monkeypatch):
-    monkeypatch.setattr(
-        bench_variants, "in_turn", lambda functions, *_, **__: [[float(i)] for i in range(len(functions))]
-    )
-    moe = bench_variants.moe_rows(1, "cpu", "float32", **SMALL_VARIANTS["moe"])["rows"]
+    monkeypatch.setattr(variants, "in_turn", lambda functions, *_, **__: [[float(i)] for i in range(len(functions))])
+    moe = variants.moe_rows(1, "cpu", "float32", **SMALL_VARIANTS["moe"])["rows"]
     assert [(row["gradient"], row["step"]) for row in moe] == [([0.0], [1.0]), ([2.0], [3.0]), ([4.0], [5.0])]
-    hybrid = bench_variants.hybrid_rows(1, "cpu", "float32", **SMALL_VARIANTS["hybrid"])
+    hybrid = variants.hybrid_rows(1, "cpu", "float32", **SMALL_VARIANTS["hybrid"])
     assert [[row[key] for key in ("delta", "attention", "model")] for row in hybrid["decoding"]] == [
         [[0.0], [1.0], [2.0]],
         [[3.0], [4.0], [5.0]],
@@ -325,9 +324,9 @@ def test_each_time_stands_where_it_was_measured(monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prefilled_cache_holds_as_many_tokens_as_asked_for_and_has_the_room(name):
     model = build(name)
-    full = bench_variants.prefilled_cache(model, 11)
+    full = variants.prefilled_cache(model, 11)
     assert full.length == 11 and all((x != 0).any() for x in cache_tensors(full))
-    cache = bench_variants.prefilled_cache(model, 11, 2)
+    cache = variants.prefilled_cache(model, 11, 2)
     for length in (12, 13):
         model(tokens(1, 1), cache=cache)
         assert cache.length == length
@@ -341,23 +340,26 @@ def test_each_layer_of_a_kind_runs_and_no_other(monkeypatch):
         for kind in ("delta", "attn"):
             if getattr(block, kind):
                 getattr(block, kind).register_forward_hook(lambda *_, i=i, kind=kind: seen.append((kind, i)))
-    cache = bench_variants.prefilled_cache(model, 8)
+    cache = variants.prefilled_cache(model, 8)
     seen.clear()
     x = torch.randn(1, 1, model.config.n_embd)
-    bench_variants.each_layer(model, "delta", x, torch.tensor([7]), cache)
+    variants.each_layer(model, "delta", x, torch.tensor([7]), cache)
     assert seen == [("delta", 0), ("delta", 1), ("delta", 2)]
 
 
 def test_flops_of_the_dense_model_that_experts_are_compared_with_are_those_of_the_chosen_experts():
-    given = bench_variants.VARIANTS["moe"]
+    given = variants.SIZES["moe"]
     dense = timing.build("baseline", given["sizes"] | {"n_inner": given["per_token"] * given["width"]})
     assert flops.parameters("baseline", dense.config)["mlp"] == 3 * 384 * 1024 * 2
 
 
 def test_a_config_without_a_vocabulary_gets_that_of_gpt2_and_its_name_is_in_the_files():
-    knobs, fields, label = bench.workload(["config/train_mla.py", "--n_layer=3"])
-    assert (knobs["model"], fields["vocab_size"], fields["n_layer"], label) == ("mla", 50304, 3, "train_mla")
-    assert bench.workload(["--model=gpt2"])[2] == "gpt2"
+    words = ["config/train_mla.py", "--n_layer=3"]
+    knobs, fields = workload.read_config(words)
+    assert (knobs["model"], fields["vocab_size"], fields["n_layer"]) == ("mla", 50304, 3)
+    assert workload.label_of(words) == "train_mla"
+    assert workload.label_of(["--model=gpt2"]) == "gpt2"
+    assert workload.label_of([]) == ""  # the files of a benchmark's own sizes
 
 
 def test_a_wrong_config_or_option_is_one_clear_line(capsys, monkeypatch):
