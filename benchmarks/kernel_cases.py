@@ -272,7 +272,9 @@ def moe_case(random):
 
 def delta_case(random, B, H, T, D):
     chunk = 64  # tokens
-    forward = B * H * T * (6 * D * D + 2 * chunk * 5 * D)
+    with_state = 3 * 2 * D * D  # FLOPs a token: what the state knows of k, what it is told, what it says to q
+    within_chunk = 5 * 2 * chunk * D  # five products of a chunk with (chunk, chunk) numbers
+    forward = B * H * T * (with_state + within_chunk)
     size = f"{B} x {T:,}, {H} heads of {D}"
     if random.dtype == torch.float32:
         size += ", fp32"
@@ -286,7 +288,8 @@ def delta_case(random, B, H, T, D):
         beta = torch.rand(B, H, T_fewer, device=random.device)
         first = torch.zeros(1, 1, T_fewer, dtype=torch.bool, device=random.device)
         state = torch.zeros(B, H, D, D, device=random.device)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), log_decay, beta, first, state
+        heads_first = [x.transpose(1, 2) for x in (q, k, v)]  # (B, H, T, D) each
+        return *heads_first, log_decay, beta, first, state
 
     others = {}
     library = installed(FLASH_LINEAR_ATTENTION)

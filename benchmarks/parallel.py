@@ -21,6 +21,7 @@ from benchmarks.timing import (
     new_result,
     random_batch,
     ratios,
+    table_row,
 )
 from training import checkpoint, run_folder
 
@@ -68,7 +69,7 @@ def measure(args: Namespace) -> Iterator[dict]:
 
     for i in range(args.rounds):
         print(f"round {i + 1} of {args.rounds}...", file=sys.stderr)
-        took = {"ddp": step_seconds("ddp", args.data), "fsdp": step_seconds("fsdp", args.data)}
+        took = {strategy: step_seconds(strategy, args.data) for strategy in ("ddp", "fsdp")}
         took |= save_seconds(model, optimizer, folder)
         took |= resume_seconds(args.data)
         for key, seconds in took.items():
@@ -87,11 +88,13 @@ def command_seconds(command, **options):
 def step_seconds(strategy, data):
     """Returns the seconds of the median step of a run of its own, on processes that share the cores."""
     processes = SIZES["processes"]
-    threads = max(1, os.cpu_count() // processes)
     out = f"out/bench/{strategy}"
-    launch = f"-m torch.distributed.run --standalone --nproc_per_node={processes} train.py {SIZES['training']}"
-    options = [f"--data={data}", f"--out_dir={out}", f"--parallel={strategy}", "--optimizer=adamw", "--overwrite"]
-    command_seconds([sys.executable, *launch.split(), *options], env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["train.py", *SIZES["training"].split()]
+    command += [f"--data={data}", f"--out_dir={out}", f"--parallel={strategy}", "--optimizer=adamw", "--overwrite"]
+    threads = max(1, os.cpu_count() // processes)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command_seconds(command, env=environment)
     ms = [row["ms"] for row in run_folder.read_metrics(ROOT / out) if "ms" in row]
     return statistics.median(ms[SIZES["first"] :]) / 1000
 
@@ -108,7 +111,8 @@ def save_seconds(model, optimizer, folder):
     stall = time.perf_counter() - started
     saved = checkpoint.finish()
 
-    megabytes = sum(path.stat().st_size for path in saved.iterdir()) >> 20
+    size = sum(path.stat().st_size for path in saved.iterdir())
+    megabytes = size >> 20
     shutil.rmtree(folder)
     folder.mkdir()
     dd = ["dd", "if=/dev/zero", f"of={folder}/bytes", "bs=1M", f"count={megabytes}", "conv=fsync"]
@@ -124,7 +128,8 @@ def resume_seconds(data):
     three_steps = SIZES["resuming"].format(steps=3).split()
     command_seconds([sys.executable, "train.py", *two_steps, *knobs, "--overwrite"])
     resume = command_seconds([sys.executable, "train.py", *three_steps, *knobs, "--resume"])
-    imports = command_seconds([sys.executable, "-c", f"import {', '.join(IMPORTS)}"])
+    statement = f"import {', '.join(IMPORTS)}"
+    imports = command_seconds([sys.executable, "-c", statement])
     return {"resume": resume, "imports": imports}
 
 
@@ -150,5 +155,5 @@ def markdown(result: dict) -> str:
 
 
 def ratio_row(label, this, beside):
-    ratio = median_and_range(ratios(this, beside))
-    return f"| {label} | {median_and_range(this)} | {median_and_range(beside)} | {ratio} |"
+    ratio = ratios(this, beside)
+    return table_row([label, median_and_range(this), median_and_range(beside), median_and_range(ratio)])

@@ -1,7 +1,9 @@
+import importlib
 import json
 import statistics
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ import kernels_delta
 import model_mla
 from benchmarks import decoding, kernel_cases, parallel, shakespeare, timing, training, variants, workload
 from benchmarks import kernels as bench_kernels
+from benchmarks import loader as bench_loader
+from data.shards import write_shard
 from tests.tiny import MODELS, build, cache_tensors, module, tokens
 
 TINY = ["--model=baseline", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--head_dim=8", "--n_embd=32", "--n_inner=48",
@@ -146,6 +150,49 @@ def result_of(folder, name):
     return json.loads((folder / f"{name}_cpu.json").read_text()), (folder / f"{name}_cpu.md").read_text()
 
 
+def test_shakespeare_runs_both_configs_at_every_seed_and_sets_ours_beside_nanogpts(tmp_path, monkeypatch):
+    runs = []
+
+    def run_training(config, out, data, **knobs):
+        runs.append((config, knobs))
+        last = {shakespeare.OURS: 1.5, shakespeare.NANOGPT: 2.0}[config]
+        steps = {shakespeare.OURS: 50, shakespeare.NANOGPT: 100}[config]
+        return [{"step": 0, "val_loss": 4.0}, *({"ms": 10.0} for _ in range(steps)), {"step": steps, "val_loss": last}]
+
+    def in_turn(steps, batch, rounds, times):
+        assert steps == ["step of out/bench/ours_7", "step of out/bench/nanogpt_7"]
+        return [[0.003] * rounds, [0.002] * rounds]
+
+    monkeypatch.setattr(shakespeare, "run_training", run_training)
+    monkeypatch.setattr(shakespeare, "step_of_run", lambda folder: f"step of {folder}")
+    monkeypatch.setattr(shakespeare, "in_turn", in_turn)
+    bench.main(["--out", str(tmp_path), "shakespeare", "--seeds", "7", "8"])
+    result, table = result_of(tmp_path, "shakespeare_char")
+    assert result["command"] == "python bench.py shakespeare --seeds 7 8"
+    assert runs[:3] == [
+        (shakespeare.OURS, {"seed": 7, "eval_every": 20}),
+        (shakespeare.NANOGPT, {"seed": 7, "eval_every": 100}),
+        (shakespeare.OURS, {"seed": 7, "eval_every": 500, "max_steps": 2000}),
+    ]
+    assert [knobs["seed"] for _, knobs in runs[3:]] == [8, 8, 8]
+    # 50 * (4 - 1.88) / (4 - 1.5) = 42.4: 43 steps of 100, each of which takes 1.5 times as long
+    assert "| steps | 100 (100 to 100, 2 seeds) | 43 (43 to 43, 2 seeds) | 0.430 |" in table
+    assert "| 2.0 | 3.0 | 1.500 |" in table and "**0.645**" in table
+    assert "2 of 2 runs of nanoGPT's setting ended above 1.88" in table and "runs of ours" not in table
+
+
+def test_loader_times_its_share_of_steps_and_reads_every_shard_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_loader, "SHARD_TOKENS", (200_000,))
+    write_shard(tmp_path / "train_000000.bin", np.arange(5000, dtype=np.uint16) % 66, 66)
+    bench.main(["--out", str(tmp_path), "--data", str(tmp_path), "loader", "--steps", "2"])
+    result, table = result_of(tmp_path, "loader")
+    assert 0 < result["load_us"] < result["step_us"] and result["batch"] == [12, 64]
+    (memory,) = result["memory"]
+    assert memory["tokens"] == 200_000 and 50 < memory["peak_mb"] < 2000
+    assert f"**{result['load_us'] / result['step_us']:.2%}** of a step" in table
+    assert f"| 200,000 | 0 | {memory['peak_mb']:,.0f} |" in table
+
+
 def test_train_measures_a_config_against_transformers_with_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(training, "peak_memory", lambda *_: 1000)
@@ -277,6 +324,11 @@ def test_parallel_saves_for_real_and_says_what_it_was_beside(tmp_path, monkeypat
     assert len(result["dd"]) == len(result["save"]) == 2 and not list((tmp_path / "out/bench").iterdir())
     assert "| 2.50 (2.50 to 2.50) | 2.00 (2.00 to 2.00) | 1.25 (1.25 to 1.25) |" in table
     assert "takes 1.50 (1.50 to 1.50) s beyond its imports" in table
+
+
+def test_what_a_resumed_run_is_said_to_import_is_there():
+    for name in parallel.IMPORTS:
+        importlib.import_module(name)
 
 
 def test_variants_measures_every_section_and_its_ratios_are_those_of_the_numbers(tmp_path, monkeypatch):
