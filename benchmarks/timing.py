@@ -252,8 +252,8 @@ def ratios(first: list[float], second: list[float]) -> list[float]:
     return [a / b for a, b in zip(first, second)]
 
 
-def times_as_fast(first: list[float] | None, second: list[float]) -> str:
-    """Returns how many times as fast the second is, by the median of the rounds; n/a where there is no first."""
-    if first is None:
+def times_as_fast(first: list[float] | None, second: list[float] | None) -> str:
+    """Returns how many times as fast the second is, by the median of the rounds; n/a where one was not measured."""
+    if first is None or second is None:
         return "n/a"
     return f"{statistics.median(ratios(first, second)):.2f}"

@@ -226,6 +226,18 @@ def test_mfu_is_flops_done_over_the_peak_where_that_is_known():
     assert "| n/a | 5.0 | 1.00 |" in second
 
 
+def test_where_the_kernel_itself_fails_the_others_keep_their_times_and_nothing_is_compared():
+    row = dict(error=0.5, peak_bytes=2e6, forward=[0.001, 0.003, 0.002], both=[0.004] * 3)
+    case = dict(name="moe", size="2 x 2", unit="FLOP", work=(2e9, 8e9), rows={"kernel": {"failed": "no"}, "eager": row})
+    result = dict(command="c", rounds=3, dtype="bfloat16", times=1, copy=1e12, matmul=2e12, cases=[case],
+                  machine=dict(cpu="x", cores=1, threads=1, torch="2", gpu="NVIDIA H200"))  # fmt: skip
+    kernel, eager = bench_kernels.markdown(result).splitlines()[-2:]
+    assert kernel.startswith("| kernel | no | |") and kernel.count("|") == eager.count("|")
+    forward = "2.000 (1.000 to 3.000) | 1.0 TFLOP/s | 50% | n/a"  # 2 GFLOP in 2 ms
+    both = "4.000 (4.000 to 4.000) | 2.0 TFLOP/s | 100% | n/a"
+    assert eager == f"| eager | {forward} | {both} | 2.0 | 5.0e-01 |"
+
+
 @pytest.fixture
 def quick_copy(monkeypatch):
     """Bandwidth is measured on copies of a megabyte, for which a cache is enough."""
