@@ -36,8 +36,6 @@ import kernels_delta
 import muon
 from benchmarks.kernels import bench_kernels, kernels_markdown
 from benchmarks.parallel import parallel, parallel_markdown
-from benchmarks.variants import variants, variants_markdown
-from generate import CompiledStep, stream
 from benchmarks.timing import (
     TokenTimes,
     bandwidth,
@@ -55,6 +53,8 @@ from benchmarks.timing import (
     ratios,
     training_step,
 )
+from benchmarks.variants import variants, variants_markdown
+from generate import CompiledStep, stream
 
 ROOT = Path(__file__).resolve().parent
 TARGET = 1.88  # what nanoGPT reports for its CPU setting after 2,000 steps, from a sample of the validation split

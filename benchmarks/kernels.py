@@ -13,7 +13,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 import kernels_delta
-from benchmarks.timing import begin, copy_bandwidth, describe, device_and_dtype, in_turn, middle, peak_memory, ratios, seconds
+from benchmarks.timing import (
+    begin,
+    copy_bandwidth,
+    describe,
+    device_and_dtype,
+    in_turn,
+    middle,
+    peak_memory,
+    ratios,
+    seconds,
+)
 
 # Sizes of Qwen3-0.6B (MoE: Qwen3-30B-A3B; delta rule: Qwen3-Next), so large that no cache holds them.
 SIZES = {

@@ -8,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from training import checkpoint
 import muon
-from training import run_folder
 from benchmarks.timing import begin, build, describe, device_and_dtype, make_step, middle, random_batch, ratios
+from training import checkpoint
 
 ROOT = Path(__file__).resolve().parent
 SIZES = {

@@ -6,14 +6,11 @@ import pytest
 import torch
 
 import bench
-from benchmarks import kernels
-from benchmarks import parallel
-from benchmarks import variants
 import flops
 import kernels
 import kernels_delta
 import model_mla
-from benchmarks import timing
+from benchmarks import kernels, timing
 from tests.tiny import MODELS, build, cache_tensors, module, tokens
 
 TINY = ["--model=baseline", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--head_dim=8", "--n_embd=32", "--n_inner=48",
