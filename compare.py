@@ -33,12 +33,12 @@ import torch
 from tqdm import tqdm
 
 import flops
-from training import guard
-from training import run_folder
-from benchmarks import timing
-from benchmarks import comparison
+from benchmarks import comparison, timing
 from configurator import resolve
 from data.shards import Shards
+from training import run_folder
+from training.knobs import check
+from training.signals import DIVERGED
 
 ROOT = Path(__file__).resolve().parent
 TRAIN = ROOT / "train.py"
@@ -139,7 +139,7 @@ def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant
     if args.data:
         arguments.append(f"--data={args.data}")
     config = resolve(TRAIN, arguments)
-    guard.check_knobs(config, world_size=1)
+    check(config, world_size=1)
     data = Shards(config["data"], "train")
     Shards(config["data"], "val")
     T = config["block_size"]
@@ -290,7 +290,7 @@ def options(run):
 
 def is_finished(run: Run) -> bool:
     """Returns whether it was done before. ValueError where another run stands in its folder."""
-    if not record.exists(run.folder):
+    if not run_folder.exists(run.folder):
         return False
     saved = json.loads((run.folder / "config.json").read_text())
     saved = {"model": saved["model"], **saved["model_config"], **saved["knobs"]}
@@ -301,14 +301,14 @@ def is_finished(run: Run) -> bool:
         differ.append("its data was another")
     if differ:
         raise ValueError(f"{run.folder} is of another comparison: {', '.join(differ[:3])}: try another --out_dir")
-    return any(row["step"] == run.variant.steps and "val_loss" in row for row in record.read_metrics(run.folder))
+    return any(row["step"] == run.variant.steps and "val_loss" in row for row in run_folder.read_metrics(run.folder))
 
 
 def train(run: Run, slots: SimpleQueue, jobs: int, processes: list) -> Run:
     """Runs train.py to its end, or goes on with it. slots: the free ones of the jobs. RuntimeError where it fails."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, TRAIN, *run.variant.arguments, *as_arguments(options(run))]
-    if record.exists(run.folder):
+    if run_folder.exists(run.folder):
         command.append("--resume")
     log = Path(f"{run.folder}.log")
     slot = slots.get()
@@ -321,7 +321,7 @@ def train(run: Run, slots: SimpleQueue, jobs: int, processes: list) -> Run:
             code = process.wait()
     finally:
         slots.put(slot)
-    if code == guard.DIVERGED:  # a result, too
+    if code == DIVERGED:  # a result, too
         row = {"step": run.variant.steps, "tokens": run.variant.tokens, "val_loss": None, "val_bits_per_byte": None}
         with (run.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -374,7 +374,7 @@ def train_all(runs: list[Run], jobs: int, bar: tqdm) -> None:
 
 def final(run):
     """Returns the row of its last evaluation."""
-    return [row for row in record.read_metrics(run.folder) if "val_loss" in row][-1]
+    return [row for row in run_folder.read_metrics(run.folder) if "val_loss" in row][-1]
 
 
 def loss_of(run):
@@ -398,7 +398,7 @@ def beyond(args, sweep):
 # ---- what came of them -----------------------------------------------------------------------------------------------
 def curve(run):
     """Returns [(tokens, validation loss)] of a run, without the loss before training."""
-    rows = [row for row in record.read_metrics(run.folder) if row.get("val_loss") is not None and row["step"] > 0]
+    rows = [row for row in run_folder.read_metrics(run.folder) if row.get("val_loss") is not None and row["step"] > 0]
     return [(row["tokens"], row["val_loss"]) for row in rows]
 
 
@@ -427,7 +427,9 @@ def outcome(variant: Variant, sweep: list[Run], repeats: list[Run]) -> dict:
         "lr": best.lr,
         "loss": [loss_of(run) for run in runs],
         "bits_per_byte": [final(run)["val_bits_per_byte"] for run in runs],
-        "memory_gb": max(row["memory_gb"] for run in runs for row in record.read_metrics(run.folder) if "ms" in row),
+        "memory_gb": max(
+            row["memory_gb"] for run in runs for row in run_folder.read_metrics(run.folder) if "ms" in row
+        ),
         "curves": [curve(run) for run in runs],
     }
 

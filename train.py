@@ -1,6 +1,7 @@
 """Trains any model_<model>.py on token shards, on one device or, under torchrun, on many.
 
     python train.py config/quickstart.py --learning_rate=1e-3
+    python train.py --init_from=out/base --data=data/mine --out_dir=out/mine      go on with trained weights
     torchrun --standalone --nproc_per_node=8 train.py config/train_baseline.py
 
 Read from top to bottom: knobs, devices, data, model, optimizer, run folder, loop. The batch is given in tokens;
@@ -9,437 +10,407 @@ the number of devices and micro_batch change how it is computed, and not the res
 
 import dataclasses
 import importlib
-import json
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 from collections import deque
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from training import checkpoint
 import flops
-from training import guard
 import muon
-from training import run_folder
 from configurator import configure
 from data.shards import Loader, Shards, eval_batches
 from data.tokenizers import tokenizer_from_dict
-from eval import bytes_of_tokens, loss_report, loss_sums
+from distributed import processes
+from training import checkpoint, load, metrics, run_folder, saving
+from training.calibration import count_steps
+from training.knobs import check, find_device, find_dtype, round_batch
+from training.loss import bytes_of_tokens, loss_report, loss_sums
+from training.schedule import learning_rate as learning_rate_at
+from training.signals import DIVERGED, StopSignals
 
-# ---- knobs: every field of the model's GPTConfig is one too ---------------------------------------------------------
+# ---- knobs: every field of the model's GPTConfig is one too ----------------------------------------------------------
+# model and data
 model = "baseline"  # which model_<model>.py
+init_from = ""  # start from the weights of this run, checkpoint or Hugging Face folder: new optimizer, step 0
 data = "data/stdlib"  # a folder that data/prepare.py made
 out_dir = "out/run"  # the run: config, metrics, checkpoints, picture
 seed = 1  # of weights, data order and dropout
-device = "auto"  # cuda, cuda:1, mps or cpu; auto: the first of these that is there
-dtype = "auto"  # bfloat16, float16 (with a loss scaler) or float32; auto: the best that the device is fast at
-tf32 = True  # float32 matmuls in TF32 on GPUs that have it
-compile: bool | str = "auto"  # True, False; auto: on CUDA
-kernels = False  # Triton kernels in place of PyTorch's (kernels.py), on GPUs since the H100
-deterministic = False  # the same bits each time, on a GPU as well; slower, and an error where an operation cannot
-parallel = "auto"  # under torchrun: ddp, or fsdp where weights fill the memory; auto: ddp there, else none
-reshard = True  # fsdp: gather a block's weights again for its backward; False: keep them till then
-cpu_offload = False  # fsdp: weights and optimizer state in the CPU's memory: slow, for what fits nowhere else
-timeout = 30  # seconds that a process waits for another before it gives up
-resume: bool | str = False  # go on from the newest whole checkpoint in out_dir; auto: or begin where there is no run
-overwrite = False  # delete the run that is in out_dir
-# how much
-max_steps = 1000
-batch_tokens = 32768  # 32 * 1024 tokens a step, over all devices
-micro_batch = 8  # windows at once on a device: lower it if memory runs out
-block_size = 1024  # tokens in a window
 vocab_size = 0  # 0: the data's, rounded up to a multiple of 64
 document_mask = False  # nothing crosses from one document to the next (sets the model's eot_id)
 document_start_probability = 0.0  # this share of the windows begins where a document does
 mask_document_crossing = False  # no loss where the target is the next document's first token
-gradient_checkpointing = False  # recompute each block in the backward pass: a third more work, far less memory
+# size
+max_steps = 1000
+minutes = 0.0  # above 0: measure this machine when a new run begins, and set max_steps so that it takes about so long
+batch_tokens = 32768  # 32 * 1024 tokens a step, over all devices
+block_size = 1024  # tokens in a window
+micro_batch = 8  # windows at once on a device: lower it if memory runs out
 # optimizer
-optimizer = "muon"  # muon (matrices; AdamW for the rest) or adamw
+optimizer: Literal["muon", "adamw"] = "muon"  # muon is for matrices, with AdamW for the rest
 learning_rate = 2e-3  # the same for both: try 5e-4 to 5e-3
 min_lr = 0.0  # where the schedule ends
 warmup_steps = 50
-schedule = "cosine"  # wsd (constant, then down over the last decay_fraction) or constant
-decay_fraction = 0.2  # of max_steps (wsd)
-decay_shape = "linear"  # cosine or sqrt (1 - sqrt of the time) (wsd)
+schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: constant, then down over the last decay_fraction
+decay_fraction = 0.2  # of max_steps, for wsd
+decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"  # of wsd; sqrt is 1 - sqrt of the time
 lr_batch_tokens = 0  # n: learning_rate was tuned at batches of n tokens, and is scaled by sqrt(batch_tokens / n)
 weight_decay = 0.1  # on matrices only
 decay_with_lr = True  # weight decay follows the schedule, as in torch's AdamW; False: constant
 cautious_decay = False  # only where update and weight agree in sign
-beta1 = 0.9
+beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW: 0.99 for small batches
 muon_momentum = 0.95
 muon_steps = 5  # of orthogonalisation
-muon_polynomial = "polar_express"  # or quintic, the classic
-muon_dtype = "auto"  # of the orthogonalisation: float32 or bfloat16; auto: bfloat16 on CUDA
+muon_polynomial: Literal["polar_express", "quintic"] = "polar_express"  # quintic is the classic
+muon_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the orthogonalisation; auto: bfloat16 on CUDA
 grad_clip = 1.0  # 0: off
 max_skipped = 10  # stop after so many steps in a row with a gradient that is not finite
 # loop
-eval_every = 250  # steps; also at the end
+eval_every = 250  # steps; also at the end. The step is saved first
 eval_tokens = 262144  # the same ones every time; 0: the whole validation split
-save_every = 1000  # steps; also at the end and where the validation loss is the best so far
+save_every = 1000  # steps; also before each evaluation and at the end
 keep_last = 3  # checkpoints, besides the best; 0: all
 keep_every = 0  # of the older ones those of each so many steps; 0: none
 async_save = False  # write a copy while training goes on: a save costs less of a step, and the state's size of memory
 log_every = 10  # steps between printed lines; metrics.jsonl gets every step
-wandb = ""  # online or offline: log there too
+wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases too
 tensorboard = False  # write out_dir/tensorboard too
-config = configure(globals())
+# system
+device = "auto"  # cuda, cuda:1, mps or cpu; auto: the first of these that is there
+dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: the best that the device is fast at
+tf32 = True  # float32 matmuls in TF32 on GPUs that have it
+compile: bool | Literal["auto"] = "auto"  # auto: on CUDA
+kernels = False  # Triton kernels in place of PyTorch's (kernels.py), on GPUs since the H100
+deterministic = False  # the same bits each time, on a GPU as well; slower, and an error where an operation cannot
+gradient_checkpointing = False  # recompute each block in the backward pass: a third more work, far less memory
+parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # auto: ddp under torchrun; fsdp: less memory
+reshard = True  # fsdp: gather a block's weights again for its backward; False: keep them till then
+cpu_offload = False  # fsdp: weights and optimizer state in the CPU's memory: slow, for what fits nowhere else
+timeout = 30  # seconds that a process waits for another before it gives up
+resume: bool | Literal["auto"] = False  # go on from the newest whole checkpoint in out_dir; auto: or begin a run
+overwrite = False  # delete the run that is in out_dir
+try:
+    config = configure(globals(), starting_from=load.config_to_start_from)
+except (OSError, ValueError) as error:
+    processes.fail(error)
 
-
-def die(message, code=2):
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(code) if dist.is_initialized() else sys.exit(
-        code
-    )  # gloo's threads may abort a process that ends otherwise
-
-
-# ---- devices --------------------------------------------------------------------------------------------------------
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# ---- devices ---------------------------------------------------------------------------------------------------------
+# One process is the case W = 1: no group is opened, and what all processes would agree on is agreed at once.
+rank, world_size = processes.launched()
 main = rank == 0
 say = tqdm.write if main else lambda *_: None
 try:
-    guard.check_knobs(config, world_size)
-except ValueError as error:
-    die(error)
-if deterministic:
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-parallel = parallel if parallel != "auto" else "ddp" if world_size > 1 else "none"
-if parallel != "none":
-    processes = importlib.import_module("parallel")
-    device = processes.setup(device, timeout)
-try:
-    device_type = torch.empty(0, device=device).device.type
-except (RuntimeError, AssertionError) as error:
-    die(f"device={device}: {str(error).splitlines()[0]}: try device=cpu or device=auto")
-if device_type == "cuda":
-    torch.cuda.set_device(device)
-if dtype == "auto":
-    dtype = "float32"
+    check(config, world_size)
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    if parallel == "auto":
+        parallel = "ddp" if world_size > 1 else "none"
+    device = find_device(device)
+    if parallel != "none":
+        device = processes.meet(device, timeout)
+    device_type = torch.device(device).type
     if device_type == "cuda":
-        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-if parallel == "fsdp" and dtype == "float16":
-    die("dtype=float16 needs a loss scaler, which parallel=fsdp has not: try bfloat16, float32 or parallel=ddp")
+        torch.cuda.set_device(device)
+    dtype = find_dtype(dtype, device)
+    if parallel == "fsdp" and dtype == "float16":
+        raise ValueError("dtype=float16 needs a loss scaler, which parallel=fsdp has not: try bfloat16 or float32")
+except ValueError as error:
+    processes.fail(error)
 if compile == "auto":
     compile = device_type == "cuda"
 torch.set_float32_matmul_precision("high" if tf32 and device_type == "cuda" else "highest")
-autocast = torch.autocast(device_type, getattr(torch, dtype)) if dtype != "float32" else nullcontext()
-name = flops.device_name(device)
-say(f"{world_size} x {name}, {dtype}, {'compiled' if compile else 'eager'}"
-    + (f", {parallel}" if parallel != "none" else ""))  # fmt: skip
+autocast = nullcontext()
+if dtype != "float32":
+    autocast = torch.autocast(device_type, getattr(torch, dtype))
+device_name = flops.device_name(device)
+peak_flops = flops.peak_flops(device_name, dtype)  # None where it is not known, on CPUs for example
+say(f"{world_size} x {device_name}, {dtype}, {'compiled' if compile else 'eager'}, parallel={parallel}")
 
-# ---- data -----------------------------------------------------------------------------------------------------------
+# ---- data ------------------------------------------------------------------------------------------------------------
 try:
-    train_data, val_data = Shards(data, "train"), Shards(data, "val")
-    windows = batch_tokens // block_size
-    if windows * block_size != batch_tokens or windows % world_size:
-        unit = block_size * world_size
-        near = sorted({max(batch_tokens // unit, 1) * unit, -(-batch_tokens // unit) * unit})
-        die(f"batch_tokens={batch_tokens} is not a multiple of block_size={block_size} times {world_size} processes: "
-            f"try {' or '.join(map(str, near))}")  # fmt: skip
+    train_data = Shards(data, "train")
+    val_data = Shards(data, "val")
+    windows = round_batch(batch_tokens, block_size, world_size)
     loader = Loader(train_data, block_size, windows, seed, rank, world_size, micro_batch, device,
                     document_start_probability, mask_document_crossing)  # fmt: skip
 except (OSError, ValueError) as error:
-    die(error)
-tokenizer = tokenizer_from_dict(train_data.meta["tokenizer"]) if train_data.meta["tokenizer"] else None
-identity = {"data": data, "data_fingerprint": train_data.fingerprint, "tokenizer": tokenizer and tokenizer.fingerprint,
-            "shards": [train_data.contents, val_data.contents]}  # fmt: skip
-vocab_size = vocab_size or -(-train_data.vocab_size // 64) * 64
+    processes.fail(error)
+tokenizer = None
+if train_data.meta["tokenizer"]:
+    tokenizer = tokenizer_from_dict(train_data.meta["tokenizer"])
+if vocab_size == 0:
+    vocab_size = math.ceil(train_data.vocab_size / 64) * 64
 if vocab_size < train_data.vocab_size:
-    die(f"vocab_size={vocab_size} is smaller than that of {data}, {train_data.vocab_size}: try 0")
+    processes.fail(f"vocab_size={vocab_size} is smaller than that of {data}, {train_data.vocab_size}: try 0")
 bytes_of = bytes_of_tokens(tokenizer, vocab_size)
-accumulation = len(range(loader.first, loader.last, micro_batch))
-say(f"{data}: {len(train_data):,} tokens to train on, {len(val_data):,} to validate; a step is {windows} windows of "
-    f"{block_size} = {accumulation} x {min(micro_batch, loader.last - loader.first)} on each process; "
-    f"{max_steps} steps are {max_steps * windows / loader.windows_per_epoch:.2f} epochs")  # fmt: skip
+# What a resumed run must find again: the data order is a function of the seed and the tokens drawn before.
+identity = {
+    "data": data,
+    "data_fingerprint": train_data.fingerprint,
+    "tokenizer": tokenizer and tokenizer.fingerprint,
+    "shards": [train_data.contents, val_data.contents],
+}
+say(f"{data}: {len(train_data):,} tokens to train on, {len(val_data):,} to validate")
 
-# ---- model ----------------------------------------------------------------------------------------------------------
+# ---- model -----------------------------------------------------------------------------------------------------------
 torch.manual_seed(seed)
 variant = importlib.import_module(f"model_{model}")
-config |= {"vocab_size": vocab_size}
+config["vocab_size"] = vocab_size
 fields = {field.name: config[field.name] for field in dataclasses.fields(variant.GPTConfig)}
 if document_mask:
     fields["eot_id"] = train_data.eot_id
 try:
-    guard.check_ranks(config=config, data=identity, code=guard.code_of(model))
+    processes.check_same(config=config, data=identity, code=run_folder.code_of(model))
     model_config = variant.GPTConfig(**fields)
-    raw_model = processes.empty(variant.GPT, model_config) if parallel == "fsdp" else variant.GPT(model_config)
+    if parallel == "fsdp":  # on no device yet: no process ever holds the whole model
+        fsdp = importlib.import_module("distributed.fsdp")
+        raw_model = fsdp.empty(variant.GPT, model_config)
+    else:
+        raw_model = variant.GPT(model_config)
 except ValueError as error:
-    die(error)
+    processes.fail(error)
 if kernels:
     say(f"kernels: {importlib.import_module('kernels_delta').install(raw_model)}")
 if gradient_checkpointing:
     for block in raw_model.blocks:
         block.forward = partial(recompute, block.forward, use_reentrant=False)
 if parallel == "fsdp":
-    processes.shard(raw_model, variant.GPT, device, getattr(torch, dtype), reshard, cpu_offload, compile)
+    fsdp.shard(raw_model, variant.GPT, device, getattr(torch, dtype), reshard, cpu_offload, compile)
+    net = raw_model
 else:
     raw_model.to(device)
-net = torch.compile(raw_model) if compile and parallel != "fsdp" else raw_model
+    net = torch.compile(raw_model) if compile else raw_model
 if parallel == "ddp":
-    ids = [torch.device(device).index] if device_type == "cuda" else None
-    net = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)  # counts are each process's own
+    net = processes.averaging_gradients(net, device)
 
-# ---- optimizer ------------------------------------------------------------------------------------------------------
-peak_lr = learning_rate * (math.sqrt(batch_tokens / lr_batch_tokens) if lr_batch_tokens else 1.0)
+# ---- optimizer -------------------------------------------------------------------------------------------------------
+peak_lr = learning_rate
+if lr_batch_tokens:
+    peak_lr = learning_rate * math.sqrt(batch_tokens / lr_batch_tokens)
 muon_type = None if muon_dtype == "auto" else getattr(torch, muon_dtype)
-opt = muon.make_optimizer(
-    raw_model, optimizer, peak_lr, weight_decay, beta1=beta1, beta2=beta2, muon_momentum=muon_momentum,
-    muon_steps=muon_steps, muon_polynomial=muon_polynomial, muon_dtype=muon_type, decay_with_lr=decay_with_lr,
-    cautious_decay=cautious_decay,
+make_optimizer = partial(
+    muon.make_optimizer, optimizer=optimizer, learning_rate=peak_lr, weight_decay=weight_decay, beta1=beta1, beta2=beta2,
+    muon_momentum=muon_momentum, muon_steps=muon_steps, muon_polynomial=muon_polynomial, muon_dtype=muon_type,
+    decay_with_lr=decay_with_lr, cautious_decay=cautious_decay,
 )  # fmt: skip
+opt = make_optimizer(raw_model)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 parameters = sum(p.numel() for p in raw_model.parameters())
-flops_per_token = flops.training_flops_per_token(model, raw_model.config, block_size) if main else None
-peak = flops.peak_flops(name, dtype) if main else None
-say(f"{model}: {parameters:,} parameters, {flops_per_token or math.nan:.3g} FLOPs a token; "
-    + ", ".join(f"{tensors} {group} by {method}" for group, method, tensors, *_ in muon.group_table(opt)))  # fmt: skip
+flops_per_token = math.nan
+if main:
+    flops_per_token = flops.training_flops_per_token(model, raw_model.config, block_size)
+groups = ", ".join(f"{tensors} {group} by {method}" for group, method, tensors, *_ in muon.group_table(opt))
+say(f"{model}: {parameters:,} parameters, {flops_per_token:.3g} FLOPs a token; {groups}")
 
-
-def lr_at(step):
-    """Warm-up, then the schedule: from peak_lr to min_lr, which the last step would reach one step later."""
-    if step < warmup_steps:
-        return peak_lr * (step + 1) / (warmup_steps + 1)
-    down = {"cosine": max_steps, "wsd": round(decay_fraction * max_steps), "constant": 0}[schedule]
-    first = max(max_steps - down, warmup_steps)
-    if step < first:
-        return peak_lr
-    t = (step - first) / max(max_steps - first, 1)
-    shape = "cosine" if schedule == "cosine" else decay_shape
-    left = {"cosine": 0.5 * (1 + math.cos(math.pi * t)), "linear": 1 - t, "sqrt": 1 - math.sqrt(t)}[shape]
-    return min_lr + (peak_lr - min_lr) * left
-
-
-# ---- run folder -----------------------------------------------------------------------------------------------------
+# ---- run folder ------------------------------------------------------------------------------------------------------
 out = Path(out_dir)
-knobs = {key: value for key, value in config.items() if key not in (*fields, "model", "resume", "overwrite")}
-saved_config = {"model": model, "model_config": fields, "knobs": knobs}
-step, tokens, best, skipped = 0, 0, math.inf, 0
-machine = {"processes": world_size, "device": name, "torch": torch.__version__}
+step = 0
+tokens = 0  # seen in training
+skipped = 0  # steps whose gradient was not finite
+machine = {"processes": world_size, "device": device_name, "torch": torch.__version__}
 try:
-    held = resume and checkpoint.folders(out) or record.exists(out)
-    if resume is True and not held:
-        die(f"--resume given but no checkpoint in {out}")
-    lock = guard.lock(out)
-    if held and not (resume or overwrite):
-        die(f"{out} already holds a run: go on with --resume, delete it with --overwrite, or choose another --out_dir")
+    already_there = bool(resume and checkpoint.folders(out)) or run_folder.exists(out)
+    if resume is True and not already_there:
+        raise ValueError(f"--resume given but no checkpoint in {out}")
+    lock = run_folder.lock(out)  # held while this process lives
+    if already_there and not (resume or overwrite):
+        choices = "go on with --resume, delete it with --overwrite, or choose another --out_dir"
+        raise ValueError(f"{out} already holds a run: {choices}")
+    if minutes and resume and already_there:
+        config["max_steps"] = max_steps = run_folder.saved_knob(out, "max_steps")
+    elif minutes:
+        if parallel == "fsdp":
+            raise ValueError("minutes is for models that one process holds: with parallel=fsdp give max_steps")
+        to_evaluate = list(eval_batches(val_data, block_size, 8 * micro_batch * block_size, micro_batch, device=device))
+        n_windows = math.ceil((min(eval_tokens, len(val_data)) or len(val_data)) / block_size)
+        measured = 0
+        if main:
+            measured = count_steps(minutes, raw_model, make_optimizer, loader.batches, to_evaluate,
+                                   math.ceil(n_windows / micro_batch), eval_every, autocast, compile)  # fmt: skip
+        config["max_steps"] = max_steps = int(processes.all_sum([measured], device)[0])
+        say(f"minutes={minutes:g}: max_steps={max_steps} on this machine")
+    knobs = {key: value for key, value in config.items() if key not in (*fields, "model", "resume", "overwrite")}
+    saved_config = {"model": model, "model_config": fields, "knobs": knobs}
+
     path = checkpoint.newest(out, say) if resume else None
-    if resume and held and not path:
-        say(f"no checkpoint in {out} yet: beginning again")
     if path:
-        old_config, state = checkpoint.load_config(path), json.loads((path / "trainer.json").read_text())
-        for line in checkpoint.changed_keys(old_config, saved_config):
-            say(f"changed since the checkpoint: {line}")
-        if old_config["knobs"]["optimizer"] != optimizer:
-            die(f"{path} has the state of optimizer={old_config['knobs']['optimizer']}: resume with that")
-        before = state["identity"]
-        if before["tokenizer"] != identity["tokenizer"]:
-            die(f"{data} has another tokenizer than the data of {path}: give that data, or another out_dir")
-        if before["data"] == data and not before.items() <= identity.items():
-            die(f"{data} changed since {path} was written: restore it, or begin another run in another out_dir")
-        checkpoint.restore(path, raw_model, opt)
-        step, tokens, best, skipped = (state[key] for key in ("step", "tokens", "best", "skipped"))
-        for key, then in state.get("machine", {}).items():
-            if then != machine[key]:
-                say(f"changed since the checkpoint: {key}: {then} -> {machine[key]}: equal to rounding, not to the bit")
-        if state["scaler"]:  # it is empty where dtype was not float16
-            scaler.load_state_dict(state["scaler"])
-        say(f"resuming from {path}")
-    if parallel != "none":
-        dist.barrier()  # nobody writes before all have read
+        state = saving.go_on_from(path, raw_model, opt, scaler, saved_config, identity, machine, say)
+        step = state["step"]
+        tokens = state["tokens"]
+        skipped = state["skipped"]
+    else:
+        if resume and already_there:
+            say(f"no checkpoint in {out} yet: beginning again")
+        if init_from:
+            load.copy_weights(init_from, raw_model)
+            say(f"starting with the weights of {init_from}")
+    processes.barrier()  # nobody writes before all have read
     if main:
-        if held and not resume:
-            record.delete(out)
-        hardware = {"device": name, "processes": world_size, "parallel": parallel, "dtype": dtype, "compile": compile,
-                    "peak_flops": peak}  # fmt: skip
+        if already_there and not resume:
+            run_folder.delete(out)
+        hardware = {"device": device_name, "processes": world_size, "parallel": parallel, "dtype": dtype,
+                    "compile": compile, "peak_flops": peak_flops}  # fmt: skip
         work = {"parameters": parameters, "flops_per_token": flops_per_token, "tokens": batch_tokens * max_steps}
         facts = {"seed": seed, **identity, "hardware": hardware, **work, "optimizer": muon.group_table(opt)}
-        record.describe(out, saved_config, train_data.meta, facts)
-        metrics = record.Log(out, step, config, wandb, tensorboard)
+        run_folder.describe(out, saved_config, train_data.meta, facts)
+        log = metrics.Log(out, step, config, wandb, tensorboard)
 except (OSError, ValueError, checkpoint.CheckpointError) as error:
-    die(error)
+    processes.fail(error)
+title = f"{out}: {model}, {parameters / 1e6:.1f}M parameters"
+saver = saving.Saver(out, raw_model, opt, saved_config, keep_last, keep_every, title, say)
+accumulation = len(range(loader.first, loader.last, micro_batch))
+say(f"a step is {windows} windows of {block_size} = {accumulation} x {min(micro_batch, loader.last - loader.first)} on "
+    f"each process; {max_steps} steps are {max_steps * windows / loader.windows_per_epoch:.2f} epochs")  # fmt: skip
 
 
-def save(is_best=False):
-    """All take part; afterwards, or with async_save some steps later, the checkpoint is on the disk."""
-    if changed := train_data.changed() + val_data.changed():
-        die(f"{changed[0]} was written to while this run read it: restore it, and go on with --resume")
-    trainer = {"tokens": tokens, "best": best, "skipped": skipped, "scaler": scaler.state_dict(), "identity": identity,
+def save():
+    """All processes take part; afterwards, or with async_save some steps later, the checkpoint is on the disk."""
+    changed = train_data.changed() + val_data.changed()
+    if changed:
+        processes.fail(f"{changed[0]} was written to while this run read it: restore it, and go on with --resume")
+    trainer = {"tokens": tokens, "skipped": skipped, "scaler": scaler.state_dict(), "identity": identity,
                "machine": machine}  # fmt: skip
-    on_disk(checkpoint.finish)  # the one before
-    wait = not async_save or step >= max_steps or stop > 0
-    on_disk(checkpoint.save, out, step, raw_model, opt, saved_config, trainer, keep_last, is_best, keep_every, wait)
-
-
-def on_disk(call, *arguments):
-    """Part of a save. On a full disk a run that has steps left goes on: what was saved before stays."""
-    try:
-        if folder := call(*arguments):
-            is_best = (out / "best").resolve().name == folder.name
-            say(f"step {step:>6} | saved {folder}{', the best so far' if is_best else ''}")
-            if main:
-                record.plot(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters")
-    except (OSError, checkpoint.CheckpointError) as error:
-        if step >= max_steps or stop > 0:
-            die(error)
-        if main:
-            print(f"WARNING: {error}", file=sys.stderr)
+    is_last = step >= max_steps or stop > 0
+    saver.save(step, trainer, wait=is_last or not async_save, must=is_last)
 
 
 def evaluate():
-    """(loss, bits per byte of text) over the first eval_tokens of the validation split, without auxiliary losses."""
+    """Returns the loss_report over the first eval_tokens of the validation split, without auxiliary losses."""
     raw_model.eval()
     batches = eval_batches(val_data, block_size, eval_tokens, micro_batch, rank, world_size, device)
-    if parallel == "fsdp":
-        batches = processes.in_step(raw_model, batches, block_size, device)
-    report = loss_report(all_sum(loss_sums(raw_model, batches, bytes_of, autocast)))
+    if parallel == "fsdp":  # a forward is everybody's
+        batches = fsdp.in_step(raw_model, batches, block_size, device)
+    sums = loss_sums(raw_model, batches, bytes_of, autocast)
     raw_model.train()
-    return report["loss"], report["bits_per_byte"]
+    return loss_report(processes.all_sum(sums, device))
 
 
-def all_sum(values):
-    """Sums of a few numbers over all processes."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    if parallel != "none":
-        values = values.to(device) if device_type == "cuda" else values
-        dist.all_reduce(values)
-    return values.tolist()
-
-
-def log(**row):
-    if main:
-        metrics.write(row)
-
-
-# ---- loop -----------------------------------------------------------------------------------------------------------
-stopping, stop = [], 0  # signals received: here, and by all processes together
-
-
-def on_signal(number, frame):
-    if stopping:
-        os._exit(128 + number)
-    stopping.append(signal.Signals(number).name)
-
-
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # the last is SLURM's before it takes the machine
-    signal.signal(number, on_signal)
+# ---- loop ------------------------------------------------------------------------------------------------------------
+signals = StopSignals(quiet=not main)
+stop = 0  # signals that any process got
 bar = tqdm(
     total=max_steps, initial=step, disable=not (main and sys.stderr.isatty()), dynamic_ncols=True, smoothing=0.05
 )
-losses, norms, in_a_row = deque(maxlen=100), deque(maxlen=100), 0
-saved_at = evaluated_at = step if step > 0 else -1  # a checkpoint is written after the evaluation of its step
-begin, timer, timed = time.perf_counter(), None, 0
+recent_losses = deque(maxlen=100)
+recent_norms = deque(maxlen=100)
+skipped_in_a_row = 0
+saved_at = step
+evaluated_at = step if path and saving.was_evaluated(path) else -1
+begin = time.perf_counter()
+clock = metrics.Clock()
 raw_model.train()
 while True:
-    # 1. evaluate and save
-    on_disk(checkpoint.finish, False)  # what is in flight, if it is there by now
-    is_best = False
-    if (step % eval_every == 0 or step >= max_steps) and step != evaluated_at:
-        loss, bits = evaluate()
-        bits_text = "n/a" if bits is None else f"{bits:.4f}"
-        say(f"step {step:>6} | validation loss {loss:.4f} | {bits_text} bits per byte")
-        log(step=step, val_loss=loss, val_bits_per_byte=bits, tokens=tokens)
-        if step > 0:
-            is_best, best = loss < best, min(best, loss)  # in this order: a loss of NaN is never the best
-    if step > 0 and step != saved_at and (is_best or step % save_every == 0 or step >= max_steps):
-        save(is_best)
+    saver.finish(wait=False)  # a save that a thread is at may be done by now
+
+    # 1. save, then evaluate: what was learned is on the disk before anything that can fail
+    evaluation_is_due = step != evaluated_at and (step % eval_every == 0 or step >= max_steps)
+    if step != saved_at and (evaluation_is_due or step % save_every == 0 or step >= max_steps):
+        save()
         saved_at = step
+    if evaluation_is_due:
+        report = evaluate()
+        say(metrics.evaluation_line(step, report))
+        if main:
+            bits = report["bits_per_byte"]
+            log.write(dict(step=step, val_loss=report["loss"], val_bits_per_byte=bits, tokens=tokens))
+        if step > 0:
+            saver.note_evaluation(step, report["loss"], tokens)
+        evaluated_at = step
     if step >= max_steps:
         break
+
     # 2. agree on what all processes must know: the number of targets, and whether to stop
     started = time.perf_counter()
     batches = list(loader.batches(step))
-    targets, stop = all_sum([sum((y >= 0).sum().item() for _, y in batches), len(stopping)])
+    own_targets = sum((y >= 0).sum().item() for _, y in batches)
+    targets, stop = processes.all_sum([own_targets, len(signals.received)], device)
     if stop:
-        if step > 0 and step != saved_at:
+        if step != saved_at:
             save()
-        command = shlex.join([a for a in sys.argv if a.split("=")[0] not in ("--resume", "--overwrite")] + ["--resume"])
-        launcher = "torchrun ..." if parallel != "none" else "python"
-        say(f"{stopping[0] if stopping else 'signal'}: stopped after step {step}; go on with  {launcher} {command}")
         break
-    # 3. gradient: the mean over all targets of the step, whatever micro-batch or process they are in
+
+    # 3. gradient: the mean over all targets of the step, whatever micro-batch or process they are in. So each
+    # micro-batch weighs as much as it has targets: a mean of means would favour windows with few of them.
     torch.manual_seed((((seed << 24) + step) * 4096 + rank) % 2**64)  # of dropout: nothing to store for a resume
     total_loss = torch.zeros((), device=device)
     for i, (x, y) in enumerate(batches):
-        last = i == len(batches) - 1
-        if parallel == "fsdp":
-            processes.before_backward(net, last, reshard)
-        with net.no_sync() if parallel == "ddp" and not last else nullcontext():
+        is_last = i == len(batches) - 1
+        share = (y >= 0).sum() * world_size / max(targets, 1)  # processes are averaged: world_size makes it a sum
+        # Gradients go between processes in the last backward alone: before it they only add up.
+        with processes.backward_of(net, is_last, reshard):
             with autocast:
-                loss = net(x, y) * ((y >= 0).sum() * world_size / max(targets, 1))
+                loss = net(x, y) * share
             scaler.scale(loss).backward()
         total_loss += loss.detach()
-    # 4. update
+
+    # 4. update, unless the gradient is not finite: one bad batch must not spoil the weights
     scaler.unscale_(opt)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    norm = (norm.full_tensor() if parallel == "fsdp" else norm).item()
-    lr = lr_at(step)
+    norm = processes.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)).item()
+    lr = learning_rate_at(step, peak_lr, min_lr, warmup_steps, max_steps, schedule, decay_fraction, decay_shape)
     for group in opt.param_groups:
         group["lr"] = lr
-    if math.isfinite(norm):
+    is_finite = math.isfinite(norm)
+    if is_finite:
         scaler.step(opt)
-        in_a_row = 0
-    else:
-        skipped, in_a_row = skipped + 1, in_a_row + 1
+        if hasattr(raw_model, "after_step"):
+            raw_model.after_step()
     scaler.update()
     opt.zero_grad(set_to_none=True)
-    if hasattr(raw_model, "after_step"):
-        raw_model.after_step()
-    loss = all_sum([total_loss.item() / world_size])[0]
-    seconds = time.perf_counter() - started
-    step, tokens = step + 1, tokens + batch_tokens
-    bar.update()
-    # 5. log
-    speed = batch_tokens / seconds
-    mfu = speed * flops_per_token / (peak * world_size) if peak else None
-    memory = guard.peak_gb(device_type)
-    watched = (("loss", losses, loss), ("grad_norm", norms, norm))
-    spikes = [name for name, past, value in watched if record.spiked(past, value)]
-    own = raw_model.metrics() if hasattr(raw_model, "metrics") else {}
-    if step % log_every:  # tables, such as the load of each expert, now and then
-        own = {key: value for key, value in own.items() if isinstance(value, float)}
-    log(step=step, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds, tokens_per_second=speed, mfu=mfu,
-        memory_gb=memory, resident_gb=guard.resident_gb(), tokens=tokens, skipped=skipped, spikes=spikes,
-        **own)  # fmt: skip
-    if math.isfinite(norm):
-        losses.append(loss)
-        norms.append(norm)
-    else:
-        say(f"step {step:>6} | gradient norm {norm}, loss {loss:.4f}: skipped, {in_a_row} in a row, {skipped} in all")
-    if spikes:
-        say(f"step {step:>6} | SPIKE in {' and '.join(spikes)}: loss {loss:.4f}, gradient norm {norm:.3g}")
-    if timer is None and parallel != "none":
-        processes.set_timeout(timeout)
-    timer, timed = (time.perf_counter(), 0) if timer is None else (timer, timed + 1)  # the first step compiles
-    if step % log_every == 0 or step == max_steps:
-        eta = (max_steps - step) * (time.perf_counter() - timer) / timed if timed else 0
-        mfu_text = f"{mfu:.1%}" if mfu else "n/a"
-        eta_text = f"{eta // 60:.0f}:{eta % 60:02.0f}"
-        say(f"step {step:>6}/{max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {1000 * seconds:.0f} ms | "
-            f"{speed:,.0f} tokens/s | mfu {mfu_text} | {memory:.2f} GB | eta {eta_text}")  # fmt: skip
-    if in_a_row >= max_skipped:
-        last_good = checkpoint.newest(out, say)
-        die(f"{in_a_row} steps in a row without a finite gradient: stopped. The last good checkpoint is {last_good}: "
-            "try a lower learning_rate, or dtype=bfloat16 or float32", guard.DIVERGED)  # fmt: skip
+    skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
+    skipped += not is_finite
+    loss = processes.all_sum([total_loss.item() / world_size], device)[0]
+    step += 1
+    tokens += batch_tokens
 
-on_disk(checkpoint.finish)
+    # 5. log
+    seconds = time.perf_counter() - started
+    clock.tick()
+    bar.update()
+    speed = batch_tokens / seconds
+    mfu = speed * flops_per_token / (peak_flops * world_size) if peak_flops else None
+    row = dict(step=step, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds, tokens_per_second=speed, mfu=mfu,
+               memory_gb=metrics.peak_gb(device_type), resident_gb=metrics.resident_gb(), tokens=tokens,
+               skipped=skipped, spikes=metrics.spikes(loss, recent_losses, norm, recent_norms))  # fmt: skip
+    if is_finite:
+        recent_losses.append(loss)
+        recent_norms.append(norm)
+    else:
+        count = f"{skipped_in_a_row} in a row, {skipped} in all"
+        say(f"step {step:>6} | gradient norm {norm}, loss {loss:.4f}: skipped, {count}")
+    if row["spikes"]:
+        say(f"step {step:>6} | SPIKE in {' and '.join(row['spikes'])}: loss {loss:.4f}, gradient norm {norm:.3g}")
+    if step % log_every == 0 or step == max_steps:
+        say(metrics.step_line(row, max_steps, clock.seconds_left(max_steps - step)))
+    if main:
+        log.write(row | metrics.of_model(raw_model, with_tables=step % log_every == 0))
+    if clock.steps == 1:
+        processes.set_timeout(timeout)  # the first step, which compiles, is done everywhere
+    if skipped_in_a_row >= max_skipped:
+        last_good = checkpoint.newest(out, say)
+        advice = "try a lower learning_rate, or dtype=bfloat16 or float32"
+        processes.fail(f"{skipped_in_a_row} steps in a row without a finite gradient: stopped. Last good checkpoint "
+                       f"is {last_good}: {advice}", DIVERGED)  # fmt: skip
+
+saver.finish(must=True)
 bar.close()
 if main:
-    metrics.close()
+    log.close()
+if stop:
+    launcher = "python" if parallel == "none" else "torchrun ..."
+    command = [word for word in sys.argv if word.split("=")[0] not in ("--resume", "--overwrite")] + ["--resume"]
+    reason = signals.received[0] if signals.received else "signal"
+    say(f"{reason}: stopped after step {step}; go on with  {launcher} {shlex.join(command)}")
 say(f"{time.perf_counter() - begin:.0f} s; see {out}/loss.png, and sample with  python sample.py {out}")
-if parallel != "none":
-    processes.finish()
+processes.finish()

@@ -17,7 +17,17 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 from training import checkpoint
-from training.checkpoint import CheckpointError, changed_keys, load_config, load_model, newest, resolve, restore, save, verify
+from training.checkpoint import (
+    CheckpointError,
+    changed_keys,
+    load_config,
+    load_model,
+    newest,
+    resolve,
+    restore,
+    save,
+    verify,
+)
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {"model": "toy", "model_config": {"vocab_size": 11, "n_embd": 8}, "knobs": {"learning_rate": 0.1, "seed": 1}}
@@ -607,7 +617,7 @@ def test_kill_at_a_random_moment_never_loses_what_save_had_confirmed(tmp_path):
         assert last in (confirmed, confirmed + 1)
 
 
-@pytest.mark.parametrize("name", ["checkpoint.py", "sharding.py", "atomic.py"])
+@pytest.mark.parametrize("name", ["checkpoint.py", "stored.py", "atomic.py"])
 def test_nothing_is_unpickled(name):
     assert not re.search(r"torch\.(save|load)|import pickle|pickle\.", (ROOT / name).read_text())
 

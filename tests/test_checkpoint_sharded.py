@@ -23,12 +23,11 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 
-from training import atomic
-from training import checkpoint
 import hf
 import sample
-from training.checkpoint import CheckpointError, newest, restore, verify
 from tests.tiny import build, tokens
+from training import atomic, checkpoint
+from training.checkpoint import CheckpointError, newest, restore, verify
 
 pytestmark = pytest.mark.xdist_group("processes")
 MODELS = ["baseline", "moe"]

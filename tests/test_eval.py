@@ -14,11 +14,11 @@ import torch
 
 import eval as evaluation
 import hf
-from evals import sandbox
 from data.shards import write_shard
-from evals.tasks import TASKS, Question, accuracies, boxed, final_answer, load_task, plain_math
 from data.tokenizers import load_tokenizer
 from eval import Request, Scorer, bytes_of_tokens, evaluate_task, loss_report, loss_sums, windows
+from evals import sandbox
+from evals.tasks import TASKS, Question, accuracies, boxed, final_answer, load_task, plain_math
 from generate import generate
 from tests.test_sample import make_run
 from tests.tiny import MODELS, build

@@ -6,15 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training import checkpoint
 import flops
 import model_hybrid
 import muon
-from training.checkpoint import CheckpointError
 from model_hybrid import GPT, GatedDelta, GPTConfig, RMSNorm, chunked_delta_rule, recurrent_delta_rule
 from tests.test_gated import LAYER, SIZES, TOP, exact, oracle, renamed
 from tests.test_models import run_in_pieces
 from tests.tiny import EOT, build, cache_tensors, tokens
+from training import checkpoint
+from training.checkpoint import CheckpointError
 
 transformers = pytest.importorskip("transformers")
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import muon
-from distributed import fsdp
+from distributed import fsdp, processes
 from tests import test_train
 from tests.test_train import FORK, KNOBS, close, fail, finish, finished, together, train, weights
 from tests.tiny import BLOCK, EOT, MODELS, ROOT, TINY, VOCAB, module
@@ -79,8 +79,8 @@ def build(name, how, dtype=torch.float32, reshard=True, cpu_offload=False, compi
     torch.manual_seed(3)
     if how != "fsdp":
         return GPT(config)
-    model = parallel.empty(GPT, config)
-    parallel.shard(model, GPT, "cpu", dtype, reshard, cpu_offload, compile)
+    model = fsdp.empty(GPT, config)
+    fsdp.shard(model, GPT, "cpu", dtype, reshard, cpu_offload, compile)
     return model
 
 
@@ -113,9 +113,7 @@ def curve_in(dtype, name, how, optimizer, steps, micro, options):
         total = torch.zeros((), dtype=torch.float64)
         for i, batch in enumerate(batches):
             last = i == micro - 1
-            if how == "fsdp":
-                parallel.before_backward(model, last, options.get("reshard", True))
-            with net.no_sync() if how == "ddp" and not last else nullcontext():
+            with processes.backward_of(net, last, options.get("reshard", True)):
                 with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
                     loss = net(batch[:, :-1], batch[:, 1:]) * len(batch) * world_size / 8
                 loss.backward()
@@ -282,10 +280,10 @@ def memory_of_a_start():
             yield name, whole
             peaks.append(used())
 
-    weights_of, peaks = parallel.whole_weights, []
+    weights_of, peaks = fsdp.whole_weights, []
     build("baseline", "fsdp")  # what is imported or allocated once
     before = used()
-    with patch.object(parallel, "whole_weights", watched):
+    with patch.object(fsdp, "whole_weights", watched):
         model = build("baseline", "fsdp", n_layer=12, n_embd=512, n_inner=2048, n_head=8, n_kv_head=8, head_dim=64)
     return {"peak": max(peaks) - before, "whole": sum(p.numel() * 4 for p in model.parameters())}
 
@@ -443,7 +441,7 @@ def test_many_processes_are_refused_with_one_line_each(work, knobs, said):
 
 def given_up():
     """How long this process waits for one that never comes."""
-    parallel.set_timeout(2)
+    processes.set_timeout(2)
     began = time.time()
     if dist.get_rank() == 0:
         with pytest.raises(RuntimeError, match="(?i)timed out"):

@@ -15,12 +15,12 @@ import torch.distributed.run as torchrun
 import bench
 import compare
 import eval as evaluation
-from training import guard
 import sample
 from configurator import resolve
 from tests.readme import fresh
 from tests.tiny import ROOT
 from tests.tree import copy_of_the_project, run
+from training import guard
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S) for line in block.splitlines()]

@@ -16,9 +16,6 @@ import time
 import pytest
 import torch
 
-from training import checkpoint
-from training import guard
-from training import run_folder
 import sample
 from data.shards import Shards
 from tests import soak
@@ -43,6 +40,7 @@ from tests.test_train import (
     wrote,
 )  # fmt: skip
 from tests.tiny import ROOT, TINY
+from training import checkpoint, run_folder
 
 pytestmark = pytest.mark.xdist_group("processes")
 PROCESSES = 2
@@ -83,7 +81,7 @@ def holder(folder):
 
 
 def last_step(folder):
-    return max((row["step"] for row in record.read_metrics(folder)), default=0)
+    return max((row["step"] for row in run_folder.read_metrics(folder)), default=0)
 
 
 # ---- two runs on one folder ------------------------------------------------------------------------------------------
@@ -109,7 +107,7 @@ def test_a_child_of_a_killed_run_does_not_hold_its_lock(tmp_path):
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        kept = guard.lock(tmp_path)
+        kept = run_folder.lock(tmp_path)
         child = os.fork()
         if child:
             os.write(write, b"%d\n" % child)
@@ -117,11 +115,11 @@ def test_a_child_of_a_killed_run_does_not_hold_its_lock(tmp_path):
         os._exit(kept is None)
     child = int(os.read(read, 100))
     with pytest.raises(ValueError, match=f"in use by process {pid} on"):
-        guard.lock(tmp_path)
+        run_folder.lock(tmp_path)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     os.kill(child, 0)  # is alive
-    file = guard.lock(tmp_path)
+    file = run_folder.lock(tmp_path)
     assert holder(tmp_path) == os.getpid()
     file.close()
     os.kill(child, signal.SIGKILL)
@@ -131,8 +129,8 @@ def test_on_a_disk_without_locks_a_run_begins_with_a_warning(tmp_path, monkeypat
     def flock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(guard.fcntl, "flock", flock)
-    guard.lock(tmp_path)
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    run_folder.lock(tmp_path)
     assert "WARNING: this disk has no locks" in capsys.readouterr().err
 
 
@@ -266,7 +264,7 @@ def test_metrics_cut_short_or_damaged_anywhere_lose_only_those_lines(tmp_path, c
     (tmp_path / "metrics.jsonl").write_bytes(
         b"\n".join([good[0], b"\x80\xff\0\0", good[1], b'{"st', good[2], b'{"step": 4'])
     )
-    assert [row["step"] for row in record.read_metrics(tmp_path)] == [1, 2, 3]
+    assert [row["step"] for row in run_folder.read_metrics(tmp_path)] == [1, 2, 3]
     assert capsys.readouterr().err.count("a line was cut short, and is left out") == 3
 
 

@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 
-from training import checkpoint
 import generate
 import sample
 from data.tokenizers import CHAT_TOKENS, load_tokenizer
 from tests.tiny import module
+from training import checkpoint
+from training.load import load
 
 
 def make_run(folder, add_tokens=(), name="baseline", block_size=64, step=3):
@@ -221,15 +222,15 @@ def test_a_prompt_begins_with_what_the_folders_own_tokenizer_puts_before_it(in_s
     file = tmp_path / "hf" / "tokenizer.json"
     written = json.loads(file.read_text())
     arguments = sample.parse_arguments([str(tmp_path / "hf")])
-    assert sample.load(arguments)[2] == [tokenizer.eot_id]
+    assert load(arguments.path, tokenizer=arguments.tokenizer)[2] == [tokenizer.eot_id]
     before = tokenizer.to_hf([tokenizer.special_tokens["<s>"]])["tokenizer.json"]["post_processor"]
     before["single"].append(before["single"][0])  # the same token behind the text is none before it
     if in_sequence:  # as in the file of Llama 3
         before = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, before]}
     file.write_text(json.dumps(written | {"post_processor": before}))
-    assert sample.load(arguments)[2] == [tokenizer.special_tokens["<s>"]]
+    assert load(arguments.path, tokenizer=arguments.tokenizer)[2] == [tokenizer.special_tokens["<s>"]]
     file.write_text(json.dumps(written | {"post_processor": None}))
-    assert sample.load(arguments)[2] == []
+    assert load(arguments.path, tokenizer=arguments.tokenizer)[2] == []
 
 
 def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):

@@ -24,18 +24,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training import checkpoint
 import model_baseline
-from training import run_folder
 from data.shards import Loader, Shards, write_shard
 from data.tokenizers import load_tokenizer
-from training.sharding import Stored
 from tests.tiny import ROOT, TINY
+from training import checkpoint, pictures
+from training.signals import DIVERGED
+from training.stored import Stored
 
 FORK = get_context("forkserver")  # forks of a process that has imported all this: a run starts in a tenth of the time
 FORK.set_forkserver_preload([
     "tests.test_train", "tests.test_parallel", "matplotlib.pyplot", "torch._dynamo", "torch.nn.parallel",
-    "torch.utils.checkpoint", "eval", "flops", "guard", "kernels", "muon", "parallel",
+    "torch.utils.checkpoint", "distributed.fsdp", "flops", "kernels", "muon",
 ])  # fmt: skip
 PICTURES = {"PICTURES": "yes"}  # for a run that draws its loss at each save, which takes longer than its steps
 EOT = 256
@@ -112,7 +112,7 @@ def in_fork(script, argv, folder, out, err, environment):
     os.chdir(folder)
     os.environ.update(environment)
     if "PICTURES" not in environment:
-        record.plot = lambda *_: None
+        pictures.plot = lambda *_: None
     if "BACKEND" in environment:
         torch.compile = partial(torch.compile, backend=environment["BACKEND"])
     try:
@@ -165,10 +165,10 @@ def finished(folder, out="", err=""):
                            losses=[row["loss"] for row in steps])  # fmt: skip
 
 
-def fail(work, out_dir, *argv, **knobs):
+def fail(work, out_dir, *argv, code=2, **knobs):
     """The one line on stderr of a run that must be refused."""
     result = finish(*start(work, *argv, out_dir=out_dir, **knobs))
-    assert result.code == 2, result.out + result.err
+    assert result.code == code, result.out + result.err
     assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
     return result.err
 
@@ -499,7 +499,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(work):
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(work):
     message = fail(work, "dead", model="odd", micro_batch=8, bad_from=4, bad_to=99, factor=1e39, max_skipped=3,
-                   save_every=3, max_steps=50)  # fmt: skip
+                   save_every=3, max_steps=50, code=DIVERGED)  # fmt: skip
     assert "3 steps in a row" in message and "dead/step-00000003" in message and "learning_rate" in message
     assert len(finished(work / "dead").steps) == 6
 

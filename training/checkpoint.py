@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from distributed.processes import all_done, gather, on_first, results, start, start_on_first
 from training import atomic
-from training.atomic import CheckpointError, entries, fsync, verify
+from training.atomic import CheckpointError, entries, folders, fsync, verify  # noqa: F401 (folders for others)
 from training.stored import Stored, own_files
 
 SIZE = re.compile(r"n_\w+|\w+_dim|(?!block_)\w+_size")  # fields that make another model; block_size may be extended

@@ -21,8 +21,6 @@ def check(config: dict, world_size: int) -> None:
         raise ValueError(f"parallel={parallel} is for processes that torchrun starts:  {launch}")
     if parallel != "fsdp" and (config["cpu_offload"] or not config["reshard"]):
         raise ValueError(f"cpu_offload=True and reshard=False are for parallel=fsdp, and this is parallel={parallel}")
-    if parallel == "fsdp" and config["dtype"] == "float16":
-        raise ValueError("dtype=float16 needs a loss scaler, which parallel=fsdp has not: try bfloat16 or float32")
     if config["overwrite"] and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise ValueError("--overwrite would delete the run at each restart of --max-restarts: try --resume=auto")
 

@@ -6,6 +6,7 @@ import os
 import resource
 import statistics
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,59 @@ def spiked(history: Sequence[float], value: float) -> bool:
     return value > mean + max(6 * spread, 0.1 * mean)
 
 
+def spikes(loss: float, losses: Sequence[float], norm: float, norms: Sequence[float]) -> list[str]:
+    """Returns the names of what spiked in a step."""
+    found = []
+    if spiked(losses, loss):
+        found.append("loss")
+    if spiked(norms, norm):
+        found.append("grad_norm")
+    return found
+
+
+def of_model(model, with_tables: bool) -> dict:
+    """Returns the model's own metrics; tables, such as the load of each expert, are wanted now and then."""
+    if not hasattr(model, "metrics"):
+        return {}
+    return {key: value for key, value in model.metrics().items() if with_tables or isinstance(value, float)}
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+class Clock:
+    """Tells how long the rest of a run takes; the first step, which compiles, is not counted."""
+
+    def __init__(self):
+        self.steps = 0
+        self.started = None
+
+    def tick(self) -> None:
+        """Says that a step is done."""
+        self.steps += 1
+        if self.steps == 1:
+            self.started = time.perf_counter()
+
+    def seconds_left(self, steps: int) -> float:
+        if self.steps < 2:
+            return 0.0
+        return steps * (time.perf_counter() - self.started) / (self.steps - 1)
+
+
+def evaluation_line(step: int, report: dict) -> str:
+    bits = "n/a"
+    if report["bits_per_byte"] is not None:
+        bits = f"{report['bits_per_byte']:.4f}"
+    return f"step {step:>6} | validation loss {report['loss']:.4f} | {bits} bits per byte"
+
+
+def step_line(row: dict, max_steps: int, seconds_left: float) -> str:
+    mfu = f"{row['mfu']:.1%}" if row["mfu"] else "n/a"
+    learned = f"loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.3f}"
+    speed = f"{row['ms']:.0f} ms | {row['tokens_per_second']:,.0f} tokens/s | mfu {mfu} | {row['memory_gb']:.2f} GB"
+    left = f"{seconds_left // 60:.0f}:{seconds_left % 60:02.0f}"
+    return f"step {row['step']:>6}/{max_steps} | {learned} | {speed} | eta {left}"
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
 def peak_gb(device_type: str) -> float:
     """Returns the most that was in use so far: of the GPU's memory, or of this process's."""
     if device_type == "cuda":

@@ -176,6 +176,11 @@ def try_to_lock(file) -> bool:
     return True
 
 
+def saved_knob(out: Path, name: str):
+    """Returns the value of a knob of train.py that a run was begun with."""
+    return json.loads((out / "config.json").read_text())["knobs"][name]
+
+
 # ---- what it did ----------------------------------------------------------------------------------------------------
 def read_metrics(out: Path) -> list[dict]:
     """Returns the lines of metrics.jsonl, without one that a crash cut short."""

@@ -1,0 +1,97 @@
+"""When a run's state goes to the disk, what a full disk costs, and how a run goes on from what is there."""
+
+import json
+import sys
+from pathlib import Path
+
+from distributed.processes import fail, on_first, rank
+from training import atomic, checkpoint, pictures
+from training.checkpoint import CheckpointError
+
+
+class Saver:
+    """Saves steps of a run. On a full disk a run that has steps left goes on: what was saved before stays."""
+
+    def __init__(self, out: Path, model, optimizer, config: dict, keep_last: int, keep_every: int, title: str, say):
+        self.out = out
+        self.model = model
+        self.optimizer = optimizer
+        self.config = config  # as checkpoint.save takes it
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.title = title  # of the pictures
+        self.say = say
+        self.in_place = None  # the folder of the newest step that is on the disk
+
+    def save(self, step: int, trainer: dict, wait: bool, must: bool) -> None:
+        """Saves a step. wait=False: to host memory, from where a thread writes it. must: it is the run's last save."""
+        if self.finish(must=must):  # of the one before
+            options = dict(keep_last=self.keep_last, keep_every=self.keep_every, wait=wait)
+            self.attempt(
+                must, checkpoint.save, self.out, step, self.model, self.optimizer, self.config, trainer, **options
+            )
+
+    def finish(self, wait: bool = True, must: bool = False) -> bool:
+        """Takes a save in flight as far as it gets, or with wait to its end; returns False where it failed."""
+        return self.attempt(must, checkpoint.finish, wait)
+
+    def attempt(self, must, call, *args, **options):
+        try:
+            folder = call(*args, **options)
+        except (OSError, CheckpointError) as error:
+            if must:
+                fail(error)
+            if rank() == 0:
+                print(f"WARNING: {error}", file=sys.stderr)
+            return False
+        if folder:
+            self.in_place = folder
+            self.say(f"saved {folder}")
+            if rank() == 0:
+                pictures.plot(self.out, self.title)
+        return True
+
+    def note_evaluation(self, step: int, loss: float, tokens: int) -> None:
+        """Writes a saved step's validation loss beside it, from which the best one follows."""
+        self.finish()
+        folder = self.out / f"step-{step:08d}"
+        if self.in_place is not None and self.in_place.name == folder.name:
+            is_best = on_first(atomic.write_evaluation, folder, loss, {"step": step, "tokens": tokens})
+            if is_best:
+                self.say(f"{folder} is the best so far")
+
+
+def was_evaluated(path: Path) -> bool:
+    """Returns whether a checkpoint's validation loss is known, on all processes."""
+    return on_first(atomic.evaluation, path) is not None
+
+
+def go_on_from(path: Path, model, optimizer, scaler, config: dict, identity: dict, machine: dict, say) -> dict:
+    """Puts a checkpoint's state into the model, the optimizer and the scaler; returns what else train.py had saved.
+
+    Says what changed since. ValueError and CheckpointError where it is of another model, optimizer or data.
+    """
+    before = checkpoint.load_config(path)
+    for line in checkpoint.changed_keys(before, config):
+        say(f"changed since the checkpoint: {line}")
+    optimizer_then = before["knobs"]["optimizer"]
+    if optimizer_then != config["knobs"]["optimizer"]:
+        raise ValueError(f"{path} has the state of optimizer={optimizer_then}: resume with that")
+
+    state = json.loads((path / "trainer.json").read_text())
+    data = identity["data"]
+    then = state["identity"]
+    if then["tokenizer"] != identity["tokenizer"]:
+        raise ValueError(f"{data} has another tokenizer than the data of {path}: give that data, or another out_dir")
+    if then["data"] == data and not then.items() <= identity.items():
+        raise ValueError(
+            f"{data} changed since {path} was written: restore it, or begin another run in another out_dir"
+        )
+    checkpoint.restore(path, model, optimizer)
+    for key, value in state.get("machine", {}).items():
+        if value != machine[key]:
+            say(f"changed since the checkpoint: {key}: {value} -> {machine[key]}: equal to rounding, not to the bit")
+    if state["scaler"]:  # it is empty where dtype was not float16
+        scaler.load_state_dict(state["scaler"])
+    say(f"resuming from {path}")
+    return state
