@@ -10,6 +10,8 @@ A config file is Python and is run, with every knob's value so far as a global: 
 way in which a knob may be unknown.
 """
 
+import __future__
+
 import ast
 import dataclasses
 import difflib
@@ -371,7 +373,9 @@ def resolve(script: str | Path, argv: list[str]) -> dict:
                 ast.literal_eval(statement.value)
             except ValueError:
                 continue
-            exec(compile(ast.Module([statement], []), str(script), "exec"), found)
+            # Annotations are left as text: nothing that the script imports is here.
+            flags = __future__.annotations.compiler_flag
+            exec(compile(ast.Module([statement], []), str(script), "exec", flags), found)
     return configure(found, argv, quiet=True)
 
 

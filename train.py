@@ -33,7 +33,7 @@ from data.tokenizers import tokenizer_from_dict
 from distributed import processes
 from training import checkpoint, load, metrics, run_folder, saving
 from training.calibration import count_steps
-from training.knobs import check, find_device, find_dtype, round_batch
+from training.knobs import check, find_device, find_dtype, round_batch, why_not_compiled
 from training.loss import bytes_of_tokens, loss_report, loss_sums
 from training.schedule import learning_rate as learning_rate_at
 from training.signals import DIVERGED, StopSignals
@@ -130,6 +130,9 @@ except ValueError as error:
     processes.fail(error)
 if compile == "auto":
     compile = device_type == "cuda"
+if compile and why_not_compiled(device):
+    say(f"not compiled: {why_not_compiled(device)}")
+    compile = False
 torch.set_float32_matmul_precision("high" if tf32 and device_type == "cuda" else "highest")
 autocast = nullcontext()
 if dtype != "float32":
@@ -201,9 +204,9 @@ if lr_batch_tokens:
     peak_lr = learning_rate * math.sqrt(batch_tokens / lr_batch_tokens)
 muon_type = None if muon_dtype == "auto" else getattr(torch, muon_dtype)
 make_optimizer = partial(
-    muon.make_optimizer, optimizer=optimizer, learning_rate=peak_lr, weight_decay=weight_decay, beta1=beta1, beta2=beta2,
-    muon_momentum=muon_momentum, muon_steps=muon_steps, muon_polynomial=muon_polynomial, muon_dtype=muon_type,
-    decay_with_lr=decay_with_lr, cautious_decay=cautious_decay,
+    muon.make_optimizer, optimizer=optimizer, learning_rate=peak_lr, weight_decay=weight_decay, beta1=beta1,
+    beta2=beta2, muon_momentum=muon_momentum, muon_steps=muon_steps, muon_polynomial=muon_polynomial,
+    muon_dtype=muon_type, decay_with_lr=decay_with_lr, cautious_decay=cautious_decay,
 )  # fmt: skip
 opt = make_optimizer(raw_model)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")

@@ -24,8 +24,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-import timing  # noqa: E402
+from benchmarks import timing  # noqa: E402
+from training import checkpoint  # noqa: E402
 
 SIZES = "--n_layer=2 --n_embd=96 --n_inner=256 --n_head=2 --n_kv_head=2 --block_size=128 --batch_tokens=2048"
 SIZES += " --micro_batch=4 --eval_every=100 --eval_tokens=8192 --save_every=20 --device=cpu --deterministic"

@@ -1,6 +1,7 @@
 """Checkpoints: exact resume, every kind of damage, crashes at every system call, full disks."""
 
 import json
+import math
 import os
 import random
 import re
@@ -25,12 +26,20 @@ from training.checkpoint import (
     newest,
     resolve,
     restore,
-    save,
     verify,
 )
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {"model": "toy", "model_config": {"vocab_size": 11, "n_embd": 8}, "knobs": {"learning_rate": 0.1, "seed": 1}}
+
+
+def save(out, step, *args, best=False, keep_last=5, keep_every=0, **options):
+    """Saves; with best there is an evaluation then that finds it better than all before."""
+    folder = checkpoint.save(out, step, *args, keep_last=keep_last, keep_every=keep_every, **options)
+    if best:
+        checkpoint.finish()
+        checkpoint.note_evaluation(Path(out) / f"step-{step:08d}", -step, {}, keep_last, keep_every)
+    return folder
 
 
 class Toy(nn.Module):
@@ -619,7 +628,21 @@ def test_kill_at_a_random_moment_never_loses_what_save_had_confirmed(tmp_path):
 
 @pytest.mark.parametrize("name", ["checkpoint.py", "stored.py", "atomic.py"])
 def test_nothing_is_unpickled(name):
-    assert not re.search(r"torch\.(save|load)|import pickle|pickle\.", (ROOT / name).read_text())
+    assert not re.search(r"torch\.(save|load)|import pickle|pickle\.", (ROOT / "training" / name).read_text())
+
+
+def test_best_follows_from_the_evaluations_and_not_from_a_link(tmp_path):
+    model = Toy()
+    for step, loss in ((1, 3.0), (2, 2.0), (3, math.nan), (4, 2.0)):
+        folder = save(tmp_path, step, model, adamw(model), CONFIG, {}, keep_last=0)
+        assert checkpoint.note_evaluation(folder, loss, {"step": step}, 0) == (step < 3)  # of equal ones the first
+    assert resolve(tmp_path / "best").name == "step-00000002"
+    (tmp_path / "best").unlink()
+    (tmp_path / "latest").unlink()
+    assert resolve(tmp_path / "best").name == "step-00000002" and resolve(tmp_path / "latest").name == "step-00000004"
+    for nonsense in (b"\x80\x04K\x07.", b"{}", b'{"loss": "low"}', b"[1]"):
+        (tmp_path / "step-00000002" / "evaluation.json").write_bytes(nonsense)
+        assert resolve(tmp_path / "best").name == "step-00000004"
 
 
 def test_a_foreign_file_of_the_right_name_is_not_run(tmp_path):

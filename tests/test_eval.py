@@ -16,12 +16,14 @@ import eval as evaluation
 import hf
 from data.shards import write_shard
 from data.tokenizers import load_tokenizer
-from eval import Request, Scorer, bytes_of_tokens, evaluate_task, loss_report, loss_sums, windows
 from evals import sandbox
+from evals.scorer import Request, Scorer, evaluate_task, windows
 from evals.tasks import TASKS, Question, accuracies, boxed, final_answer, load_task, plain_math
 from generate import generate
 from tests.test_sample import make_run
 from tests.tiny import MODELS, build
+from training.load import stop_tokens
+from training.loss import bytes_of_tokens, loss_report, loss_sums
 
 BYTE = load_tokenizer("byte")
 EOT = BYTE.eot_id
@@ -160,7 +162,7 @@ def test_the_runs_own_data_is_the_default_and_the_table_is_printed(run, data, tm
 
 
 def scorer_of(model, rows=8, prefix=(EOT,)):
-    return Scorer(model, BYTE, list(prefix), rows)
+    return Scorer(model, BYTE, list(prefix), stop_tokens(BYTE), rows)
 
 
 def test_windows_score_every_token_once_with_as_much_context_as_fits():
@@ -250,7 +252,7 @@ def test_answers_equal_generate_in_every_batch_size_and_end_before_a_stop(name):
     cut = [min([text.find(stop) for stop in stops if stop in text], default=20) for text in free]
     assert min(cut) < 20
     for rows in (1, 2, 8):
-        scorer = Scorer(model, tokenizer, [EOT], rows)
+        scorer = Scorer(model, tokenizer, [EOT], stop_tokens(tokenizer), rows)
         requests = [Request((c, {"until": stops, "max_gen_toks": 20})) for c in contexts]
         requests += [Request((c, {"until": [], "max_gen_toks": 20})) for c in contexts]
         got = scorer.generate_until(requests)

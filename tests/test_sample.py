@@ -12,6 +12,7 @@ import sample
 from data.tokenizers import CHAT_TOKENS, load_tokenizer
 from tests.tiny import module
 from training import checkpoint
+from training import load as load_module
 from training.load import load
 
 
@@ -26,7 +27,8 @@ def make_run(folder, add_tokens=(), name="baseline", block_size=64, step=3):
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
     saved = {"model": name, "model_config": vars(config), "knobs": {}}
-    checkpoint.save(folder, step, model, torch.optim.AdamW(model.parameters()), saved, {}, best=True)
+    saved_in = checkpoint.save(folder, step, model, torch.optim.AdamW(model.parameters()), saved, {})
+    checkpoint.note_evaluation(saved_in, 1.0, {})
     meta = {"tokenizer": tokenizer.to_dict(), "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id}
     (folder / "data.json").write_text(json.dumps(meta))
     return folder, model.eval(), tokenizer
@@ -210,7 +212,7 @@ def test_a_model_is_not_saved_into_its_own_run_nor_over_anything_else(run, tmp_p
 def test_without_a_tokenizer_that_transformers_could_have_nothing_is_saved(run, tmp_path, monkeypatch):
     tokenizer = load_tokenizer("byte")
     tokenizer.kind = "sentencepiece"
-    monkeypatch.setattr(sample, "find_tokenizer", lambda *_: (tokenizer, []))
+    monkeypatch.setattr(load_module, "find_tokenizer", lambda *_: (tokenizer, []))
     assert "byte: a sentencepiece tokenizer has no" in error_of(run[0], "--save_pretrained", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -241,7 +243,7 @@ def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
         folder, "--tokenizer", "char"
     )
     if not torch.cuda.is_available():
-        assert "try --device cpu" in error_of(folder, "--device", "cuda")
+        assert "try device=cpu" in error_of(folder, "--device", "cuda")
     (tmp_path / "config.json").write_text('{"model_type": "mamba9"}')
     assert "'mamba9'; these can be read: " in error_of(tmp_path)
     for options in (["--temperature", "-1"], ["--top_p", "0"], ["--num_samples", "0"], ["--dtype", "fp8"]):

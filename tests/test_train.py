@@ -24,11 +24,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import hf
 import model_baseline
 from data.shards import Loader, Shards, write_shard
 from data.tokenizers import load_tokenizer
 from tests.tiny import ROOT, TINY
-from training import checkpoint, pictures
+from training import checkpoint, pictures, signals
 from training.signals import DIVERGED
 from training.stored import Stored
 
@@ -295,7 +296,8 @@ def test_a_signal_ends_the_step_saves_and_names_the_command_that_resumes(work, n
     os.kill(process.pid, number)
     result = finish(process, log)
     stopped, command = re.search(rf"{number.name}: stopped after step (\d+); go on with  (.*)", result.out).groups()
-    assert result.code == 0 and not result.err
+    assert result.code == 0
+    assert ("stopping after this step" in result.err) == (number == signal.SIGINT)  # a person reads it at once
     assert checkpoint.newest(work / out).name == f"step-{int(stopped):08d}"
     python, script, *argv = shlex.split(command)
     assert (python, Path(script).name) == ("python", "train.py") and "--overwrite" not in argv
@@ -303,14 +305,35 @@ def test_a_signal_ends_the_step_saves_and_names_the_command_that_resumes(work, n
     assert more.code == 0 and f"step-{int(stopped):08d}" in more.out, more.err
 
 
-def test_a_second_signal_exits_at_once(work):
+def test_a_copy_of_a_signal_is_no_second_wish_and_a_later_ctrl_c_is(work):
     process, log = start(work, out_dir="twice", model="odd", sleep=20.0)
     until(lambda: "sleeping" in Path(f"{log}.1").read_text())
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(0.5)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):  # as a launcher passes them on
+        os.kill(process.pid, number)
+        process.join(0.2)
     assert process.exitcode is None
-    os.kill(process.pid, signal.SIGTERM)
-    assert finish(process, log, 5).code == 128 + signal.SIGTERM
+    process.join(signals.COPIES)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(process, log, 5).code == 128 + signal.SIGINT
+
+
+def test_a_hangup_saves_and_one_that_nohup_ignores_is_ignored(work):
+    for ignored in (False, True):
+        out = f"hangup {ignored}"
+        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN) if ignored else None
+        command = [sys.executable, ROOT / "train.py", f"--out_dir={out}", "--data=data"]
+        command += [f"--{key}={value}" for key, value in (KNOBS | dict(max_steps=10**6, schedule="constant")).items()]
+        process = subprocess.Popen(command, cwd=work, stdout=-1, stderr=-1, text=True)
+        if ignored:
+            signal.signal(signal.SIGHUP, handler)
+        until(lambda out=out: wrote(work / out, 2000))
+        process.send_signal(signal.SIGHUP)
+        if ignored:
+            size = (work / out / "metrics.jsonl").stat().st_size
+            until(lambda out=out, size=size: wrote(work / out, size + 2000))
+            process.terminate()
+        assert f"{'SIGTERM' if ignored else 'SIGHUP'}: stopped after step" in process.communicate(timeout=30)[0]
+        assert process.returncode == 0 and checkpoint.newest(work / out)
 
 
 @pytest.mark.xdist_group("processes")
@@ -812,3 +835,49 @@ def test_every_config_trains_at_a_tiny_size(work, name):
     sizes = dict.fromkeys(SIZES) | TINY[model[1] if model else "baseline"] | dict(block_size=32, vocab_size=0)
     run = train(work, f"config {name}", path, **sizes, max_steps=2, warmup_steps=0)
     assert len(run.losses) == 2 and run.losses[1] < run.losses[0] + 0.5
+
+
+# ---- a start from trained weights, and a length from the clock -------------------------------------------------------
+def test_a_run_starts_from_the_weights_of_another_with_its_sizes_and_a_new_optimizer(work, base):
+    run = train(work, "fine", "--init_from=base", max_steps=2, learning_rate=0.0, weight_decay=0.0, save_every=1)
+    assert run.steps[0]["step"] == 1 and run.evaluations[0]["val_loss"] == base.evaluations[-1]["val_loss"]
+    start, end = weights(base.folder, 30), weights(run.folder, 2)
+    assert all(torch.equal(start[name], end[name]) for name in start)
+    saved = json.loads((run.folder / "config.json").read_text())
+    assert saved["model_config"]["dropout"] == 0.1  # the base's, not GPTConfig's
+    again = train(work, "fine", "--init_from=base", "--resume", max_steps=3, learning_rate=0.0, weight_decay=0.0)
+    assert "resuming from fine/step-00000002" in again.out and "starting with" not in again.out
+
+
+def test_a_start_takes_a_longer_context_and_names_every_other_difference(work, base):
+    bare = {key: None for key in SIZES}
+    longer = train(work, "longer", "--init_from=base", **bare | dict(block_size=64, max_steps=1, dropout=0.0))
+    assert json.loads((longer.folder / "config.json").read_text())["model_config"]["n_embd"] == 16
+    message = fail(work, "odd", "--init_from=base", **bare | dict(n_inner=48, qk_norm=False, max_steps=1))
+    assert "n_inner=48, not 32; qk_norm=False, not True" in message
+    message = fail(work, "odd", "--init_from=base", **bare | dict(block_size=16, max_steps=1))
+    assert "block_size=16, which is less than 32" in message
+    assert "model=gpt2" in fail(
+        work, "odd", "--init_from=base", "--model=gpt2", **bare | dict(n_head=2, n_embd=16, block_size=32)
+    )
+    assert "has no config.json" in fail(work, "odd", "--init_from=nowhere")
+
+
+def test_a_run_starts_from_a_hugging_face_folder(work, base):
+    model, _ = checkpoint.load_model(base.folder)
+    hf.save(model, work / "their folder")
+    run = train(work, "from theirs", "--init_from=their folder", **{key: None for key in SIZES} | dict(max_steps=1))
+    assert run.evaluations[0]["val_loss"] == pytest.approx(base.evaluations[-1]["val_loss"], abs=1e-5)
+
+
+def test_minutes_set_max_steps_once_and_change_nothing_else(work):
+    knobs = dict(eval_every=10**6, save_every=10, keep_last=0, max_steps=None, dropout=0.1)
+    run = train(work, "minutes", minutes=0.02, **knobs)
+    steps = run.steps[-1]["step"]
+    assert json.loads((run.folder / "config.json").read_text())["knobs"]["max_steps"] == steps > 10
+    assert f"max_steps={steps} on this machine" in run.out
+    plain = train(work, "no minutes", **knobs | dict(max_steps=steps))
+    assert same(run, plain, steps)
+    copy_until(run, work / "minutes again", 10)
+    again = train(work, "minutes again", "--resume", minutes=0.02, **knobs)
+    assert "on this machine" not in again.out and same(again, plain, steps)

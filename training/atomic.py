@@ -75,11 +75,15 @@ def write_evaluation(folder: Path, loss: float, facts: dict) -> bool:
 
 
 def evaluation(folder: Path) -> dict | None:
-    """Returns what an evaluation of a checkpoint found; None where there was none."""
+    """Returns what an evaluation of a checkpoint found; None where there was none, or its file is something else."""
     try:
-        return json.loads((folder / EVALUATION).read_text())
-    except (OSError, ValueError):
+        found = json.loads((folder / EVALUATION).read_text())
+        loss = found["loss"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    if loss is not None and not isinstance(loss, float | int):
+        return None
+    return found
 
 
 def best(out_dir) -> Path | None:

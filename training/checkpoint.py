@@ -149,6 +149,21 @@ def finish(wait: bool = True) -> Path | None:
             return end.value
 
 
+def note_evaluation(folder: Path, loss: float, facts: dict, keep_last=5, keep_every=0) -> bool:
+    """Writes what an evaluation found beside a saved step; returns whether it is the best so far.
+
+    The one that was the best goes, where it is not among those to keep.
+    """
+
+    def on_process_0():
+        is_best = atomic.write_evaluation(folder, loss, facts)
+        if is_best:
+            atomic.prune(folder, keep_last, keep_every)
+        return is_best
+
+    return on_first(on_process_0)
+
+
 # ---- finding --------------------------------------------------------------------------------------------------------
 def newest(out_dir: str | Path, log: Callable = print) -> Path | None:
     """Returns a run's newest whole checkpoint, None where it has none at all; CheckpointError if all are damaged.

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import sys
 from importlib.util import find_spec
 
@@ -47,6 +48,15 @@ def find_dtype(name: str, device: str) -> str:
     if not device.startswith("cuda"):
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def why_not_compiled(device: str) -> str:
+    """Says what torch.compile lacks here; "" where it can work."""
+    if device.startswith("cuda") and not find_spec("triton"):
+        return "triton is not installed"
+    if device == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "cl", os.environ.get("CXX", ""))):
+        return "there is no C++ compiler"
+    return ""
 
 
 def round_batch(batch_tokens: int, block_size: int, world_size: int) -> int:

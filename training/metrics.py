@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import statistics
 import sys
 import time
@@ -15,6 +14,11 @@ import torch
 
 from training.atomic import write_text
 from training.run_folder import read_metrics
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 class Log:
@@ -129,17 +133,20 @@ def evaluation_line(step: int, report: dict) -> str:
 
 def step_line(row: dict, max_steps: int, seconds_left: float) -> str:
     mfu = f"{row['mfu']:.1%}" if row["mfu"] else "n/a"
+    memory = "n/a" if row["memory_gb"] is None else f"{row['memory_gb']:.2f} GB"
     learned = f"loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.3f}"
-    speed = f"{row['ms']:.0f} ms | {row['tokens_per_second']:,.0f} tokens/s | mfu {mfu} | {row['memory_gb']:.2f} GB"
+    speed = f"{row['ms']:.0f} ms | {row['tokens_per_second']:,.0f} tokens/s | mfu {mfu} | {memory}"
     left = f"{seconds_left // 60:.0f}:{seconds_left % 60:02.0f}"
     return f"step {row['step']:>6}/{max_steps} | {learned} | {speed} | eta {left}"
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
-def peak_gb(device_type: str) -> float:
-    """Returns the most that was in use so far: of the GPU's memory, or of this process's."""
+def peak_gb(device_type: str) -> float | None:
+    """Returns the most that was in use so far: of the GPU's memory, or of this process's. None where nobody counts."""
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1000  # bytes there, elsewhere KB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

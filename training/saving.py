@@ -46,7 +46,7 @@ class Saver:
             return False
         if folder:
             self.in_place = folder
-            self.say(f"saved {folder}")
+            self.say(f"step {int(folder.name.removeprefix('step-')):>6} | saved {folder}")
             if rank() == 0:
                 pictures.plot(self.out, self.title)
         return True
@@ -56,9 +56,9 @@ class Saver:
         self.finish()
         folder = self.out / f"step-{step:08d}"
         if self.in_place is not None and self.in_place.name == folder.name:
-            is_best = on_first(atomic.write_evaluation, folder, loss, {"step": step, "tokens": tokens})
-            if is_best:
-                self.say(f"{folder} is the best so far")
+            facts = {"step": step, "tokens": tokens}
+            if checkpoint.note_evaluation(folder, loss, facts, self.keep_last, self.keep_every):
+                self.say(f"step {step:>6} | {folder} is the best so far")
 
 
 def was_evaluated(path: Path) -> bool:
