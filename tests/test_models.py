@@ -371,7 +371,7 @@ def alternatives(annotation, value):
         return [2 * value, 0.5]
     if isinstance(value, str):
         return list("adqkv")
-    return [[0]]  # layers
+    return [(0,)]  # layers
 
 
 @each_model
@@ -397,12 +397,17 @@ def test_every_field_of_the_config_changes_something(name):
             if hasattr(model, "after_step"):
                 model.after_step()
             return logits.sum().item(), loss.item(), model(x).sum().item()
-        except (ValueError, IndexError, RuntimeError):  # refused, or of a size that is no size
-            return None
+        except ValueError:
+            return "refused"
+        except (IndexError, RuntimeError):  # such as a vocabulary that is too small for the tokens
+            return "failed"
 
     def changes_something(field, *beside):
         found = {outcome(*beside)} | {outcome(*beside, (field, value)) for value in others[field]}
-        return len(found - {None}) > 1
+        found.discard("failed")
+        if isinstance(values[field], str):  # an unknown letter is refused, whether the known ones do something or not
+            found.discard("refused")
+        return len(found) > 1
 
     for field in values:
         if not changes_something(field):

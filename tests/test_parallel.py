@@ -365,7 +365,7 @@ def alone(work):
 def test_train_py_sharded_logs_evaluates_and_saves_what_one_process_does(work, alone):
     results = [finish(*run) for run in together(work, 2, out_dir="fsdp", parallel="fsdp", **RUN)]
     assert [result.code for result in results] == [0, 0], results
-    assert "2 x cpu, float32, eager, fsdp" in results[0].out and not results[1].out
+    assert "2 x cpu, float32, eager, parallel=fsdp" in results[0].out and not results[1].out
     run = finished(work / "fsdp")
     for key in ("loss", "grad_norm", "val_loss", "val_bits_per_byte"):
         assert close(*([row[key] for row in r.rows if key in row] for r in (run, alone))), key
