@@ -250,7 +250,8 @@ M   state: a matrix for each head
     axis.text(x + LEFT, top - 70, text.strip(), va="top", fontsize=11.5, linespacing=1.6, color="#37474f")
 
 
-def main():
+def draw(path: Path) -> None:
+    """Draws all diagrams in a grid, and the legend in the cell behind the last one."""
     cells = len(DIAGRAMS) + 1
     rows = -(-cells // COLUMNS)
     width = COLUMNS * CELL_WIDTH
@@ -266,8 +267,9 @@ def main():
             draw_diagram(axis, x, y, list(DIAGRAMS)[i])
         else:
             draw_legend(axis, x, y)
-    figure.savefig(ROOT / "docs" / "gallery.png", facecolor="white")
+    figure.savefig(path, facecolor="white")
+    plt.close(figure)
 
 
 if __name__ == "__main__":
-    main()
+    draw(ROOT / "docs" / "gallery.png")

@@ -1,4 +1,4 @@
-"""The parts of README.md and docs/ that are made from the code and from results/: `python -m tests.readme` writes them."""
+"""The parts of README.md and docs/ that are made from code and results/: `python -m tests.readme` writes them."""
 
 import json
 import re
@@ -101,15 +101,20 @@ def conditions(result: dict) -> str:
     budget = f"{first['budget']:.3g}".replace("e+", "e")
     return (
         f"Measured on {device}: {budget} training FLOPs for each variant, which are {first['tokens']:,} tokens for "
-        f"{first['name']}; {len(first['loss'])} seed(s). Losses are validation losses in nats per token, as differences "
-        f"± standard error; everything else is a multiple of what {first['name']} has."
+        f"{first['name']}; {len(first['loss'])} seed(s). Losses are validation losses in nats per token, as "
+        f"differences ± standard error; everything else is a multiple of what {first['name']} has."
     )
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
+def changed_definitions() -> str:
+    """Returns the table of what each file changes, with links from a page in docs/."""
+    return differences.table().replace("](model_", "](../model_")
+
+
 PARTS = {
     "README.md": {"lessons": lessons},
-    "docs/files.md": {"models": differences.table},
+    "docs/files.md": {"models": changed_definitions},
 }
 
 
