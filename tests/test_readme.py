@@ -289,4 +289,5 @@ def test_the_gallery_shows_every_model_file_as_it_was_last_drawn(tmp_path):
     drawn = matplotlib.image.imread(tmp_path / "gallery.png")
     committed = matplotlib.image.imread(ROOT / "docs" / "gallery.png")
     assert drawn.shape == committed.shape
-    assert np.abs(drawn - committed).mean() < 1e-3, "python docs/gallery.py draws it"
+    pixels = (np.abs(drawn - committed) > 0.25).any(axis=2).sum()  # edges of letters may differ a little elsewhere
+    assert pixels < 20, "python docs/gallery.py draws it"
