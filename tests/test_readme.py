@@ -1,7 +1,8 @@
-"""The commands of the README, in a copy of the repository at a tiny size; its tables are fresh.
+"""The commands of the README and of docs/, in a copy of the repository at a tiny size; tables and links are fresh.
 
 `make test` runs one command of each script, and all of a script that begins without torch. The others are read by their
-script's own parser, which refuses a wrong flag and a missing config. `make test-all` runs every one.
+script's own parser, which refuses a wrong flag and a missing config. `make test-all` runs every one. The commands of
+docs/your_own_variant.md need variants that the reader writes: tests/test_docs.py runs them.
 """
 
 import json
@@ -9,6 +10,8 @@ import re
 import shlex
 import shutil
 
+import matplotlib.image
+import numpy as np
 import pytest
 import torch.distributed.run as torchrun
 
@@ -16,18 +19,41 @@ import bench
 import compare
 import eval as evaluation
 import sample
+from benchmarks import workload
 from configurator import resolve
-from tests.readme import fresh
+from docs import gallery
+from tests import differences
+from tests.readme import PARTS, fresh
 from tests.tiny import ROOT
 from tests.tree import copy_of_the_project, run
-from training import guard
+from training import knobs
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S) for line in block.splitlines()]
+PAGES = [ROOT / "README.md"] + sorted((ROOT / "docs").glob("*.md"))
+
+
+def commands_of(text):
+    """Returns the lines of a page's sh blocks; one that ends with a backslash goes on in the next."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+
+
+def all_commands():
+    """Returns the commands of all pages in order, each once."""
+    found = []
+    for page in PAGES:
+        if page.name != "your_own_variant.md":
+            found += commands_of(page.read_text())
+    return list(dict.fromkeys(found))
+
+
+COMMANDS = all_commands()
 ANY = "--n_layer=1 --n_embd=32 --block_size=32 --batch_tokens=128 --micro_batch=2 --max_steps=2 --eval_tokens=256"
-ANY += " --device=cpu --dtype=float32"
+ANY += " --minutes=0 --device=cpu --dtype=float32"
 TINY = ANY + " --n_inner=32 --head_dim=8"
 STDLIB = "python data/prepare.py stdlib --tokenizer bpe:300 --max_tokens 200000"
+COPIED = "cd ../my_project && python model_moe.py"
+INSTALL = [command for command in COMMANDS if command.split()[0] in ("python3", "pip")]  # make does it, and needs a net
 CHANGED = {  # how a command is made small where the general rule below does not do
     "make quickstart": "make -n quickstart",  # its three commands run below
     "make test": "make -n test",  # it runs this
@@ -36,10 +62,14 @@ CHANGED = {  # how a command is made small where the general rule below does not
     "python data/prepare.py stdlib --tokenizer bpe:4096": STDLIB,
     "python data/prepare.py shakespeare": "{} --input notes.txt",  # without it, it downloads
     "python data/prepare.py mqar": "{} --documents 100",
+    COPIED: COPIED.replace("python model_moe.py", "python -c 'import model_moe, muon, generate'"),
     "python bench.py train": "python bench.py train --help",  # takes many minutes, as the others
     "python bench.py decode --compile": "python bench.py decode --help",
     "python bench.py variants": "python bench.py variants --help",
-    "python bench.py shakespeare --data data/shakespeare": "python bench.py shakespeare --help",
+    "python bench.py kernels": "python bench.py kernels --help",
+    "python bench.py loader": "python bench.py loader --help",
+    "python bench.py parallel": "python bench.py parallel --help",
+    "python bench.py shakespeare": "python bench.py shakespeare --help",
 }
 FEW = "--seeds 1 --lrs 1 --rounds 0 --warmup_steps=0 --jobs 1"
 SHORT = f"{FEW} config/compare_cpu.py --n_layer=1 --block_size=32 --batch_tokens=128 --micro_batch=2 --eval_tokens=256"
@@ -57,7 +87,11 @@ def tiny(command):
     for begin, (without, more) in SMALLER.items():
         if command.startswith(begin):
             return f"{command.replace(without, '')} {more}"
+    if "--init_from" in command:  # the sizes are those of the weights
+        return f"{command} --batch_tokens=128 --micro_batch=2 --max_steps=2 --eval_tokens=256 --device=cpu"
     if "train.py" in command and "--help" not in command:
+        command = re.sub(r"--nnodes=2 --nproc_per_node=8 --rdzv\S+ --rdzv\S+ --rdzv\S+", "--nproc_per_node=2", command)
+        command = command.replace("config/train_baseline.py", "config/quickstart.py")  # its data is 2.5B tokens
         return f"{command} {ANY if '--model=gpt2' in command else TINY}"
     return command + (" --max_new_tokens 8" if "sample.py" in command and "--save" not in command else "")
 
@@ -78,7 +112,7 @@ def copy(tmp_path_factory):
     return folder
 
 
-def test_every_changed_command_is_in_the_readme():
+def test_every_changed_command_is_in_a_page():
     assert set(CHANGED) <= set(COMMANDS)
 
 
@@ -91,9 +125,11 @@ def script_of(command):
     return program
 
 
-QUICK = ("make", "git", "data/prepare.py", "data/tokenizers.py", "flops.py")  # in seconds
+QUICK = ("make", "git", "mkdir", "cp", "cd", "data/prepare.py", "data/tokenizers.py", "flops.py")  # in seconds
 FIRST = {script_of(command): command for command in reversed(COMMANDS)}
-ONCE = [FIRST[script] for script in ("sample.py", "eval.py", "compare.py", "bench.py")]  # train.py: see `copy`
+ONCE = [
+    FIRST[script] for script in ("sample.py", "eval.py", "compare.py")
+]  # train.py: see `copy`; bench.py takes minutes
 RUN = [command for command in COMMANDS if script_of(command) in QUICK or command in ONCE]
 
 
@@ -103,26 +139,28 @@ def test_a_command_of_each_script_runs(copy, command):
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(copy):
+def test_every_command_of_every_page_runs(copy):
     for command in COMMANDS:
-        run(tiny(command), copy, input="hello\n")
+        if command not in INSTALL:
+            run(tiny(command), copy, input="hello\n")
 
 
 def test_the_quickstart_draws_its_loss(copy):
     assert (copy / "out" / "quickstart" / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_python_of_the_readme_runs_after_its_commands(copy):
+def test_the_python_of_a_page_runs_after_its_commands(copy):
+    page = (ROOT / "docs" / "sampling.md").read_text()
     (command,) = (command for command in COMMANDS if "--save_pretrained" in command)
     run(command, copy)
-    code = re.search(r"```python\n(.*?)```", README, flags=re.S)[1]
+    code = re.search(r"```python\n(.*?)```", page, flags=re.S)[1]
     (copy / "snippet.py").write_text(code + "print(len(tokens[0]))\n")
     assert run("python snippet.py", copy).strip().endswith("11")  # 3 + 8
 
 
 # ---- what is only read -----------------------------------------------------------------------------------------------
 def read_by_train(argv, processes=1):
-    guard.check_knobs(resolve(ROOT / "train.py", [word for word in argv if word != "--help"]), processes)
+    knobs.check(resolve(ROOT / "train.py", [word for word in argv if word != "--help"]), processes)
 
 
 def read_by_compare(argv):
@@ -134,12 +172,12 @@ def read_by_bench(argv):
     """As bench.py reads it, up to the measurement."""
     given = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "write", lambda *_: None)
-        for measurement in ("shakespeare", "train", "decode", "variants"):
-            patch.setattr(bench, measurement, given.append)
+        for benchmark in bench.BENCHMARKS.values():
+            patch.setattr(benchmark, "measure", lambda args: given.append(args) or [])
         bench.main(argv)
     (arguments,) = given
-    bench.workload(getattr(arguments, "config", []))
+    if getattr(arguments, "config", []):
+        workload.read_config(arguments.config)
 
 
 READ = {
@@ -148,7 +186,6 @@ READ = {
     "eval.py": evaluation.parse_arguments,
     "compare.py": read_by_compare,
     "bench.py": read_by_bench,
-    "model_baseline.py": lambda argv: None,  # tests/test_models.py runs its demo
 }
 
 
@@ -158,13 +195,13 @@ def read(command):
     if program == "torchrun":
         arguments = torchrun.parse_args(words)
         assert arguments.training_script == "train.py"
-        read_by_train(arguments.training_script_args, int(arguments.nproc_per_node))
+        read_by_train(arguments.training_script_args, int(arguments.nproc_per_node))  # of one machine
     else:
         script, *argv = words
         READ[script](argv)
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in RUN])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in RUN + INSTALL])
 def test_the_script_of_a_command_takes_its_arguments(copy, monkeypatch, command):
     monkeypatch.chdir(copy)
     monkeypatch.setenv("RANK", "0")  # as torchrun sets it
@@ -183,6 +220,7 @@ def test_the_script_of_a_command_takes_its_arguments(copy, monkeypatch, command)
     "python compare.py config/nowhere.py --models baseline",
     "python compare.py --models baseline,baseline:optimiser=adamw",
     "python bench.py varients",
+    "python bench.py shakespeare --data data/shakespeare",
     "python bench.py variants --compile",
     "python bench.py decode --n_hed=3",
 ])  # fmt: skip
@@ -203,5 +241,53 @@ def test_the_commands_of_make_quickstart_are_those_that_the_test_runs_small(copy
         assert part in commands
 
 
-def test_the_tables_of_the_readme_are_fresh():
-    assert fresh() == README, "python -m tests.readme writes them"
+def test_the_job_for_slurm_is_a_command_that_torchrun_and_train_take(monkeypatch):
+    page = (ROOT / "docs" / "many_devices.md").read_text()
+    job = re.search(r"```bash\n(.*?)```", page, flags=re.S)[1].replace("\\\n", "")
+    (command,) = re.findall(r"^srun (torchrun .*)", job, flags=re.M)
+    monkeypatch.setenv("RANK", "0")
+    read(command.replace("$SLURM_NNODES", "2"))
+
+
+def test_what_the_readme_installs_is_what_make_installs():
+    versions = re.findall(r"torch==[\d.]+", " ".join(INSTALL))
+    assert versions and set(versions) <= set((ROOT / "requirements.txt").read_text().splitlines())
+    assert "pip install -r requirements.txt" in INSTALL
+
+
+def test_without_make_the_quickstart_is_the_same_commands(copy):
+    by_make = run("make -n quickstart", copy)
+    (block,) = (block for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S) if "pip install" in block)
+    ours = [line.removeprefix("python ") for line in block.splitlines() if line.startswith("python ")]
+    assert len(ours) == 3 and all(line in by_make for line in ours)
+
+
+# ---- the pages -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("page", PARTS)
+def test_the_tables_of_a_page_are_fresh(page):
+    assert fresh(page) == (ROOT / page).read_text(), "python -m tests.readme writes them"
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len(README.splitlines()) <= 180
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_to_a_file(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    inside = [link.partition("#")[0] for link in links if not re.match(r"https?:|#", link)]
+    assert [link for link in inside if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_leads_to_every_page():
+    assert [page.name for page in PAGES[1:] if f"](docs/{page.name})" not in README] == []
+
+
+def test_the_gallery_shows_every_model_file_as_it_was_last_drawn(tmp_path):
+    assert {f"model_{name}.py" for name in gallery.DIAGRAMS} == differences.tracked()
+    gallery.draw(tmp_path / "gallery.png")
+    drawn = matplotlib.image.imread(tmp_path / "gallery.png")
+    committed = matplotlib.image.imread(ROOT / "docs" / "gallery.png")
+    assert drawn.shape == committed.shape
+    pixels = (np.abs(drawn - committed) > 0.25).any(axis=2).sum()  # edges of letters may differ a little elsewhere
+    assert pixels < 20, "python docs/gallery.py draws it"
