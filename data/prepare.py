@@ -8,7 +8,6 @@ when it is whole; where nothing has changed nothing is done.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -22,9 +21,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 if __name__ == "__main__":  # this folder on the path would shadow the installed package `tokenizers`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -33,26 +38,46 @@ import numpy as np
 from tqdm import tqdm
 
 from data.shards import Shards, write_shard
-from data.sources import KINDS, NAMED, Named, find_text
+from data.sources import KINDS, NAMED, Named, Skipped, find_text
 from data.synthetic import MQAR
 from data.tokenizers import CHAT_TOKENS, load_tokenizer, tokenizer_from_dict, train_bpe
 
 CHUNK = 1 << 20  # characters that a worker gets at a time
-TEXT_OPTIONS = "tokenizer", "add_tokens", "max_doc_tokens", "max_tokens", "input", "workers"
+TEXT_OPTIONS = "tokenizer", "add_tokens", "max_doc_tokens", "max_tokens", "skip_bad", "input", "workers"
 MQAR_OPTIONS = *MQAR._fields, "documents", "seed"
 worker = {}  # a worker process's settings
+
+
+# ---- worker processes -----------------------------------------------------------------------------------------------
+
+
+@cache  # one thread is enough
+def end_with_parent():
+    """Ends this worker process when its parent ends. A worker whose parent was killed would wait for work for ever."""
+
+    def wait():
+        while parent_process() is None:  # multiprocessing imports this file before it says who the parent is
+            time.sleep(0.05)
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__mp_main__":  # in a worker of this script, also in those that count words for a tokenizer
+    end_with_parent()
 
 
 # ---- documents to train and validation ------------------------------------------------------------------------------
 
 
 def content_hash(text):
-    """A number in [0, 2**64) that depends on the text alone."""
+    """Returns a number in [0, 2**64) that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def split_documents(read_all: Callable, val_fraction: float) -> Callable[[], Iterator[tuple[str, str]]]:
-    """A function that gives every document as (split, text).
+    """Returns a function that gives every document as (split, text).
 
     Where there are few, none might fall into one of the splits: those with the smallest and the largest hash then make
     sure that validation and train have one. A single one is cut at val_fraction from its end.
@@ -62,17 +87,20 @@ def split_documents(read_all: Callable, val_fraction: float) -> Callable[[], Ite
         raise ValueError("found no documents, so there is nothing to write")
     limit = val_fraction * 2**64
     if 1 < len(first) < 1000:
-        limit = min(max(limit, min(first) + 1), max(first))
+        limit = max(limit, min(first) + 1)
+        limit = min(limit, max(first))
 
     def documents():
         for text in filter(None, read_all()):
-            if len(first) > 1:
-                yield "val" if content_hash(text) < limit else "train", text
-                continue
-            cut = int(len(text) * (1 - val_fraction))
-            for split, part in (("train", text[:cut]), ("val", text[cut:])):
-                if part:
-                    yield split, part
+            if len(first) == 1:
+                cut = int(len(text) * (1 - val_fraction))
+                for split, part in (("train", text[:cut]), ("val", text[cut:])):
+                    if part:
+                        yield split, part
+            elif content_hash(text) < limit:
+                yield "val", text
+            else:
+                yield "train", text
 
     return documents
 
@@ -81,49 +109,63 @@ def split_documents(read_all: Callable, val_fraction: float) -> Callable[[], Ite
 
 
 def pieces(text):
-    """A long document in parts that tokenize alike: cut where a word begins, which every split pattern does, too."""
+    """Yields a long document in parts that tokenize alike: cut where a word begins, as every split pattern does."""
     start = 0
     while len(text) - start > 2 * CHUNK:
-        word = re.compile(r"(?<=\S) (?=[^\W\d_])").search(text, start + CHUNK, start + 2 * CHUNK)
-        end = word.start() if word else start + CHUNK
+        end = start + CHUNK
+        word = re.compile(r"(?<=\S) (?=[^\W\d_])").search(text, end, end + CHUNK)
+        if word:
+            end = word.start()
         yield text[start:end]
         start = end
     yield text[start:]
 
 
 def chunks(documents, max_characters):
-    """Lists of (split, whether a document begins, text) with about CHUNK characters in each."""
-    held, size = [], 0
+    """Yields lists of (split, whether a document begins, text) with about CHUNK characters in each."""
+    chunk = []
+    size = 0
     for split, text in documents:
-        for i, piece in enumerate(pieces(text) if max_characters is None else [text[:max_characters]]):
-            held.append((split, i == 0, piece))
+        if max_characters is None:
+            parts = pieces(text)
+        else:
+            parts = [text[:max_characters]]  # in one, because a worker cuts what it gets to max_doc_tokens
+        for i, piece in enumerate(parts):
+            chunk.append((split, i == 0, piece))
             size += len(piece)
             if size >= CHUNK:
-                yield held
-                held, size = [], 0
-    if held:
-        yield held
+                yield chunk
+                chunk = []
+                size = 0
+    if chunk:
+        yield chunk
 
 
 def start_worker(tokenizer, max_doc_tokens):
+    """Makes this process ready for `encode`; it may be the only one."""
     worker.update(tokenizer=tokenizer_from_dict(tokenizer), max_doc_tokens=max_doc_tokens)
-    if parent := parent_process():  # a worker whose parent was killed would wait for work for ever
+    if parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent ends this one
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        end_with_parent()
 
 
 def encode(chunk):
-    """A chunk's tokens: ({split: (n,) uint32}, bytes of its text)."""
-    tokens = {"train": [], "val": []}
+    """Returns a chunk's tokens: ({split: (n,) uint32}, bytes of its text)."""
+    tokenizer = worker["tokenizer"]
+    parts = {"train": [], "val": []}
+    size = 0
     for split, begins, text in chunk:
-        ids = [worker["tokenizer"].eot_id] * begins + worker["tokenizer"].encode(text)
-        tokens[split].append(np.array(ids[: worker["max_doc_tokens"]], np.uint32))
-    size = sum(len(text.encode()) for _, _, text in chunk)
-    return {split: np.concatenate(parts) for split, parts in tokens.items() if parts}, size
+        ids = tokenizer.encode(text)
+        if begins:
+            ids = [tokenizer.eot_id, *ids]
+        parts[split].append(np.array(ids[: worker["max_doc_tokens"]], np.uint32))
+        size += len(text.encode())
+    tokens = {split: np.concatenate(arrays) for split, arrays in parts.items() if arrays}
+    return tokens, size
 
 
 def encode_all(all_chunks, workers, tokenizer, max_doc_tokens):
-    """Encoded chunks in order. Only a few are under way at a time, so memory stays bounded whatever comes."""
+    """Yields encoded chunks in order. Only a few are under way at a time, so memory stays bounded whatever comes."""
     settings = tokenizer.to_dict(), max_doc_tokens
     if workers == 1:
         start_worker(*settings)
@@ -144,13 +186,20 @@ def encode_all(all_chunks, workers, tokenizer, max_doc_tokens):
 
 
 class Writer:
-    """One split's tokens into shards of shard_tokens; counts documents and bytes of text on the way."""
+    """One split's tokens on their way into shards of shard_tokens; counts documents and bytes of text."""
 
     def __init__(self, folder, split, vocab, token_bytes, shard_tokens):
-        self.folder, self.split, self.vocab, self.token_bytes = folder, split, vocab, token_bytes
+        self.folder = folder
+        self.split = split
+        self.vocab = vocab
+        self.token_bytes = token_bytes
         dtype = np.uint16 if vocab.vocab_size <= 1 << 16 else np.uint32
-        self.buffer, self.held = np.empty(shard_tokens, dtype), 0
-        self.tokens = self.documents = self.bytes = self.shards = 0
+        self.buffer = np.empty(shard_tokens, dtype)
+        self.filled = 0
+        self.tokens = 0
+        self.documents = 0
+        self.bytes = 0
+        self.shards = 0
         self.digest = hashlib.sha256()
 
     def add(self, tokens):
@@ -159,22 +208,24 @@ class Writer:
         self.bytes += int(self.token_bytes[tokens].sum(dtype=np.int64))
         self.digest.update(tokens.astype("<u4").data)
         while len(tokens):
-            part, tokens = np.split(tokens, [len(self.buffer) - self.held])
-            self.buffer[self.held : self.held + len(part)] = part
-            self.held += len(part)
-            if self.held == len(self.buffer):
+            part = tokens[: len(self.buffer) - self.filled]
+            tokens = tokens[len(part) :]
+            self.buffer[self.filled : self.filled + len(part)] = part
+            self.filled += len(part)
+            if self.filled == len(self.buffer):
                 self.flush()
 
     def flush(self):
-        if self.held:
+        if self.filled:
             path = self.folder / f"{self.split}_{self.shards:06d}.bin"
-            write_shard(path, self.buffer[: self.held], self.vocab.vocab_size)
-            tqdm.write(f"wrote {path.name}: {self.held:,} tokens")
-            self.shards, self.held = self.shards + 1, 0
+            write_shard(path, self.buffer[: self.filled], self.vocab.vocab_size)
+            tqdm.write(f"wrote {path.name}: {self.filled:,} tokens")
+            self.shards += 1
+            self.filled = 0
 
 
 def read_meta(out: Path) -> dict | None:
-    """meta.json of a folder that was written here; None where there is nothing. Refuses a folder of something else."""
+    """Returns meta.json of a folder that was written here, None where there is nothing; refuses any other folder."""
     names = sorted(os.listdir(out)) if out.exists() else []
     if not names:
         return None
@@ -200,29 +251,69 @@ def is_whole(out, meta):
 
 
 @contextmanager
-def successor(out: Path):
-    """A locked folder beside `out`, which takes its place when the block ends without an error."""
-    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+def lock(folder: Path, out: Path):
+    """Keeps other processes from writing `out` by way of `folder` until the block ends."""
+    busy = f"another prepare.py is writing {out}: wait for it or choose another --out"
+    if fcntl:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it back even if we are killed
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(busy) from None
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+        return
+
+    # Without fcntl a file beside is the lock. It stays where this process is killed, and the user then deletes it.
+    path = folder.with_suffix(".lock")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another prepare.py is writing {out}: wait for it or choose another --out") from None
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        raise ValueError(f"{busy}; if none is running, delete {path}") from None
     try:
-        for path in partial.iterdir():  # of a run that was killed
-            path.unlink()
-        if old.exists():  # a run was killed between the renames below
-            shutil.rmtree(old) if out.exists() else os.rename(old, out)
-        yield partial
-        os.fsync(lock)
-        if out.exists():
-            os.rename(out, old)
-        os.rename(partial, out)
-        shutil.rmtree(old, ignore_errors=True)
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
+        path.unlink()
+
+
+def sync_folder(folder):
+    """Waits until what a folder lists is on the disk. Windows has no way to ask for that, and opens no folders."""
+    if fcntl:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def successor(out: Path):
+    """Makes a locked folder beside `out`, which takes its place when the block ends without an error."""
+    partial = out.with_name(f".{out.name}.partial")
+    old = out.with_name(f".{out.name}.old")
+    partial.mkdir(parents=True, exist_ok=True)
+    with lock(partial, out):
+        try:
+            for path in partial.iterdir():  # of a run that was killed
+                path.unlink()
+            if old.exists() and out.exists():  # a run was killed after the renames below
+                shutil.rmtree(old)
+            elif old.exists():  # or between them
+                os.rename(old, out)
+            yield partial
+            sync_folder(partial)
+            if out.exists():
+                os.rename(out, old)
+            os.rename(partial, out)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+# ---- from what the user asked for to the folder ---------------------------------------------------------------------
 
 
 def make_tokenizer(spec, add_tokens, documents, folder, workers):
@@ -232,7 +323,8 @@ def make_tokenizer(spec, add_tokens, documents, folder, workers):
         return load_tokenizer(spec, add_tokens, "".join(alphabet))
     if not re.fullmatch(r"bpe:\d+", spec):
         return load_tokenizer(spec, add_tokens)
-    sample, room = folder / "sample.jsonl", 100_000_000
+    sample = folder / "sample.jsonl"
+    room = 100_000_000  # characters: more text changes few merges
     with open(sample, "w", encoding="utf-8") as file:
         for text in (text for split, text in documents() if split == "train"):
             file.write(json.dumps({"text": text[:room]}) + "\n")
@@ -244,95 +336,150 @@ def make_tokenizer(spec, add_tokens, documents, folder, workers):
     return tokenizer
 
 
-def write(args, folder, size, read_all):
-    """All shards of a text into the folder, meta.json last."""
-    documents = split_documents(read_all, args.val_fraction)
-    workers = args.workers or min(os.cpu_count(), 1 + (size or 1 << 40) // (4 * CHUNK))
+def write_text(args, folder, text):
+    """Writes all shards of a text into the folder, meta.json last."""
+    documents = split_documents(text.documents, args.val_fraction)
+    workers = args.workers
+    if not workers:
+        workers = min(os.cpu_count(), 61)  # Windows cannot wait for more
+        if text.size is not None:
+            workers = min(workers, 1 + text.size // (4 * CHUNK))
     tokenizer = make_tokenizer(args.tokenizer, args.add_tokens, documents, folder, workers)
     token_bytes = tokenizer.token_bytes()
-    splits = {split: Writer(folder, split, tokenizer, token_bytes, args.shard_tokens) for split in ("train", "val")}
-    longest = max(1, int(token_bytes.max()))  # N tokens are never more than N * longest characters
-    work = chunks(documents(), args.max_doc_tokens and args.max_doc_tokens * longest)
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+    writers = {split: Writer(folder, split, tokenizer, token_bytes, args.shard_tokens) for split in ("train", "val")}
+    train = writers["train"]
+
+    max_characters = None
+    if args.max_doc_tokens:
+        longest = max(1, int(token_bytes.max()))  # bytes, so a token never has more characters
+        max_characters = args.max_doc_tokens * longest
+    work = chunks(documents(), max_characters)
+    with tqdm(total=text.size, unit="B", unit_scale=True, disable=None) as bar:
         for encoded, text_bytes in encode_all(work, workers, tokenizer, args.max_doc_tokens):
             for split, tokens in encoded.items():
                 if args.max_tokens and split == "train":
-                    tokens = tokens[: args.max_tokens - splits["train"].tokens]
-                splits[split].add(tokens)
+                    tokens = tokens[: args.max_tokens - train.tokens]
+                writers[split].add(tokens)
             bar.update(text_bytes)
-            if splits["train"].tokens == args.max_tokens:
+            if train.tokens == args.max_tokens:
                 break
-    finish(args, folder, splits, tokenizer, tokenizer.fingerprint, {"tokenizer": tokenizer.to_dict()})
+    write_meta(args, folder, writers, tokenizer, tokenizer.fingerprint, {"tokenizer": tokenizer.to_dict()})
 
 
 def write_mqar(args, folder, task):
-    """The same of drawn documents."""
-    validating = round(args.documents * args.val_fraction)
-    splits, no_text = {}, np.zeros(task.vocab_size, np.int64)
-    for split, n in (("train", args.documents - validating), ("val", validating)):
-        splits[split] = Writer(folder, split, task, no_text, args.shard_tokens)
+    """Writes the same of drawn documents."""
+    n_val = round(args.documents * args.val_fraction)
+    sizes = {"train": args.documents - n_val, "val": n_val}
+    no_text = np.zeros(task.vocab_size, np.int64)
+    writers = {}
+    for split, n in sizes.items():
+        writers[split] = Writer(folder, split, task, no_text, args.shard_tokens)
         for documents in task.documents(args.seed, split, n):
-            splits[split].add(documents.ravel())
+            writers[split].add(documents.ravel())
     layout = {"targets": task.targets, "document_tokens": task.document_tokens}
-    finish(args, folder, splits, task, json.dumps(layout), {"tokenizer": None, **layout})
+    write_meta(args, folder, writers, task, json.dumps(layout), {"tokenizer": None, **layout})
 
 
-def finish(args, folder, splits, vocab, fingerprint, more):
-    """The last shard of each split, then meta.json. fingerprint: of what gives the ids their meaning."""
-    for split, writer in splits.items():
+def write_meta(args, folder, writers, vocab, fingerprint, more):
+    """Writes the last shard of each split, then meta.json. fingerprint: of what gives the ids their meaning."""
+    for split, writer in writers.items():
         writer.flush()
         if not writer.tokens:
             raise ValueError(f"no document is in {split}: change --val_fraction={args.val_fraction} or give more")
-    digests = [fingerprint, *(writer.digest.hexdigest() for writer in splits.values())]
+    digests = [fingerprint, *(writer.digest.hexdigest() for writer in writers.values())]
     meta = {"source": args.source, "vocab_size": vocab.vocab_size, "eot_id": vocab.eot_id}
     for what in ("documents", "bytes", "tokens"):
-        meta[what] = {split: getattr(writer, what) for split, writer in splits.items()}
+        meta[what] = {split: getattr(writer, what) for split, writer in writers.items()}
     meta["fingerprint"] = hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    meta |= {"request": args.request, **more}
+    meta["request"] = args.request
+    meta.update(more)
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file)
         file.flush()
         os.fsync(file.fileno())
 
 
+def request_hash(args, identity):
+    """Returns a hash of all that decides the result; a tokenizer's file, like the text's, is known by size and time."""
+    file = Path(re.sub(r"^bpe:|(?<=\.tiktoken):\w+$", "", args.tokenizer))
+    stamp = None
+    if file.is_file():
+        stat = file.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+    options = [
+        args.val_fraction,
+        args.max_doc_tokens,
+        args.max_tokens,
+        args.shard_tokens,
+        args.add_tokens,
+        args.skip_bad,
+    ]
+    version = 2  # one more, when the same request comes to give other tokens
+    request = json.dumps([version, identity, args.tokenizer, stamp, options])
+    return hashlib.sha256(request.encode()).hexdigest()
+
+
+def mqar_task(args):
+    """Returns the task of these sizes; raises ValueError where there is none."""
+    queries = args.queries
+    if queries is None:
+        queries = max(1, args.pairs - 1)
+    task = MQAR(args.pairs, queries, args.keys, args.values)
+    task.check(args.documents, args.seed)
+    return task
+
+
 def prepare(args) -> None:
-    named = NAMED.get(args.source[0], Named("", val_fraction=0.05))
-    args.tokenizer = args.tokenizer or named.tokenizer
-    args.val_fraction = named.val_fraction if args.val_fraction is None else args.val_fraction
+    """Makes the folder that the arguments ask for, unless it is there, and prints what is in it."""
+    # 1. Check what was asked for, and fill in what a named set decides.
+    source = args.source[0]
+    named = NAMED.get(source, Named("", val_fraction=0.05))
+    if not args.tokenizer:
+        args.tokenizer = named.tokenizer
+    if args.val_fraction is None:
+        args.val_fraction = named.val_fraction
     if not 0 < args.val_fraction < 1:
         raise ValueError(f"--val_fraction={args.val_fraction} is not between 0 and 1")
-    if args.out is None and args.source[0] not in NAMED and (len(args.source) > 1 or args.source == ["-"]):
+    if args.out is None and source not in NAMED and (len(args.source) > 1 or source == "-"):
         raise ValueError("say where to write it: --out data/mytext")
-    name = Path(args.source[0]).resolve().name.split(".")[0]
-    out = Path(args.out or Path(__file__).with_name(name)).resolve()
-    drawn = args.source == ["mqar"]
-    if drawn:
-        queries = max(1, args.pairs - 1) if args.queries is None else args.queries
-        task = MQAR(args.pairs, queries, args.keys, args.values)
-        task.check(args.documents, args.seed)
+    if not args.out:
+        name = Path(source).resolve().name.split(".")[0]
+        args.out = Path(__file__).with_name(name)
+    out = Path(args.out).resolve()
+
+    # 2. Find the documents.
+    skipped = Skipped() if args.skip_bad else None
+    is_mqar = args.source == ["mqar"]
+    if is_mqar:
+        task = mqar_task(args)
         identity = ["mqar", *task, args.documents, args.seed]
     else:
-        identity, size, read_all = find_text(args.source, args.input)
-    # All that decides the result; the tokenizer's file, like the text's, is known by size and time.
-    file = Path(re.sub(r"^bpe:|(?<=\.tiktoken):\w+$", "", args.tokenizer))
-    stat = [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else None
-    options = args.val_fraction, args.max_doc_tokens, args.max_tokens, args.shard_tokens, args.add_tokens
-    request = json.dumps([1, identity, args.tokenizer, stat, options])
-    args.request = hashlib.sha256(request.encode()).hexdigest()
-    start, meta = time.time(), read_meta(out)
+        text = find_text(args.source, args.input, skipped)
+        identity = text.identity
+
+    # 3. Write them, unless what is there was made of the same.
+    args.request = request_hash(args, identity)
+    start = time.time()
+    meta = read_meta(out)
     if meta and meta["request"] == args.request and is_whole(out, meta):
         print("nothing has changed, so the data is reused")
     else:
-        with successor(out) as folder:
-            if drawn:
-                write_mqar(args, folder, task)
-            else:
-                write(args, folder, size, read_all)
+        try:
+            with successor(out) as folder:
+                if is_mqar:
+                    write_mqar(args, folder, task)
+                else:
+                    write_text(args, folder, text)
+        finally:
+            if skipped is not None and skipped.count:
+                print(skipped, file=sys.stderr)
         print(f"took {time.time() - start:.1f} s")
+
+    # 4. Say what is there.
     meta = read_meta(out)
     for split in ("train", "val"):
-        counts = (f"{meta[what][split]:,} {what}" for what in ("documents", "bytes", "tokens"))
-        print(f"{out} {split}: {', '.join(counts)}, vocabulary {meta['vocab_size']:,}")
+        sizes = ", ".join(f"{meta[what][split]:,} {what}" for what in ("documents", "bytes", "tokens"))
+        print(f"{out} {split}: {sizes}, vocabulary {meta['vocab_size']:,}")
     if "document_tokens" in meta:
         print(f"every document has {meta['document_tokens']} tokens: train with that block_size")
 
@@ -342,7 +489,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     parser.epilog = f"names, and their tokenizers:\n{names}"
     add = parser.add_argument
-    text, mqar = parser.add_argument_group("of text alone"), parser.add_argument_group("of mqar alone")
+    text = parser.add_argument_group("of text alone")
+    mqar = parser.add_argument_group("of mqar alone")
     kinds = ", ".join(KINDS)
     add("source", nargs="+", metavar="NAME|FILES", help=f"a name below; {kinds}, also .gz; folders; - is stdin")
     add("--out", help="folder to write (default: data/NAME)")
@@ -353,6 +501,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--add_tokens", type=lambda s: CHAT_TOKENS if s == "chat" else s.split(","), default=[], help="A,B,... or chat")
     add("--max_doc_tokens", type=int, help="cut documents to this many tokens, eot included")
     add("--max_tokens", type=int, help="stop when train has this many, for sets without end")
+    add("--skip_bad", action="store_true", help="leave out files and lines that cannot be read, and count them")
     add("--input", help="a local copy (file or folder) of a named set")
     add("--workers", type=int, help="processes (default: by the size of the text and the cores)")
     add = mqar.add_argument
@@ -364,7 +513,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     try:
-        for key in TEXT_OPTIONS if args.source == ["mqar"] else MQAR_OPTIONS:
+        meaningless = TEXT_OPTIONS if args.source == ["mqar"] else MQAR_OPTIONS
+        for key in meaningless:
             if getattr(args, key) != parser.get_default(key):
                 raise ValueError(f"--{key} means nothing to {' '.join(args.source)}: leave it out")
         prepare(args)

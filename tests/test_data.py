@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -373,6 +374,10 @@ def test_a_second_run_reuses_and_any_change_rebuilds(tmp_path, capsys):
     assert rebuilt([*run, "--max_doc_tokens", "9"]) == (True, True)
     assert rebuilt([*run, "--max_doc_tokens", "9"]) == (False, False)
     assert rebuilt([*run[:-4], "--tokenizer", "char", "--workers", "1"]) == (True, True)
+    assert rebuilt([*run, "--skip_bad"]) == (True, True)
+    assert rebuilt([*run, "--skip_bad"]) == (False, False)
+    assert rebuilt(run) == (True, False)
+    assert rebuilt([*run[:-4], "--tokenizer", "char", "--workers", "1"]) == (True, True)
     with open(out / "train_000000.bin", "ab") as file:
         file.write(b"xx")
     assert rebuilt([*run[:-4], "--tokenizer", "char", "--workers", "1"])[0]  # damaged
@@ -424,6 +429,29 @@ def test_documents_are_cut_to_max_doc_tokens_and_the_whole_to_max_tokens(tmp_pat
         [source, "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--max_tokens", "2000", "--val_fraction", "0.2"]
     )
     assert len(Shards(tmp_path / "out", "train")) == 2000
+
+
+def test_a_document_that_is_longer_than_a_chunk_is_cut_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "CHUNK", 7)
+    source, out = write_documents(tmp_path / "a.jsonl", 20), tmp_path / "out"
+    prepare([source, "--out", str(out), "--tokenizer", "byte", "--max_doc_tokens", "30", "--workers", "1"])
+    texts = texts_of(out, "train") + texts_of(out, "val")
+    assert sorted(texts) == sorted((f"document {i} " * 5)[:29] for i in range(20))
+
+
+def test_no_more_workers_are_started_than_windows_can_wait_for(tmp_path, monkeypatch):
+    started = []
+
+    def encode_all(chunks, workers, tokenizer, max_doc_tokens):
+        started.append(workers)
+        return one_process(chunks, 1, tokenizer, max_doc_tokens)
+
+    one_process = prepare_module.encode_all
+    monkeypatch.setattr(prepare_module, "encode_all", encode_all)
+    monkeypatch.setattr(prepare_module, "CHUNK", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    prepare([write_documents(tmp_path / "a.jsonl", 30), "--out", str(tmp_path / "out"), "--tokenizer", "byte"])
+    assert started == [61]
 
 
 def test_a_number_after_bpe_trains_that_tokenizer_on_the_training_text(tmp_path):
@@ -503,7 +531,7 @@ def test_pysource_without_torch_is_a_clear_error(monkeypatch, tmp_path):
         ("a.txt", b"", "found no documents"),
         ("a.txt", b"x", "no document is in train: change --val_fraction=0.05"),
         ("a.txt.gz", gzip.compress(b"hello" * 1000, mtime=0)[:-9], "a.txt.gz: a damaged gzip file"),
-        ("a.parquet", b"PAR1", r"a.parquet: can read .txt, .jsonl, .py"),
+        ("a.parquet", b"PAR1", r"a.parquet: can read .txt, .md, .rst, .jsonl, .py"),
     ],
 )
 def test_bad_input_is_an_error_that_says_where_and_leaves_nothing(tmp_path, name, content, message):
@@ -511,6 +539,183 @@ def test_bad_input_is_an_error_that_says_where_and_leaves_nothing(tmp_path, name
     with pytest.raises(SystemExit, match=message):
         prepare([str(tmp_path / name), "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--workers", "1"])
     assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.txt", b"fine\xe4 not"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"'),
+        ("a.txt.gz", gzip.compress(b"hello" * 1000, mtime=0)[:-9]),
+    ],
+)
+def test_an_error_about_what_cannot_be_read_says_how_to_leave_it_out(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=f"{name}.*; or leave out what cannot be read with --skip_bad$"):
+        prepare([str(tmp_path / name), "--out", str(tmp_path / "out"), "--tokenizer", "byte"])
+
+
+def test_skip_bad_leaves_out_and_counts_what_cannot_be_read(tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    (source / "fine.txt").write_text("a fine text")
+    (source / "latin.txt").write_bytes(b"fine\xe4 not")
+    # Damage at the end of a file is found after most of its lines are read.
+    (source / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "of a damaged file"}\n' * 9000, mtime=0)[:-9])
+    (source / "l.jsonl").write_bytes(b'{"text": "one"}\n{"txt": 1}\n[\n{"text": "\xff"}\n7\n\n{"text": "two"}\n')
+    (source / "wide.md").write_bytes("no byte order mark".encode("utf-16-le"))
+    run = [str(source), "--out", str(out), "--tokenizer", "char", "--val_fraction", "0.5"]
+    with pytest.raises(SystemExit, match="--skip_bad"):
+        prepare(run)
+    prepare([*run, "--skip_bad"])
+    assert sorted(texts_of(out, "train") + texts_of(out, "val")) == ["a fine text", "one", "two"]
+    lines = capsys.readouterr().err.splitlines()
+    first = lines.index("left out 7 files, documents or lines that cannot be read:")  # the text is read three times
+    named = (
+        "cut.jsonl.gz: a damaged",
+        "l.jsonl:2: needs",
+        "l.jsonl:3: not a line",
+        "l.jsonl: not UTF-8",
+        "l.jsonl:5: needs",
+    )
+    for line, start in zip(lines[first + 1 :], (*named, "and 2 more"), strict=True):
+        assert line.strip().removeprefix(f"{source}{os.sep}").startswith(start)
+
+
+def test_skip_bad_where_nothing_can_be_read_names_what_was_left_out(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"fine\xe4 not")
+    with pytest.raises(SystemExit, match="found no documents"):
+        prepare([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--skip_bad"])
+    assert "left out 1 files" in capsys.readouterr().err
+
+
+def test_skip_bad_leaves_out_one_of_the_documents_between_separators(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"one<|endoftext|>t\xffo\nlines<|endoftext|>three\nlines<|endoftext|>four")
+    run = ["tinystories", "--input", str(tmp_path / "t.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "byte"]
+    with pytest.raises(SystemExit, match="byte 0xff at offset 17"):
+        prepare(run)
+    prepare([*run, "--skip_bad"])
+    texts = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")
+    assert sorted(texts) == ["four", "one", "three\nlines"]
+
+
+def test_skip_bad_leaves_out_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("closed")
+    source = write_documents(tmp_path / "b.jsonl", 30)
+
+    def open_or_not(path, mode):
+        if Path(path).name == "a.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(path, mode)
+
+    monkeypatch.setattr(sources_module, "open", open_or_not, raising=False)
+    run = [str(tmp_path / "a.txt"), source, "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--workers", "1"]
+    with pytest.raises(SystemExit, match="a.txt: cannot be read: .*Permission denied.*--skip_bad"):
+        prepare(run)
+    prepare([*run, "--skip_bad"])
+    assert len(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == 30
+
+
+@pytest.mark.parametrize("source", ["-", "shakespeare", "fineweb", "mqar"])
+def test_skip_bad_is_refused_where_no_files_are_read(tmp_path, source):
+    with pytest.raises(SystemExit, match="leave it out"):
+        prepare([source, "--out", str(tmp_path / "out"), "--skip_bad"])
+
+
+def test_markdown_is_read_and_what_is_left_out_of_a_folder_is_counted(tmp_path, capsys):
+    source, out = tmp_path / "docs", tmp_path / "out"
+    for folder in (source, source / ".git", source / ".cache", source / "deep"):
+        folder.mkdir()
+    for name in ("a.md", "b.rst", "d.txt"):
+        (source / name).write_text(f"text of {name}")
+    (source / "deep/c.md.gz").write_bytes(gzip.compress(b"text of c.md.gz"))
+    for name in ("1.png", "2.png", "deep/3.png", "Makefile", ".git/in.txt"):
+        (source / name).write_bytes(b"\0")
+    (source / "gone.txt").symlink_to("nowhere")
+    (source / "again").symlink_to(source)
+    prepare([str(source), "--out", str(out), "--tokenizer", "byte", "--val_fraction", "0.5"])
+    texts = texts_of(out, "train") + texts_of(out, "val")
+    assert sorted(texts) == [f"text of {name}" for name in ("a.md", "b.rst", "c.md.gz", "d.txt")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out of")]
+    left_out, readable = line.removesuffix(")").split(" (")
+    assert readable == "read are .txt, .md, .rst, .jsonl, .py and .gz of them"
+    found = left_out.removeprefix(f"left out of {source}: ").split(", ")
+    assert found[:2] == ["3 .png", "2 hidden folders"]
+    assert sorted(found[2:]) == ["1 broken link or pipe", "1 linked folder", "1 without an ending"]
+
+
+def test_many_endings_stay_one_line_and_an_unreadable_folder_is_in_it(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "docs"
+    (source / "closed").mkdir(parents=True)
+    write_documents(source / "a.jsonl", 30)
+    for i in range(11):
+        for j in range(2):
+            (source / f"{j}.kind{i:02d}").touch()
+    scandir = os.scandir
+
+    def refuse_one(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse_one)
+    prepare([str(source), "--out", str(tmp_path / "out"), "--tokenizer", "byte"])
+    counted = ", ".join(f"2 .kind{i:02d}" for i in range(11))
+    assert sources_module.counts(sources_module.walk(source)[1], 99) == f"{counted}, 1 unreadable folder"
+    shown, _, others = capsys.readouterr().err.splitlines()[0].partition(" (read are")[0].rpartition(", ")
+    assert others == "3 others" and shown.count(" .kind") == 10
+
+
+def test_a_folder_that_is_read_whole_is_not_spoken_of(tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    write_documents(tmp_path / "docs" / "a.jsonl", 30)
+    prepare([str(tmp_path / "docs"), "--out", str(tmp_path / "out"), "--tokenizer", "byte"])
+    assert "left out" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "-"])
+def test_a_byte_order_mark_says_how_text_is_read(tmp_path, monkeypatch, name, encoding):
+    documents = [f"größer {i}, 語, \u2028 and 😀" for i in range(20)] if "jsonl" in name else ["größer, 語 and 😀"]
+    text = documents[0]
+    if "jsonl" in name:
+        text = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents)
+    mark = "" if encoding == "utf-8-sig" else "\ufeff"
+    data = (mark + text).encode(encoding)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    source = "-"
+    if name != "-":
+        source = str(tmp_path / name)
+        Path(source).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    prepare([source, "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--val_fraction", "0.5"])
+    texts = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")
+    if "jsonl" in name:
+        assert sorted(texts) == sorted(documents)
+    else:
+        assert "".join(texts) == text
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ("English\n".encode("utf-16-le"), "looks like UTF-16LE without a byte order mark.* iconv -f UTF-16LE"),
+        ("English\n".encode("utf-16-be"), "looks like UTF-16BE without a byte order mark.* iconv -f UTF-16BE"),
+        ("и по-русски тоже\n".encode("utf-16-le"), "looks like UTF-16LE without"),  # it is valid UTF-8, too
+        ("English".encode("utf-16")[:-1], "not whole UTF-16 text: truncated data at offset 14"),
+    ],
+)
+def test_utf16_without_its_mark_or_its_end_is_refused_as_what_it_looks_like(tmp_path, data, message):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(SystemExit, match=f"a.txt: {message}"):
+        prepare([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "byte"])
+
+
+@pytest.mark.parametrize("text", ["\0 one, \0two, and", "one \0 of many" + ", and more" * 40])  # on both sides; few
+def test_zeros_alone_do_not_make_a_text_utf16(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    run = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--val_fraction", "0.5"]
+    prepare(run)
+    assert "".join(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == text
 
 
 def test_half_a_surrogate_pair_in_json_is_replaced(tmp_path):
@@ -572,7 +777,7 @@ def test_a_run_killed_between_its_two_renames_loses_nothing(tmp_path, monkeypatc
     prepare(run)
     os.rename(out, tmp_path / ".out.old")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "write", lambda *_: sys.exit("stop before anything is written"))
+        patch.setattr(prepare_module, "write_text", lambda *_: sys.exit("stop before anything is written"))
         with pytest.raises(SystemExit):
             prepare(run)
     assert len(texts_of(out, "train")) > 20 and sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
@@ -607,6 +812,105 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_is_who
     prepare(run)
     assert len(texts_of(out, "train")) + len(texts_of(out, "val")) == 30
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
+@pytest.fixture
+def like_windows(monkeypatch):
+    """Hides what Windows lacks: fcntl, links without special rights, and folders that can be opened."""
+    really_open = os.open
+
+    def open_no_folder(path, *arguments, **more):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return really_open(path, *arguments, **more)
+
+    def symlink(*_, **more):
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    with monkeypatch.context() as patch:  # which ends before tmp_path is cleaned up
+        patch.setattr(prepare_module, "fcntl", None)
+        patch.setattr(os, "open", open_no_folder)
+        patch.setattr(shutil, "_use_fd_functions", False)  # or rmtree would open folders
+        patch.setattr(os, "symlink", symlink)
+        yield patch
+
+
+def test_without_fcntl_data_is_prepared_and_prepared_again(tmp_path, like_windows):
+    out = tmp_path / "out"
+    for n in (30, 40):
+        source = write_documents(tmp_path / "a.jsonl", n)
+        prepare([source, "--out", str(out), "--tokenizer", "byte", "--workers", "1"])
+        assert len(texts_of(out, "train")) + len(texts_of(out, "val")) == n
+        assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
+def test_without_fcntl_a_second_process_is_refused_and_what_a_killed_one_left_is_named(tmp_path, like_windows):
+    source, out = write_documents(tmp_path / "a.jsonl", 30), tmp_path / "out"
+    run = [source, "--out", str(out), "--tokenizer", "byte", "--workers", "1"]
+    with prepare_module.successor(out) as folder:
+        (folder / "train_000000.bin").write_text("of the first")
+        with pytest.raises(SystemExit, match="another prepare.py is writing .*; if none is running, delete .*out.lock"):
+            prepare(run)
+        assert (folder / "train_000000.bin").read_text() == "of the first"
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+    shutil.rmtree(out)
+    (tmp_path / ".out.lock").touch()
+    with pytest.raises(SystemExit, match="if none is running, delete .*out.lock"):
+        prepare(run)
+    (tmp_path / ".out.lock").unlink()
+    like_windows.setattr(prepare_module, "write_text", lambda *_: sys.exit("an end by an error"))
+    for _ in range(2):  # an error gives the lock back
+        with pytest.raises(SystemExit, match="an end by an error"):
+            prepare(run)
+
+
+def test_prepare_is_imported_where_there_is_no_fcntl():
+    code = "import sys; sys.modules['fcntl'] = None; import data.prepare; print(data.prepare.fcntl)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PREPARE.parents[1])
+    assert result.stdout.strip() == "None", result.stderr
+
+
+def running(pids):
+    """Returns those of the processes that run; one that has ended and was not waited for has no command line."""
+    paths = {pid: Path(f"/proc/{pid}/cmdline") for pid in pids}
+    return [pid for pid, path in paths.items() if path.exists() and path.read_bytes()]
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
+@pytest.mark.parametrize(
+    "number, tokenizer, command",
+    [
+        (signal.SIGTERM, "byte", [str(PREPARE)]),
+        (signal.SIGTERM, "byte", ["-c", "from data.prepare import main; main()"]),
+        (signal.SIGTERM, "bpe:300", [str(PREPARE)]),  # ended while the workers count words
+        (signal.SIGKILL, "bpe:300", [str(PREPARE)]),
+    ],
+)
+def test_no_worker_outlives_a_run_that_is_ended_by_a_signal(tmp_path, number, tokenizer, command):
+    source = tmp_path / "a.jsonl"
+    with open(source, "w") as file:  # 4 MB: a worker gets one of them at a time
+        for i in range(200):
+            file.write(json.dumps({"text": f"document {i} " * 2000}) + "\n")
+    run = [*command, str(source), "--out", str(tmp_path / "out"), "--tokenizer", tokenizer, "--workers", "2"]
+    null = subprocess.DEVNULL
+    process = subprocess.Popen([sys.executable, *run], stdout=null, stderr=null, cwd=PREPARE.parents[1])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = []
+    while len(workers) < 3 and process.poll() is None:  # two, and multiprocessing's own
+        workers = children.read_text().split()
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.wait()
+    assert len(workers) == 3, "the run ended before its workers came"
+    deadline = time.time() + 20
+    try:
+        while running(workers):
+            assert time.time() < deadline, "workers outlive the run"
+            time.sleep(0.05)
+    finally:
+        for pid in running(workers):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def test_prepare_starts_without_torch():
