@@ -36,9 +36,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     dropout: float = 0.0  # on the embeddings and the output of each branch: for many epochs over little data
     init_std: float = 0.02  # std of every weight matrix; wo and w_down use init_std / sqrt(2 n_layer)
-    eot_id: int = (
-        -1
-    )  # the token that begins every document: no token sees an earlier document; -1: one document, faster
+    eot_id: int = -1  # the token that begins a document: no token sees an earlier document; -1: all is one document
 
     def __post_init__(self):
         if self.n_embd % self.n_head:

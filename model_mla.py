@@ -55,9 +55,7 @@ class GPTConfig:
     dropout: float = 0.0  # on the output of each branch: for many epochs over little data
     init_std: float = 0.02  # std of every weight matrix; wo and w_down use init_std / sqrt(2 n_layer)
     zero_init_residual: bool = False  # wo and w_down start at 0, so that every block starts as the identity
-    eot_id: int = (
-        -1
-    )  # the token that begins every document: no token sees an earlier document; -1: one document, faster
+    eot_id: int = -1  # the token that begins a document: no token sees an earlier document; -1: all is one document
 
     def __post_init__(self):
         least = dict(n_head=1, kv_rank=1, q_rank=0, nope_dim=1, rope_dim=2, v_dim=1)

@@ -184,7 +184,8 @@ def main(argv=None):
     try:
         run(args)
     except (OSError, ValueError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print()
 

@@ -7,12 +7,15 @@ import base64
 import gzip
 import heapq
 import json
+import os
+import signal
+import threading
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import regex
@@ -51,6 +54,13 @@ def parse_ranks(text: str, name: str | Path) -> dict[bytes, int]:
     return ranks
 
 
+def end_with_parent() -> None:
+    """Makes this worker end when its parent does, in whatever way: it would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent ends this one
+    parent = parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def count_words(files: list, pattern: str, special_tokens: Iterable[str] = (), workers: int = 1) -> Counter[str]:
     """How often each word occurs in the files. Special tokens (<|endoftext|> always) end words and are not counted."""
     if bad := [token for token in special_tokens if not token or regex.search(r"\s", token)]:
@@ -58,7 +68,7 @@ def count_words(files: list, pattern: str, special_tokens: Iterable[str] = (), w
     shares = [(files, pattern, (EOT, *special_tokens), share, workers) for share in range(workers)]
     if workers == 1:
         return _count_share(*shares[0])
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
         return sum(pool.map(_count_share, *zip(*shares)), Counter())
 
 

@@ -13,15 +13,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -37,6 +34,7 @@ if __name__ == "__main__":  # this folder on the path would shadow the installed
 import numpy as np
 from tqdm import tqdm
 
+from data.bpe import end_with_parent
 from data.shards import Shards, write_shard
 from data.sources import KINDS, NAMED, Named, Skipped, find_text
 from data.synthetic import MQAR
@@ -46,26 +44,6 @@ CHUNK = 1 << 20  # characters that a worker gets at a time
 TEXT_OPTIONS = "tokenizer", "add_tokens", "max_doc_tokens", "max_tokens", "skip_bad", "input", "workers"
 MQAR_OPTIONS = *MQAR._fields, "documents", "seed"
 worker = {}  # a worker process's settings
-
-
-# ---- worker processes -----------------------------------------------------------------------------------------------
-
-
-@cache  # one thread is enough
-def end_with_parent():
-    """Ends this worker process when its parent ends. A worker whose parent was killed would wait for work for ever."""
-
-    def wait():
-        while parent_process() is None:  # multiprocessing imports this file before it says who the parent is
-            time.sleep(0.05)
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-if __name__ == "__mp_main__":  # in a worker of this script, also in those that count words for a tokenizer
-    end_with_parent()
 
 
 # ---- documents to train and validation ------------------------------------------------------------------------------
@@ -145,7 +123,6 @@ def start_worker(tokenizer, max_doc_tokens):
     """Makes this process ready for `encode`; it may be the only one."""
     worker.update(tokenizer=tokenizer_from_dict(tokenizer), max_doc_tokens=max_doc_tokens)
     if parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent ends this one
         end_with_parent()
 
 
