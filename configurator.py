@@ -25,10 +25,15 @@ from pathlib import Path
 from types import ModuleType
 
 SIMPLE = (bool, int, float, str, list, dict, tuple, type(None))
-LEAST = {  # the least number that can be meant, for the knobs that have one
-    1: "block_size n_layer n_head n_kv_head head_dim n_embd n_inner n_expert n_expert_per_token n_expert_inner "
-    "max_steps batch_tokens micro_batch muon_steps max_skipped eval_every save_every log_every timeout",
-    0: "vocab_size seed warmup_steps lr_batch_tokens grad_clip eval_tokens keep_last keep_every minutes dropout",
+RANGES = {  # where the numbers lie that can be meant, by knob; [ and ] belong to it, ( and ) do not
+    "[1, inf)": "block_size n_layer n_head n_kv_head head_dim n_embd n_inner n_expert n_expert_per_token "
+    "n_expert_inner max_steps batch_tokens micro_batch muon_steps max_skipped eval_every save_every log_every timeout",
+    "[0, inf)": "vocab_size seed warmup_steps lr_batch_tokens min_lr weight_decay grad_clip eval_tokens keep_last "
+    "keep_every minutes norm_eps logit_softcap init_std n_shared_expert n_dense_layer q_rank balance_loss z_loss "
+    "bias_rate",
+    "(0, inf)": "learning_rate rope_theta rope_factor",
+    "[0, 1)": "beta1 beta2 muon_momentum dropout router_jitter",
+    "[0, 1]": "decay_fraction document_start_probability",
 }
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 
@@ -276,9 +281,21 @@ def check(key, value, knob, given_as):
         fail(f"{given_as}: try one of {', '.join(choices)}")
     if isinstance(value, float) and not math.isfinite(value):
         fail(f"{given_as}: give a finite number")
-    for least, names in LEAST.items():
-        if key in names.split() and isinstance(value, int | float) and value < least:
-            fail(f"{given_as}: try {least} or more")
+    for interval, names in RANGES.items():
+        if key in names.split() and isinstance(value, int | float) and not lies_in(value, interval):
+            low = interval[1:].split(",")[0]
+            hint = (
+                f"try {low} or more" if interval.endswith("inf)") and interval[0] == "[" else f"it lies in {interval}"
+            )
+            fail(f"{given_as}: {hint}")
+
+
+def lies_in(number, interval):
+    """Returns whether a number lies in an interval such as "[0, 1)"."""
+    low, high = (float(bound) for bound in interval[1:-1].split(", "))
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    return above and below
 
 
 def print_help(script_globals, knobs):

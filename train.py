@@ -297,7 +297,10 @@ def evaluate():
         batches = fsdp.in_step(raw_model, batches, block_size, device)
     sums = loss_sums(raw_model, batches, bytes_of, autocast)
     raw_model.train()
-    return loss_report(processes.all_sum(sums, device))
+    try:
+        return loss_report(processes.all_sum(sums, device))
+    except ValueError as error:
+        processes.fail(error)
 
 
 # ---- loop ------------------------------------------------------------------------------------------------------------
@@ -356,7 +359,7 @@ while True:
             with autocast:
                 loss = net(x, y) * share
             scaler.scale(loss).backward()
-        total_loss += loss.detach()
+        total_loss += torch.where(share > 0, loss.detach(), 0.0)  # a mean over no targets is NaN; its gradient is 0
 
     # 4. update, unless the gradient is not finite: one bad batch must not spoil the weights
     scaler.unscale_(opt)
@@ -386,10 +389,10 @@ while True:
     row = dict(step=step, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds, tokens_per_second=speed, mfu=mfu,
                memory_gb=metrics.peak_gb(device_type), resident_gb=metrics.resident_gb(), tokens=tokens,
                skipped=skipped, spikes=metrics.spikes(loss, recent_losses, norm, recent_norms))  # fmt: skip
-    if is_finite:
+    if is_finite and math.isfinite(loss):
         recent_losses.append(loss)
         recent_norms.append(norm)
-    else:
+    if not is_finite:
         count = f"{skipped_in_a_row} in a row, {skipped} in all"
         say(f"step {step:>6} | gradient norm {norm}, loss {loss:.4f}: skipped, {count}")
     if row["spikes"]:

@@ -402,6 +402,12 @@ def test_elsewhere_and_where_no_model_has_it_an_unknown_knob_is_an_error(text, t
     ("--max_steps=0", "max_steps=0: try 1 or more"),
     ("--n_layer=-1", "n_layer=-1: try 1 or more"),
     ("--grad_clip=-1", "grad_clip=-1: try 0 or more"),
+    ("--learning_rate=0", "learning_rate=0: it lies in (0, inf)"),
+    ("--learning_rate=1e-400", "learning_rate=1e-400: it lies in (0, inf)"),
+    ("--beta2=1", "beta2=1: it lies in [0, 1)"),
+    ("--dropout=1.0", "dropout=1.0: it lies in [0, 1)"),
+    ("--decay_fraction=1.5", "decay_fraction=1.5: it lies in [0, 1]"),
+    ("--rope_theta=0", "rope_theta=0: it lies in (0, inf)"),
 ])  # fmt: skip
 def test_a_value_that_cannot_be_meant_is_refused_with_what_can(capsys, words, message):
     with pytest.raises(SystemExit):

@@ -839,13 +839,13 @@ def test_every_config_trains_at_a_tiny_size(work, name):
 
 # ---- a start from trained weights, and a length from the clock -------------------------------------------------------
 def test_a_run_starts_from_the_weights_of_another_with_its_sizes_and_a_new_optimizer(work, base):
-    run = train(work, "fine", "--init_from=base", max_steps=2, learning_rate=0.0, weight_decay=0.0, save_every=1)
+    run = train(work, "fine", "--init_from=base", max_steps=2, learning_rate=1e-30, weight_decay=0.0, save_every=1)
     assert run.steps[0]["step"] == 1 and run.evaluations[0]["val_loss"] == base.evaluations[-1]["val_loss"]
     start, end = weights(base.folder, 30), weights(run.folder, 2)
     assert all(torch.equal(start[name], end[name]) for name in start)
     saved = json.loads((run.folder / "config.json").read_text())
     assert saved["model_config"]["dropout"] == 0.1  # the base's, not GPTConfig's
-    again = train(work, "fine", "--init_from=base", "--resume", max_steps=3, learning_rate=0.0, weight_decay=0.0)
+    again = train(work, "fine", "--init_from=base", "--resume", max_steps=3, learning_rate=1e-30, weight_decay=0.0)
     assert "resuming from fine/step-00000002" in again.out and "starting with" not in again.out
 
 
@@ -881,3 +881,20 @@ def test_minutes_set_max_steps_once_and_change_nothing_else(work):
     copy_until(run, work / "minutes again", 10)
     again = train(work, "minutes again", "--resume", minutes=0.02, **knobs)
     assert "on this machine" not in again.out and same(again, plain, steps)
+
+
+def test_micro_batches_without_a_target_count_nothing_and_an_evaluation_without_any_is_refused(work):
+    folder = work / "empty documents"
+    write_data(folder, 0)
+    words = Shards(folder, "train").read(0, 2000)
+    ids = np.concatenate([np.full(2000, EOT), words])
+    vocab_size = json.loads((folder / "meta.json").read_text())["vocab_size"]
+    write_shard(folder / "train_000000.bin", ids, vocab_size)
+    knobs = dict(data="empty documents", mask_document_crossing=True, max_steps=12)
+    one, eight = (train(work, f"empty {n}", micro_batch=n, **knobs) for n in (1, 8))
+    assert None not in one.losses and close(one.losses, eight.losses)
+    write_shard(folder / "val_000000.bin", np.full(500, EOT), vocab_size)
+    (folder / "meta.json").write_text(
+        json.dumps(json.loads((folder / "meta.json").read_text()) | {"targets": [0, 256]})
+    )
+    assert "no token of the validation split is a target" in fail(work, "no targets", **knobs)
