@@ -13,6 +13,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -82,6 +83,22 @@ def give_back(mapped, begin, size):
         mapped.madvise(mmap.MADV_DONTNEED, first, min(begin + size + around, len(mapped)) - first)
 
 
+def shards_of_split(folder: Path, split: str) -> list[Path]:
+    """Returns the files of a split, in order: those with its name as a whole word of theirs.
+
+    fineweb_train_000001.bin is train's, and pretrain_val_0.bin is val's. ValueError where a name has both words.
+    """
+    found = []
+    for path in sorted(folder.glob("*.bin")):
+        words = re.split(r"[^a-zA-Z]+", path.stem)
+        splits = [name for name in ("train", "val") if name in words]
+        if len(splits) > 1:
+            raise ValueError(f"{path}: is it of {' or of '.join(splits)}? Its name has both words: rename it")
+        if split in words:
+            found.append(path)
+    return found
+
+
 class Shards:
     """The tokens of one split of a folder, memory-mapped. Files may be replaced (by rename) while they are in use."""
 
@@ -90,9 +107,13 @@ class Shards:
         if not self.folder.is_dir():
             command = f"python data/prepare.py {self.folder.name} --out {self.folder}"
             raise FileNotFoundError(f"{self.folder} not found: make it with  {command}")
-        self.paths = sorted(self.folder.glob(f"*{split}*.bin"))
+        self.paths = shards_of_split(self.folder, split)
         if not self.paths:
-            raise FileNotFoundError(f"{self.folder} holds no *{split}*.bin: make it with  python data/prepare.py")
+            here = ", ".join(path.name for path in sorted(self.folder.glob("*.bin"))[:3]) or "no .bin at all"
+            raise FileNotFoundError(
+                f"{self.folder} holds no .bin with {split} as a word of its name, such as {split}_000000.bin ({here}): "
+                "make it with  python data/prepare.py"
+            )
         self._maps, self._tokens = zip(*map(open_shard, self.paths))
         self._stamps = [stamp(path) for path in self.paths]
         self._ends = np.cumsum([len(tokens) for tokens in self._tokens]).tolist()

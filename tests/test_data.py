@@ -114,7 +114,7 @@ def test_a_damaged_shard_is_refused_by_name_and_number(tmp_path, change, message
 def test_missing_data_says_which_command_makes_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="stdlib not found: make it with  python data/prepare.py stdlib"):
         Shards(tmp_path / "stdlib", "train")
-    with pytest.raises(FileNotFoundError, match="holds no .val..bin"):
+    with pytest.raises(FileNotFoundError, match="holds no .bin with val as a word"):
         make_shards(tmp_path, [1, 2])
         Shards(tmp_path, "val")
 
@@ -911,6 +911,19 @@ def test_no_worker_outlives_a_run_that_is_ended_by_a_signal(tmp_path, number, to
     finally:
         for pid in running(workers):
             os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_file_is_of_the_split_whose_name_is_a_word_of_its_own(tmp_path):
+    """A validation shard of pretraining data is none of train's, whatever letters its name has."""
+    for n, name in enumerate(("pretrain_val_000000", "pretrain_train_000000", "retrieval_train", "fineweb-val-1"), 1):
+        write_shard(tmp_path / f"{name}.bin", np.full(10 * n, 5), 300)
+    assert [len(Shards(tmp_path, split)) for split in ("train", "val")] == [20 + 30, 10 + 40]
+    write_shard(tmp_path / "train_and_val.bin", np.full(10, 5), 300)
+    with pytest.raises(ValueError, match="of train or of val"):
+        Shards(tmp_path, "train")
+    with pytest.raises(FileNotFoundError, match=r"with test as a word .*fineweb-val-1.bin"):
+        (tmp_path / "train_and_val.bin").unlink()
+        Shards(tmp_path, "test")
 
 
 def test_prepare_starts_without_torch():
