@@ -253,6 +253,10 @@ try:
         step = state["step"]
         tokens = state["tokens"]
         skipped = state["skipped"]
+        loader.go_on(step, tokens // block_size)
+        if tokens != step * batch_tokens:
+            say(f"{step} steps had {tokens:,} tokens, and the batch is another now: {max_steps - step} steps are left, "
+                "by which the schedule goes, too")  # fmt: skip
     else:
         if resume and already_there:
             say(f"no checkpoint in {out} yet: beginning again")

@@ -221,6 +221,7 @@ class Loader:
 
     An epoch is every window of a grid once, in an order drawn from (seed, epoch); each epoch shifts the grid by a
     random phase. Step s has the windows s * batch_windows and following, of which a rank takes a contiguous slice.
+    After `go_on` they are those that follow what came before.
 
     document_start_probability: this share of the windows begins where a document begins (every document once before any
     comes again) and runs on into the next document where the document is shorter.
@@ -269,6 +270,12 @@ class Loader:
         self._thread = ThreadPoolExecutor(1) if device != "cpu" else None
         self._drawn = None, None  # (64 steps, where their windows start)
         self._ahead = None, None  # (step, its future batches)
+        self._offset = 0  # how many windows more than step * batch_windows came before a step
+
+    def go_on(self, step: int, windows: int) -> None:
+        """Says that so many windows came before a step: a run may have had another batch in its earlier steps."""
+        self._offset = windows - step * self.batch_windows
+        self._drawn = None, None
 
     def _draw(self, k, n, kind):
         """The k-th draws from range(n), all of it once before any comes again: (draws, a number for each epoch)."""
@@ -291,7 +298,8 @@ class Loader:
         return starts[place]
 
     def _draw_starts(self, steps):
-        g = steps[:, None] * self.batch_windows + np.arange(self.first, self.last)  # (steps, windows)
+        g = self._offset + steps[:, None] * self.batch_windows + np.arange(self.first, self.last)  # (steps, windows)
+        g = np.maximum(g, 0)  # of steps before the one at which this loader goes on
         documents = g * self.share >> 20  # windows before this one that began with a document
         window, noise = self._draw(g - documents, self.windows_per_epoch, 0)
         starts = window * self.block_size + noise % self.phases

@@ -913,6 +913,21 @@ def test_no_worker_outlives_a_run_that_is_ended_by_a_signal(tmp_path, number, to
             os.kill(int(pid), signal.SIGKILL)
 
 
+def test_after_a_change_of_batch_every_window_comes_once_an_epoch(tmp_path):
+    write_shard(tmp_path / "train_0.bin", np.arange(20 * 101) % 300, 300)
+    shards = Shards(tmp_path, "train")
+    before, after, back = (Loader(shards, 20, windows, seed=3) for windows in (8, 5, 8))
+    seen = [start for step in range(4) for start in before.starts(step)]  # 32 windows
+    after.go_on(4, 32)
+    seen += [start for step in range(4, 12) for start in after.starts(step)]  # and 40
+    back.go_on(12, 72)
+    seen += [start for step in range(12, 16) for start in back.starts(step)]  # and 32
+    epoch = before.windows_per_epoch
+    assert len(set(seen[:epoch])) == epoch == 100
+    whole = [start for step in range(13) for start in Loader(shards, 20, 8, seed=3).starts(step)]
+    assert seen == whole
+
+
 def test_a_file_is_of_the_split_whose_name_is_a_word_of_its_own(tmp_path):
     """A validation shard of pretraining data is none of train's, whatever letters its name has."""
     for n, name in enumerate(("pretrain_val_000000", "pretrain_train_000000", "retrieval_train", "fineweb-val-1"), 1):

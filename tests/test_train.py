@@ -898,3 +898,13 @@ def test_micro_batches_without_a_target_count_nothing_and_an_evaluation_without_
         json.dumps(json.loads((folder / "meta.json").read_text()) | {"targets": [0, 256]})
     )
     assert "no token of the validation split is a target" in fail(work, "no targets", **knobs)
+
+
+def test_a_run_that_goes_on_with_another_batch_says_so_and_sees_the_windows_that_follow(work, base):
+    copy_until(base, work / "rebatched", 10)
+    run = train(work, "rebatched", "--resume", **LONG | dict(batch_tokens=512, max_steps=12))
+    assert "10 steps had 2,560 tokens, and the batch is another now: 2 steps are left" in run.out
+    loader = Loader(Shards(work / "data", "train"), 32, 8, seed=1)
+    resumed = Loader(Shards(work / "data", "train"), 32, 16, seed=1)
+    resumed.go_on(10, 80)
+    assert resumed.starts(10).tolist() == [*loader.starts(10), *loader.starts(11)]
