@@ -33,7 +33,7 @@ from data.tokenizers import tokenizer_from_dict
 from distributed import processes
 from training import checkpoint, load, metrics, run_folder, saving
 from training.calibration import count_steps
-from training.knobs import check, find_device, find_dtype, round_batch, why_not_compiled
+from training.knobs import check, find_device, find_dtype, minutes_or_steps, round_batch, why_not_compiled
 from training.loss import bytes_of_tokens, loss_report, loss_sums
 from training.schedule import learning_rate as learning_rate_at
 from training.signals import DIVERGED, StopSignals
@@ -111,6 +111,7 @@ main = rank == 0
 say = tqdm.write if main else lambda *_: None
 try:
     check(config, world_size)
+    config["minutes"] = minutes = minutes_or_steps(minutes, sys.argv)
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)

@@ -49,7 +49,7 @@ def all_commands():
 
 COMMANDS = all_commands()
 ANY = "--n_layer=1 --n_embd=32 --block_size=32 --batch_tokens=128 --micro_batch=2 --max_steps=2 --eval_tokens=256"
-ANY += " --minutes=0 --device=cpu --dtype=float32"
+ANY += " --device=cpu --dtype=float32"
 TINY = ANY + " --n_inner=32 --head_dim=8"
 STDLIB = "python data/prepare.py stdlib --tokenizer bpe:300 --max_tokens 200000"
 COPIED = "cd ../my_project && python model_moe.py"

@@ -26,6 +26,16 @@ def check(config: dict, world_size: int) -> None:
         raise ValueError("--overwrite would delete the run at each restart of --max-restarts: try --resume=auto")
 
 
+def minutes_or_steps(minutes: float, argv: list[str]) -> float:
+    """Returns minutes, or 0 where the command line gives max_steps: that beats the minutes of a config file."""
+    given = {word.partition("=")[0] for word in argv}
+    if "--max_steps" not in given:
+        return minutes
+    if "--minutes" in given and minutes:
+        raise ValueError("--minutes measures max_steps: give one of them")
+    return 0.0
+
+
 def find_device(name: str) -> str:
     """Returns the device of this name; auto is the first of cuda, mps and cpu that is there. ValueError without it."""
     if name == "auto":
