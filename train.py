@@ -31,7 +31,7 @@ from configurator import configure
 from data.shards import Loader, Shards, eval_batches
 from data.tokenizers import tokenizer_from_dict
 from distributed import processes
-from training import checkpoint, load, metrics, run_folder, saving
+from training import checkpoint, load, metrics, pictures, run_folder, saving
 from training.calibration import count_steps
 from training.knobs import check, find_device, find_dtype, minutes_or_steps, round_batch, why_not_compiled
 from training.loss import bytes_of_tokens, loss_report, loss_sums
@@ -50,7 +50,7 @@ document_mask = False  # nothing crosses from one document to the next (sets the
 document_start_probability = 0.0  # this share of the windows begins where a document does
 mask_document_crossing = False  # no loss where the target is the next document's first token
 # size
-max_steps = 1000
+max_steps = 1000  # of the optimizer
 minutes = 0.0  # above 0: measure this machine when a new run begins, and set max_steps so that it takes about so long
 batch_tokens = 32768  # 32 * 1024 tokens a step, over all devices
 block_size = 1024  # tokens in a window
@@ -59,7 +59,7 @@ micro_batch = 8  # windows at once on a device: lower it if memory runs out
 optimizer: Literal["muon", "adamw"] = "muon"  # muon is for matrices, with AdamW for the rest
 learning_rate = 2e-3  # the same for both: try 5e-4 to 5e-3
 min_lr = 0.0  # where the schedule ends
-warmup_steps = 50
+warmup_steps = 50  # in which the learning rate rises to its value
 schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: constant, then down over the last decay_fraction
 decay_fraction = 0.2  # of max_steps, for wsd
 decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"  # of wsd; sqrt is 1 - sqrt of the time
@@ -69,7 +69,7 @@ decay_with_lr = True  # weight decay follows the schedule, as in torch's AdamW; 
 cautious_decay = False  # only where update and weight agree in sign
 beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW: 0.99 for small batches
-muon_momentum = 0.95
+muon_momentum = 0.95  # of Muon
 muon_steps = 5  # of orthogonalisation
 muon_polynomial: Literal["polar_express", "quintic"] = "polar_express"  # quintic is the classic
 muon_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the orthogonalisation; auto: bfloat16 on CUDA
@@ -276,8 +276,7 @@ try:
         log = metrics.Log(out, step, config, wandb, tensorboard)
 except (OSError, ValueError, checkpoint.CheckpointError) as error:
     processes.fail(error)
-title = f"{out}: {model}, {parameters / 1e6:.1f}M parameters"
-saver = saving.Saver(out, raw_model, opt, saved_config, keep_last, keep_every, title, say)
+saver = saving.Saver(out, raw_model, opt, saved_config, keep_last, keep_every, say)
 accumulation = len(range(loader.first, loader.last, micro_batch))
 say(f"a step is {windows} windows of {block_size} = {accumulation} x {min(micro_batch, loader.last - loader.first)} on "
     f"each process; {max_steps} steps are {max_steps * windows / loader.windows_per_epoch:.2f} epochs")  # fmt: skip
@@ -292,6 +291,12 @@ def save():
                "machine": machine}  # fmt: skip
     is_last = step >= max_steps or stop > 0
     saver.save(step, trainer, wait=is_last or not async_save, must=is_last)
+
+
+def draw():
+    """Draws the run's pictures, from metrics.jsonl."""
+    if main and step > 0:
+        pictures.plot(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters")
 
 
 def evaluate():
@@ -339,6 +344,8 @@ while True:
         if step > 0:
             saver.note_evaluation(step, report["loss"], tokens)
         evaluated_at = step
+    if step in (saved_at, evaluated_at):
+        draw()
     if step >= max_steps:
         break
 
@@ -350,6 +357,7 @@ while True:
     if stop:
         if step != saved_at:
             save()
+        draw()
         break
 
     # 3. gradient: the mean over all targets of the step, whatever micro-batch or process they are in. So each

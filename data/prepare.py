@@ -364,7 +364,7 @@ def write_meta(args, folder, writers, vocab, fingerprint, more):
         if not writer.tokens:
             raise ValueError(f"no document is in {split}: change --val_fraction={args.val_fraction} or give more")
     digests = [fingerprint, *(writer.digest.hexdigest() for writer in writers.values())]
-    meta = {"source": args.source, "vocab_size": vocab.vocab_size, "eot_id": vocab.eot_id}
+    meta = {"source": args.source, "origin": args.origin, "vocab_size": vocab.vocab_size, "eot_id": vocab.eot_id}
     for what in ("documents", "bytes", "tokens"):
         meta[what] = {split: getattr(writer, what) for split, writer in writers.items()}
     meta["fingerprint"] = hashlib.sha256(" ".join(digests).encode()).hexdigest()
@@ -406,6 +406,14 @@ def mqar_task(args):
     return task
 
 
+def folder_name(source: str) -> str:
+    """Returns what the folder of a source is called: notes of notes.txt.gz, wiki.de of wiki.de.txt."""
+    name = Path(source).resolve().name.removesuffix(".gz")
+    for ending in KINDS:
+        name = name.removesuffix(ending)
+    return name
+
+
 def prepare(args) -> None:
     """Makes the folder that the arguments ask for, unless it is there, and prints what is in it."""
     # 1. Check what was asked for, and fill in what a named set decides.
@@ -419,9 +427,10 @@ def prepare(args) -> None:
         raise ValueError(f"--val_fraction={args.val_fraction} is not between 0 and 1")
     if args.out is None and source not in NAMED and (len(args.source) > 1 or source == "-"):
         raise ValueError("say where to write it: --out data/mytext")
-    if not args.out:
-        name = Path(source).resolve().name.split(".")[0]
-        args.out = Path(__file__).with_name(name)
+    args.origin = [os.path.abspath(name) if os.path.exists(name) else name for name in args.source]
+    chosen = bool(args.out)
+    if not chosen:
+        args.out = Path(__file__).with_name(folder_name(source))
     out = Path(args.out).resolve()
 
     # 2. Find the documents.
@@ -438,6 +447,9 @@ def prepare(args) -> None:
     args.request = request_hash(args, identity)
     start = time.time()
     meta = read_meta(out)
+    if meta and not chosen and meta.get("origin", args.origin) != args.origin:
+        made_of = " ".join(meta["origin"])
+        raise ValueError(f"{out} was made of {made_of}: choose another folder with --out, or this one to replace it")
     if meta and meta["request"] == args.request and is_whole(out, meta):
         print("nothing has changed, so the data is reused")
     else:
@@ -461,6 +473,13 @@ def prepare(args) -> None:
         print(f"every document has {meta['document_tokens']} tokens: train with that block_size")
 
 
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
 def main(argv: list[str] | None = None) -> None:
     names = "\n".join(f"  {name:12} {named.about} [{named.tokenizer}]" for name, named in NAMED.items())
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
@@ -472,15 +491,15 @@ def main(argv: list[str] | None = None) -> None:
     add("source", nargs="+", metavar="NAME|FILES", help=f"a name below; {kinds}, also .gz; folders; - is stdin")
     add("--out", help="folder to write (default: data/NAME)")
     add("--val_fraction", type=float, help="share of the documents that validates")
-    add("--shard_tokens", type=int, default=100_000_000, help="tokens in a file")
+    add("--shard_tokens", type=positive, default=100_000_000, help="tokens in a file")
     add = text.add_argument
     add("--tokenizer", help="byte, char, gpt2, cl100k_base, o200k_base, a file, bpe:FILE, or bpe:8192 to train one")
     add("--add_tokens", type=lambda s: CHAT_TOKENS if s == "chat" else s.split(","), default=[], help="A,B,... or chat")
-    add("--max_doc_tokens", type=int, help="cut documents to this many tokens, eot included")
-    add("--max_tokens", type=int, help="stop when train has this many, for sets without end")
+    add("--max_doc_tokens", type=positive, help="cut documents to this many tokens, eot included")
+    add("--max_tokens", type=positive, help="stop when train has this many, for sets without end")
     add("--skip_bad", action="store_true", help="leave out files and lines that cannot be read, and count them")
     add("--input", help="a local copy (file or folder) of a named set")
-    add("--workers", type=int, help="processes (default: by the size of the text and the cores)")
+    add("--workers", type=positive, help="processes (default: by the size of the text and the cores)")
     add = mqar.add_argument
     add("--pairs", type=int, default=8, help="keys with a value in a document (default: 8)")
     add("--queries", type=int, help="of these keys that are asked for (default: all but one: 4 * pairs - 1 tokens)")

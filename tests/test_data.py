@@ -928,6 +928,24 @@ def test_after_a_change_of_batch_every_window_comes_once_an_epoch(tmp_path):
     assert seen == whole
 
 
+def test_data_that_other_text_made_is_never_replaced_without_being_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_module, "__file__", str(tmp_path / "data" / "prepare.py"))
+    for folder, name in (("a", "wiki.en.txt"), ("a", "wiki.de.txt"), ("b", "wiki.en.txt")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_text(f"{folder} {name} " * 99)
+    prepare_module.main([str(tmp_path / "a" / "wiki.en.txt"), "--tokenizer", "byte"])
+    prepare_module.main([str(tmp_path / "a" / "wiki.de.txt"), "--tokenizer", "byte"])
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"wiki.en", "wiki.de"}
+    other = [str(tmp_path / "b" / "wiki.en.txt"), "--tokenizer", "byte"]
+    with pytest.raises(SystemExit, match="wiki.en was made of .*/a/wiki.en.txt: choose another folder with --out"):
+        prepare_module.main(other)
+    prepare_module.main([*other, "--out", str(tmp_path / "data" / "wiki.en")])  # which names it
+    for number in ("--max_doc_tokens=-1", "--max_tokens=0", "--shard_tokens=0", "--workers=0"):
+        with pytest.raises(SystemExit):
+            prepare_module.main([*other, number])
+        assert "is not 1 or more" in capsys.readouterr().err
+
+
 def test_a_file_is_of_the_split_whose_name_is_a_word_of_its_own(tmp_path):
     """A validation shard of pretraining data is none of train's, whatever letters its name has."""
     for n, name in enumerate(("pretrain_val_000000", "pretrain_train_000000", "retrieval_train", "fineweb-val-1"), 1):

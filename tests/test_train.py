@@ -642,6 +642,8 @@ def test_metrics_of_the_model_are_logged_with_each_step(work):
 
 def test_loss_png_is_a_picture_and_source_is_the_code(base):
     assert (base.folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    drawn, noted = ((base.folder / name).stat().st_mtime_ns for name in ("loss.png", "metrics.jsonl"))
+    assert drawn > noted  # the last evaluation is in it
     for name in ("train.py", "model_baseline.py", "muon.py", "data/shards.py"):
         assert (base.folder / "source" / name).read_bytes() == (ROOT / name).read_bytes()
     assert not (base.folder / "source" / "model_gpt2.py").exists()

@@ -53,7 +53,7 @@ def plot_loss(rows, title, path):
         high = sorted(losses)[-1 - len(losses) // 50]  # 2 % are higher: the first steps, which would flatten the rest
         axis.set_ylim(top=high * 1.03)
     if val_losses:
-        title = f"{title}: {val_losses[-1]:.3f}"
+        title = f"{title}, validation loss {val_losses[-1]:.3f}"
     axis.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axis.grid(alpha=0.3)
     axis.legend()

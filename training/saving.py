@@ -5,21 +5,20 @@ import sys
 from pathlib import Path
 
 from distributed.processes import fail, on_first, rank
-from training import atomic, checkpoint, pictures
+from training import atomic, checkpoint
 from training.checkpoint import CheckpointError
 
 
 class Saver:
     """Saves steps of a run. On a full disk a run that has steps left goes on: what was saved before stays."""
 
-    def __init__(self, out: Path, model, optimizer, config: dict, keep_last: int, keep_every: int, title: str, say):
+    def __init__(self, out: Path, model, optimizer, config: dict, keep_last: int, keep_every: int, say):
         self.out = out
         self.model = model
         self.optimizer = optimizer
         self.config = config  # as checkpoint.save takes it
         self.keep_last = keep_last
         self.keep_every = keep_every
-        self.title = title  # of the pictures
         self.say = say
         self.in_place = None  # the folder of the newest step that is on the disk
 
@@ -47,8 +46,6 @@ class Saver:
         if folder:
             self.in_place = folder
             self.say(f"step {int(folder.name.removeprefix('step-')):>6} | saved {folder}")
-            if rank() == 0:
-                pictures.plot(self.out, self.title)
         return True
 
     def note_evaluation(self, step: int, loss: float, tokens: int) -> None:
