@@ -166,6 +166,7 @@ identity = {
     "tokenizer": tokenizer and tokenizer.fingerprint,
     "shards": [train_data.contents, val_data.contents],
 }
+some_are_ignored = mask_document_crossing or train_data.targets is not None  # targets of -1
 say(f"{data}: {len(train_data):,} tokens to train on, {len(val_data):,} to validate")
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -360,19 +361,23 @@ while True:
         draw()
         break
 
-    # 3. gradient: the mean over all targets of the step, whatever micro-batch or process they are in. So each
-    # micro-batch weighs as much as it has targets: a mean of means would favour windows with few of them.
+    # 3. gradient: the mean over all targets of the step, whatever micro-batch or process they are in. A mean of the
+    # micro-batches' means would favour windows with few targets. Auxiliary losses are means over all positions instead.
     torch.manual_seed((((seed << 24) + step) * 4096 + rank) % 2**64)  # of dropout: nothing to store for a resume
     total_loss = torch.zeros((), device=device)
     for i, (x, y) in enumerate(batches):
         is_last = i == len(batches) - 1
-        share = (y >= 0).sum() * world_size / max(targets, 1)  # processes are averaged: world_size makes it a sum
+        share = len(x) * world_size / windows  # processes are averaged: world_size makes it a sum
         # Gradients go between processes in the last backward alone: before it they only add up.
         with processes.backward_of(net, is_last, reshard):
             with autocast:
-                loss = net(x, y) * share
+                if some_are_ignored:
+                    losses, auxiliary = net(x, y, per_token=True)
+                    loss = losses.sum() * world_size / max(targets, 1) + auxiliary * share
+                else:
+                    loss = net(x, y) * share  # the same, and keeps the logits instead of computing them twice
             scaler.scale(loss).backward()
-        total_loss += torch.where(share > 0, loss.detach(), 0.0)  # a mean over no targets is NaN; its gradient is 0
+        total_loss += loss.detach()
 
     # 4. update, unless the gradient is not finite: one bad batch must not spoil the weights
     scaler.unscale_(opt)

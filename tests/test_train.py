@@ -912,3 +912,12 @@ def test_a_run_that_goes_on_with_another_batch_says_so_and_sees_the_windows_that
     resumed = Loader(Shards(work / "data", "train"), 32, 16, seed=1)
     resumed.go_on(10, 80)
     assert resumed.starts(10).tolist() == [*loader.starts(10), *loader.starts(11)]
+
+
+def test_auxiliary_losses_do_not_depend_on_micro_batch_where_targets_are_ignored(work):
+    """Windows have unequal numbers of targets; balance and z-loss are means over all positions all the same."""
+    sizes = dict.fromkeys(SIZES) | TINY["moe"] | dict(block_size=32, vocab_size=0, balance_loss=0.5, z_loss=0.1)
+    knobs = sizes | dict(model="moe", mask_document_crossing=True, max_steps=4)
+    whole, parts = (train(work, f"masked {n}", micro_batch=n, **knobs) for n in (8, 1))
+    for key in ("loss", "grad_norm"):
+        assert close([row[key] for row in whole.steps], [row[key] for row in parts.steps]), key
