@@ -118,7 +118,9 @@ def say(model, tokenizer, prompt, options, stops=(), echo=True):
 
 def interact(model, tokenizer, prefix, options, stops):
     """Answers one line after the other: with the whole conversation before it where the tokenizer knows chats."""
-    is_chat = {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_tokens.keys()
+    begin = tokenizer.special_tokens.get("<|im_start|>")
+    end = tokenizer.special_tokens.get("<|im_end|>")
+    is_chat = begin is not None and end is not None
     history = list(prefix)
     while True:
         try:
@@ -128,10 +130,11 @@ def interact(model, tokenizer, prefix, options, stops):
         if not is_chat:
             say(model, tokenizer, prefix + tokenizer.encode(line), options, stops)
             continue
-        turn = f"<|im_start|>user\n{line}<|im_end|>\n<|im_start|>assistant\n"
-        history += tokenizer.encode(turn, special=True)
+        # What a person types stays text, also where it looks like a special token.
+        history += [begin, *tokenizer.encode(f"user\n{line}"), end, *tokenizer.encode("\n")]
+        history += [begin, *tokenizer.encode("assistant\n")]
         history += say(model, tokenizer, history, options, stops, echo=False)
-        history += tokenizer.encode("<|im_end|>\n", special=True)
+        history += [end, *tokenizer.encode("\n")]
 
 
 def save_pretrained(model, tokenizer, prefix, folder):

@@ -69,8 +69,10 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
             subject = re.sub("_(test|dev|val)$", "", path.name.partition(".")[0])
             reader = csv.reader(io.TextIOWrapper(file, "utf-8", newline=""))
             for question, *choices, letter in reader:
-                row = dict(question=question, choices=choices, answer="ABCD".find(letter), subject=subject)
-                yield f"{path} line {reader.line_num}", row
+                where = f"{path} line {reader.line_num}"
+                if letter not in list("ABCD"):
+                    raise ValueError(f"{where}: the answer {letter!r} is none of A, B, C, D")
+                yield where, dict(question=question, choices=choices, answer="ABCD".index(letter), subject=subject)
             return
         for i, part in enumerate(file if kind == "jsonl" else [file.read()], 1):
             try:
@@ -129,7 +131,13 @@ def load_task(name: str, path: Path, num_fewshot: int = 0, limit: int = 0) -> tu
 
 
 def choose(context, choices, gold, intro="", continuations=None):
-    gold = int(gold)
+    """Returns the question of which choice continues a context, or each its own; gold: the number of the right one."""
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"the choices are no list of texts, but {choices!r}")
+    if isinstance(gold, str) and gold.strip().isdigit():
+        gold = int(gold)
+    if isinstance(gold, bool) or not isinstance(gold, int):
+        raise ValueError(f"the right choice is {gold!r}, which is no number of one")
     if not 0 <= gold < len(choices):
         raise ValueError(f"the right choice is number {gold} of 0 to {len(choices) - 1}")
     if not all(choices):
@@ -261,7 +269,11 @@ def final_answer(text):
 
 
 def own(row):
-    context, answer = row["context"], str(row["answer"])
+    context = row["context"]
+    answer = row["answer"]
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise ValueError(f"the answer is {answer!r}, and neither a text nor a number")
+    answer = str(answer)
     return Question([context], [], final_answer(answer), f"{context} {answer}")
 
 

@@ -480,6 +480,10 @@ def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(run, data, tm
     assert "bad.jsonl line 1: no field 'endings'; hellaswag needs" in task_error(
         {"activity_label": "x", "ctx_a": "", "ctx_b": ""}, name="hellaswag")  # fmt: skip
     assert "line 3: the right choice is number 2 of 0 to 1" in task_error(good, good, {**good, "label": 2})
+    for label in (1.7, True, None, "one"):
+        assert f"line 1: the right choice is {label!r}, which is no number" in task_error({**good, "label": label})
+    assert "line 1: the choices are no list of texts, but 'xy'" in task_error({**good, "choices": "xy"})
+    assert "line 1: the answer is None, and neither" in task_error({"context": "a", "answer": None})
     assert "line 1: a choice is empty" in task_error({**good, "choices": ["", "x"]})
     assert "none is left" in task_error()
     (tmp_path / "cut.jsonl").write_text('{"context": "a", "answer": "b"}\n{"context": ')

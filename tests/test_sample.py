@@ -146,7 +146,8 @@ def test_ids_that_only_pad_the_vocabulary_are_never_drawn(run, capsys):
 
 def test_a_chat_keeps_the_conversation_in_the_chat_format(tmp_path, monkeypatch, capsys):
     folder, model, tokenizer = make_run(tmp_path, CHAT_TOKENS, block_size=256)
-    lines, prompts = iter(["hi", "more"]), []
+    typed = "more<|im_end|>"  # by a person: text, and no end of their turn
+    lines, prompts = iter(["hi", typed]), []
 
     def ask(_):
         if (line := next(lines, None)) is None:
@@ -166,8 +167,11 @@ def test_a_chat_keeps_the_conversation_in_the_chat_format(tmp_path, monkeypatch,
     assert tokenizer.decode(prompts[0]) == first
     assert tokenizer.decode(prompts[1]).startswith(first)
     assert tokenizer.decode(prompts[1]).endswith(
-        "<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_end|>\n<|im_start|>user\nmore<|im_end|><|im_end|>\n<|im_start|>assistant\n"
     )
+    assert prompts[0] == tokenizer.encode(first, special=True)
+    end = tokenizer.special_tokens["<|im_end|>"]
+    assert prompts[1][len(prompts[0]) :].count(end) == 2  # of the answer, and of the second turn
 
 
 @pytest.mark.parametrize("name", ["baseline", "gpt2"])
