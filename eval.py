@@ -37,7 +37,7 @@ def parse_arguments(argv):
     add("--block_size", type=int, default=0, help="tokens in a window of data; 0: the model's")
     add("--tasks", type=lambda s: s.split(","), default=[], metavar="NAME[=PATH],...", help="see evals/tasks.py")
     add("--task_dir", help="where the files NAME.jsonl of tasks without a path lie (--harness: its .yaml files)")
-    add("--num_fewshot", type=int, default=0, help="solved questions before each: the first of the file, not scored")
+    add("--num_fewshot", type=int, help="solved questions before each: the first of the file, not scored")
     add("--limit", type=int, default=0, help="questions of each task; 0: all")
     add("--allow_code_execution", action="store_true", help="run what the model writes (humaneval), within limits")
     add("--harness", type=lambda s: s.split(","), default=[], metavar="NAME,...", help="tasks of the package lm_eval")
@@ -50,7 +50,7 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     for name, least in (("eval_tokens", 0), ("block_size", 0), ("num_fewshot", 0), ("limit", 0), ("batch_size", 1)):
         value = getattr(args, name)
-        if value < least:
+        if value is not None and value < least:
             parser.error(f"--{name} {value}: give a number from {least}")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
@@ -102,7 +102,7 @@ def load_tasks(args) -> dict:
     tasks = {}
     for spec in args.tasks:
         name, path = find(spec, args.task_dir)
-        task, questions = load_task(name, path, args.num_fewshot, args.limit)
+        task, questions = load_task(name, path, args.num_fewshot or 0, args.limit)
         if task.runs_code and not args.allow_code_execution:
             raise ValueError(f"{name} runs the programs that the model writes: allow it with --allow_code_execution")
         if task.runs_code and not sandbox.passes("pass"):
@@ -135,7 +135,7 @@ def evaluate(args) -> dict:
         print_scores(name, results)
         report.setdefault("tasks", {})[name] = results
     if args.harness:
-        options = dict(num_fewshot=args.num_fewshot or None, limit=args.limit or None)
+        options = dict(num_fewshot=args.num_fewshot, limit=args.limit or None)
         report["harness"] = evaluate_harness(scorer, args.harness, args.task_dir, options)
         for name, results in report["harness"].items():
             print_scores(name, results)
