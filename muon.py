@@ -211,7 +211,14 @@ class MuonAdamW(torch.optim.Optimizer):
         else:
             directions = orthogonal_updates(group, updates)
 
-        # 5. decay, update
+        # 5. leave alone the matrices of a stack that have no gradient: experts which no token of this step has chosen
+        # would go on at full size for hundreds of steps, since what is left of their momentum is scaled up
+        for grad, direction in zip(grads, directions):
+            if grad.ndim == 3:
+                idle = grad.abs().amax(dim=(1, 2), keepdim=True) == 0  # (E, 1, 1)
+                direction.masked_fill_(idle, 0.0)
+
+        # 6. decay, update
         decay(group, weights, directions)
         torch._foreach_add_(weights, directions, alpha=-group["lr"] * group["lr_scale"])
 

@@ -218,6 +218,20 @@ def test_a_parameter_without_a_gradient_is_left_alone(method):
     assert not torch.equal(busy, before)
 
 
+def test_a_matrix_of_a_stack_without_a_gradient_does_not_move():
+    """Orthogonalization forgets size: an expert that nobody chooses would go on at full size."""
+    stack = torch.nn.Parameter(torch.randn(3, 6, 4))
+    opt = MuonAdamW([dict(params=[stack], method="muon", weight_decay=0.0)], lr=0.1)
+    for step in range(4):
+        before = stack.detach().clone()
+        stack.grad = torch.randn(3, 6, 4)
+        if step > 0:
+            stack.grad[1] = 0.0
+        opt.step()
+        moved = (stack.detach() - before).abs().amax(dim=(1, 2)) > 1e-3
+        assert moved.tolist() == [True, step == 0, True]
+
+
 def test_cautious_decay_shrinks_exactly_the_coordinates_that_the_update_does_not_push_outwards():
     for method in ("muon", "adamw"):
         cautious, plain = parameters([(16, 24), (24, 16)]), parameters([(16, 24), (24, 16)])
