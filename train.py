@@ -230,7 +230,7 @@ try:
     if resume is True and not already_there:
         raise ValueError(f"--resume given but no checkpoint in {out}")
     lock = run_folder.lock(out)  # held while this process lives
-    if already_there and not (resume or overwrite):
+    if already_there and not (resume or overwrite) and run_folder.has_begun(out):
         choices = "go on with --resume, delete it with --overwrite, or choose another --out_dir"
         raise ValueError(f"{out} already holds a run: {choices}")
     if minutes and resume and already_there:

@@ -902,6 +902,9 @@ def test_micro_batches_without_a_target_count_nothing_and_an_evaluation_without_
         json.dumps(json.loads((folder / "meta.json").read_text()) | {"targets": [0, 256]})
     )
     assert "no token of the validation split is a target" in fail(work, "no targets", **knobs)
+    assert (work / "no targets" / "manifest.json").exists()
+    train(work, "no targets", max_steps=1)  # a run that died before its first step blocks nothing
+    assert "already holds a run" in fail(work, "no targets", max_steps=1)
 
 
 def test_a_run_that_goes_on_with_another_batch_says_so_and_sees_the_windows_that_follow(work, base):

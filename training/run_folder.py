@@ -24,7 +24,7 @@ import torch
 
 from configurator import config_source
 from distributed import processes
-from training.atomic import STEP, write_text
+from training.atomic import STEP, folders, write_text
 
 try:
     import fcntl
@@ -71,6 +71,11 @@ def exists(out: Path) -> bool:
     if taken:
         raise ValueError(f"{out} is no run, and holds {', '.join(taken[:3])}, which a run writes: try another out_dir")
     return False
+
+
+def has_begun(out: Path) -> bool:
+    """Returns whether a run has done a step: one that died before has nothing that could be lost."""
+    return bool(folders(out)) or any(row["step"] > 0 for row in read_metrics(out))
 
 
 def delete(out: Path) -> None:
