@@ -48,9 +48,9 @@ def config_of(folder: str | Path) -> tuple[str, dict]:
 
 
 def copy_weights(folder, model, architecture):
-    """Copies the weights of all *.safetensors into the model; raises unless each of them has exactly one place."""
+    """Copies a folder's weights into the model; raises unless each of them has exactly one place."""
     missing = stored_weights(model, architecture)
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         for name, tensor in read_safetensors(file):
             key = name
             if key not in missing:
@@ -64,7 +64,34 @@ def copy_weights(folder, model, architecture):
                 raise ValueError(f"{file}: {name} is {list(tensor.shape)}, and not in this model")
     if missing:
         names = ", ".join(list(missing)[:5])
-        raise ValueError(f"{folder}/*.safetensors lack {len(missing)} weights: {names}")
+        raise ValueError(f"{folder}: its safetensors lack {len(missing)} weights: {names}")
+
+
+def weight_files(folder):
+    """Returns the files with a folder's weights, as transformers chooses: model.safetensors, or what its index lists.
+
+    Adapters, consolidated copies and shards of an older save may lie beside them.
+    """
+    whole = folder / "model.safetensors"
+    if whole.exists():
+        return [whole]
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ValueError(f"{index} lists {outside[0]!r}, which leads out of its folder: refused")
+        absent = [name for name in names if not (folder / name).exists()]
+        if absent:
+            raise ValueError(f"{folder} lacks {', '.join(absent[:3])}, which its index lists: fetch it again")
+        return [folder / name for name in names]
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if pickled:
+        raise ValueError(
+            f"{folder} has its weights in {pickled[0].name} alone, which is a pickle and never read here: save it as "
+            "safetensors, for example with transformers' save_pretrained"
+        )
+    raise ValueError(f"{folder} has neither model.safetensors nor an index of its parts: fetch them")
 
 
 @torch.no_grad()
@@ -122,6 +149,8 @@ def read_safetensors(file):
             for name in tensors.keys():
                 yield name, tensors.get_tensor(name)
     except safetensors.SafetensorError as error:
+        if file.read_bytes()[:40].startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a pointer of git LFS and not the weights: git lfs pull") from None
         raise ValueError(f"{file} is damaged or cut short ({error}): fetch it again") from error
 
 

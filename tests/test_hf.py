@@ -90,8 +90,11 @@ def test_a_folder_of_many_files_and_the_rope_keys_of_transformers_5_load_alike(t
     folder, config, weights = saved(model, tmp_path / "one")
     many = tmp_path / "many"
     many.mkdir()
-    for i, name in enumerate(weights):
-        save_file({name: weights[name]}, many / f"model-{i + 1:05d}-of-{len(weights):05d}.safetensors")
+    places = {name: f"model-{i + 1:05d}-of-{len(weights):05d}.safetensors" for i, name in enumerate(weights)}
+    for name, place in places.items():
+        save_file({name: weights[name]}, many / place)
+    (many / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    save_file({name: torch.zeros_like(weights[name])}, many / "consolidated.safetensors")  # no part of it
     rope = config.pop("rope_scaling") | {"rope_theta": config.pop("rope_theta")}
     (many / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
     assert hf.load(many).config == hf.load(folder).config == model.config
@@ -250,7 +253,10 @@ def test_a_truncated_file_and_a_folder_without_safetensors_are_clear_errors(tmp_
     with pytest.raises(ValueError, match="model.safetensors is damaged or cut short"):
         hf.load(tmp_path)
     file.rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"safetensors lack \d+ weights"):
+    with pytest.raises(ValueError, match="pytorch_model.bin alone, which is a pickle"):
+        hf.load(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match="has neither model.safetensors nor an index of its parts"):
         hf.load(tmp_path)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config[:-10])
@@ -624,19 +630,26 @@ def test_pickled_weights_and_paths_that_lead_out_of_a_folder_are_not_read(model_
     name = next(name for name in weights if "embed" in name or "wte" in name)
     save_file({name: weights.pop(name)}, tmp_path / "outside.safetensors")
     save_file(weights, folder / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
     for payload in payloads(tmp_path / "mark"):
-        for where in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "pytorch_model.bin"):
-            index = {"metadata": {}, "weight_map": {name: where}}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-            (folder / "pytorch_model.bin").write_bytes(payload)
-            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-            assert f"lack 1 weights: {name}" in refused(hf.load, folder)
-    for payload in payloads(tmp_path / "mark"):
-        (folder / "extra.safetensors").write_bytes(payload)
-        assert "extra.safetensors is damaged" in refused(hf.load, folder)
-    (folder / "extra.safetensors").unlink()
-    (folder / "extra.safetensors").symlink_to(tmp_path / "outside.safetensors")  # as Hugging Face's own cache has them
+        (folder / "pytorch_model.bin").write_bytes(payload)
+        (folder / "adapter_model.safetensors").write_bytes(payload)  # beside the weights, and none of them
+        assert f"lack 1 weights: {name}" in refused(hf.load, folder)
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    assert "pytorch_model.bin alone, which is a pickle and never read" in refused(hf.load, folder)
+    rest = dict.fromkeys(weights, "a.safetensors")
+    for where in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        index.write_text(json.dumps({"weight_map": rest | {name: where}}))
+        assert "leads out of its folder: refused" in refused(hf.load, folder)
+    index.write_text(json.dumps({"weight_map": rest | {name: "pytorch_model.bin"}}))
+    assert "pytorch_model.bin is damaged" in refused(hf.load, folder)
+    index.write_text(json.dumps({"weight_map": rest | {name: "b.safetensors"}}))
+    assert "lacks b.safetensors, which its index lists" in refused(hf.load, folder)
+    (folder / "b.safetensors").symlink_to(tmp_path / "outside.safetensors")  # as Hugging Face's own cache has them
     hf.load(folder)
+    (folder / "b.safetensors").unlink()
+    (folder / "b.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "is a pointer of git LFS" in refused(hf.load, folder)
     assert not (tmp_path / "mark").exists()
 
 
