@@ -15,7 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import safetensors
@@ -32,7 +32,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     with torch.device("meta"):  # draws no initial weights, which would all be overwritten
         model = variant.GPT(variant.GPTConfig(**fields)).to(dtype)
     model = model.to_empty(device=device)
-    copy_weights(folder, model, ARCHITECTURES[read_json(folder / "config.json")["model_type"]])
+    copy_weights(folder, model, READABLE[read_json(folder / "config.json")["model_type"]])
     return model.eval()
 
 
@@ -40,10 +40,10 @@ def config_of(folder: str | Path) -> tuple[str, dict]:
     """Returns the variant that reads a folder, and the fields of its GPTConfig."""
     hf = read_json(Path(folder) / "config.json")
     model_type = hf.get("model_type")
-    if model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+    if model_type not in READABLE:
+        known = ", ".join(READABLE)
         raise ValueError(f"{folder}: no model file reads model_type={model_type!r}; these can be read: {known}")
-    architecture = ARCHITECTURES[model_type]
+    architecture = READABLE[model_type]
     return architecture.variant, config_from_hf(hf, architecture)
 
 
@@ -519,6 +519,44 @@ QWEN3 = Architecture(
     defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "head_dim": 128},
 )
 
+
+def key_heads_from_hf(hf):
+    heads = hf.get("num_key_value_heads")
+    if heads is None:  # as in the first Llamas
+        heads = needed(hf, "num_attention_heads")
+    return dict(n_kv_head=heads)
+
+
+def key_heads_to_hf(config):
+    return dict(num_key_value_heads=config.n_kv_head)
+
+
+LLAMA = replace(  # Llama 1 and 2, TinyLlama, SmolLM: Qwen3 without norms on queries and keys
+    QWEN3,
+    model_type="llama",
+    class_name="LlamaForCausalLM",
+    names={ours: theirs for ours, theirs in QWEN3.names.items() if not ours.endswith(("q_norm", "k_norm"))},
+    fields={ours: theirs for ours, theirs in QWEN3.fields.items() if ours != "n_kv_head"},
+    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    needs=QWEN3.needs | {"qk_norm": False},
+    defaults={
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+    },
+    fields_from_hf=key_heads_from_hf,
+    fields_to_hf=key_heads_to_hf,
+)
+
+MISTRAL = replace(  # without a window, as from version 0.2 on, it computes what Llama does, and is saved as that
+    LLAMA,
+    model_type="mistral",
+    class_name="MistralForCausalLM",
+    fixed={"hidden_act": "silu", "sliding_window": None},
+    defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "sliding_window": 4096},
+)
+
 GPT2 = Architecture(
     model_type="gpt2",
     class_name="GPT2LMHeadModel",
@@ -781,7 +819,8 @@ QWEN3_NEXT = Architecture(
     fields_to_hf=qwen3_next_to_hf,
 )
 
-ARCHITECTURES = {a.model_type: a for a in (QWEN3, GPT2, DEEPSEEK_V3, QWEN3_MOE, QWEN2_MOE, QWEN3_NEXT)}
+ARCHITECTURES = {a.model_type: a for a in (QWEN3, LLAMA, GPT2, DEEPSEEK_V3, QWEN3_MOE, QWEN2_MOE, QWEN3_NEXT)}
+READABLE = ARCHITECTURES | {MISTRAL.model_type: MISTRAL}
 
 # What the tests compared with transformers: digests() of the variants. After a change of one, and with
 # tests/test_parity.py green, `python -m tests.proved` writes this table.

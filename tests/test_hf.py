@@ -25,7 +25,10 @@ from tests import proved
 from tests.payloads import payloads
 from tests.tiny import EOT, MODELS, ROOT, build, tokens
 
-OPTIONS = {"qwen2_moe": dict(qk_norm=False, n_shared_expert=2, shared_gate=True)}
+OPTIONS = {
+    "llama": dict(qk_norm=False),
+    "qwen2_moe": dict(qk_norm=False, n_shared_expert=2, shared_gate=True),
+}
 each_architecture = pytest.mark.parametrize("model_type", hf.ARCHITECTURES)
 
 
@@ -113,6 +116,7 @@ def test_gpt2_weights_without_prefix_and_with_stored_masks_load_as_the_hub_has_t
 # Sizes at which a tiny model has the values that transformers takes for absent keys.
 AT_DEFAULTS = {
     "qwen3": dict(head_dim=128, tie_embeddings=False),
+    "llama": dict(tie_embeddings=False, block_size=2048),
     "gpt2": {},
     "deepseek_v3": dict(n_layer=3, q_rank=1536, tie_embeddings=False),
     "qwen3_moe": dict(normalize_gates=False, tie_embeddings=False),
@@ -271,7 +275,7 @@ def test_a_truncated_file_and_a_folder_without_safetensors_are_clear_errors(tmp_
 
 def test_a_model_type_that_no_file_reads_is_refused_with_those_that_are_read(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba9"}')
-    with pytest.raises(ValueError, match="model_type='mamba9'; these can be read: qwen3, gpt2, deepseek_v3"):
+    with pytest.raises(ValueError, match="model_type='mamba9'; these can be read: qwen3, llama, gpt2, deepseek_v3"):
         hf.load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="model_type=None; these can be read: qwen3"):
@@ -286,6 +290,11 @@ ALTERED = {  # what a config.json says, and the words of the refusal
         (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "llama3"),
         (dict(rope_scaling=dict(rope_type="yarn", factor=4.0, beta_fast=16)), "beta_fast=16"),
         (dict(rope_scaling=dict(rope_type="linear")), "no factor"),
+    ],
+    "llama": [
+        (dict(attention_bias=True), "attention_bias=True"),
+        (dict(mlp_bias=True), "mlp_bias=True"),
+        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "llama3"),
     ],
     "gpt2": [
         (dict(n_inner=100), "n_inner=100"),
@@ -340,7 +349,6 @@ def test_attention_biases_of_qwen2_moe_are_refused_also_where_they_are_the_defau
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("baseline", dict(qk_norm=False)),
         ("baseline", dict(logit_softcap=5.0)),
         ("baseline", dict(scale_embeddings=True)),
         ("gpt2", dict(bias=False)),

@@ -4,6 +4,8 @@ A fresh model attends almost uniformly and its norms are all 1, which hides most
 every norm and bias is moved away from its default.
 """
 
+import json
+
 import pytest
 import torch
 
@@ -27,6 +29,24 @@ def qwen3(rope="plain", tie=True):
         tie_word_embeddings=tie, attn_implementation="eager", initializer_range=0.2,
     )  # fmt: skip
     return transformers.Qwen3ForCausalLM(config)
+
+
+def llama(rope="plain", tie=False, kv=2):
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=kv, max_position_embeddings=256, rope_parameters=ROPES[rope], rms_norm_eps=1e-3,
+        tie_word_embeddings=tie, attn_implementation="eager", initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def mistral():
+    config = transformers.MistralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, rope_parameters=ROPES["plain"],
+        sliding_window=None, attn_implementation="eager", initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.MistralForCausalLM(config)
 
 
 def qwen3_next(rope="plain", tie=False, layer_types=None, rotary=0.25):
@@ -98,6 +118,8 @@ ORACLES = {
         qwen3_next,
         dict(rope="yarn", tie=True, layer_types=["full_attention", "linear_attention"] * 2, rotary=0.5),
     ),
+    "llama": (llama, {}),
+    "llama yarn tied, without groups": (llama, dict(rope="yarn", tie=True, kv=4)),
     "qwen3 moe": (qwen3_moe, {}),
     "qwen3 moe, weights as they are, tied": (qwen3_moe, dict(normalize=False, tie_word_embeddings=True)),
     "qwen3 moe, every second layer": (qwen3_moe, dict(decoder_sparse_step=2)),
@@ -170,6 +192,30 @@ def test_greedy_generation_equals_that_of_transformers(pair):
     options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     want = theirs.double().generate(x, attention_mask=torch.ones_like(x), **options)
     assert torch.equal(hf.load(folder, dtype=torch.float64).generate(x, 20, temperature=0), want)
+
+
+def test_a_mistral_without_a_window_is_read_as_the_llama_that_it_is(tmp_path):
+    torch.manual_seed(0)
+    theirs = mistral().eval()
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 50)), theirs(tokens(1, 50)).logits, atol=1e-4, rtol=0)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for window, said in ((dict(sliding_window=64), 64), ({}, 4096)):  # left out, it is transformers' default
+        del config["sliding_window"]
+        (tmp_path / "config.json").write_text(json.dumps(config | window))
+        with pytest.raises(ValueError, match=f"sliding_window={said} is not supported, only None"):
+            hf.load(tmp_path)
+        config["sliding_window"] = None
+
+
+def test_a_config_without_key_heads_has_as_many_as_query_heads(tmp_path):
+    torch.manual_seed(0)
+    theirs = llama(kv=4).eval()
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["num_key_value_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 50)), theirs(tokens(1, 50)).logits, atol=1e-4, rtol=0)
 
 
 def test_files_of_many_shards_load_like_one(tmp_path):
