@@ -557,6 +557,14 @@ MISTRAL = replace(  # without a window, as from version 0.2 on, it computes what
     defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "sliding_window": 4096},
 )
 
+
+def inner_width_from_hf(hf):
+    width = 4 * needed(hf, "n_embd")
+    if hf.get("n_inner") not in (None, width):
+        raise ValueError(f"config.json: n_inner={hf['n_inner']} is not supported, only null or {width}")
+    return {}
+
+
 GPT2 = Architecture(
     model_type="gpt2",
     class_name="GPT2LMHeadModel",
@@ -584,7 +592,6 @@ GPT2 = Architecture(
     },
     fixed={
         "activation_function": "gelu_new",
-        "n_inner": None,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "tie_word_embeddings": True,
@@ -593,6 +600,8 @@ GPT2 = Architecture(
     prefix="transformer.",
     ignored=("lm_head.weight", ".attn.bias", ".attn.masked_bias"),  # a copy of wte, and causal masks
     transposed=("c_attn", "c_proj", "c_fc"),
+    fields_from_hf=inner_width_from_hf,
+    fields_to_hf=lambda config: dict(n_inner=None),
 )
 
 

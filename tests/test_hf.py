@@ -138,6 +138,12 @@ def test_keys_that_a_config_leaves_out_have_the_values_that_transformers_takes(m
     assert torch.equal(hf.load(folder)(tokens(2, 12)), model(tokens(2, 12)))
 
 
+def test_the_width_of_gpt2s_mlp_may_be_said(tmp_path):
+    folder, config, _ = saved(build("gpt2"), tmp_path / "a")
+    (folder / "config.json").write_text(json.dumps(config | {"n_inner": 4 * config["n_embd"]}))
+    hf.load(folder)
+
+
 def test_a_saved_folder_names_no_end_token_that_the_model_does_not_have(tmp_path):
     for name in ("baseline", "gpt2", "mla"):
         for eot_id, want in ((-1, None), (EOT, EOT)):
