@@ -5,7 +5,8 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_baseline.py
 
 Read from top to bottom: knobs, devices, data, model, optimizer, run folder, loop. The batch is given in tokens;
-the number of devices and micro_batch change how it is computed, and not the result. `--help` lists all the knobs.
+the number of devices and micro_batch change how it is computed, and not the result, but for the places that dropout
+hits. `--help` lists all the knobs.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from data.tokenizers import tokenizer_from_dict
 from distributed import processes
 from training import checkpoint, load, metrics, pictures, run_folder, saving
 from training.calibration import count_steps
-from training.knobs import check, find_device, find_dtype, minutes_or_steps, round_batch, why_not_compiled
+from training.knobs import check, find_device, find_dtype, minutes_or_steps, why_not_compiled, windows_of_a_step
 from training.loss import bytes_of_tokens, loss_report, loss_sums
 from training.schedule import learning_rate as learning_rate_at
 from training.signals import DIVERGED, StopSignals
@@ -57,7 +58,7 @@ block_size = 1024  # tokens in a window
 micro_batch = 8  # windows at once on a device: lower it if memory runs out
 # optimizer
 optimizer: Literal["muon", "adamw"] = "muon"  # muon is for matrices, with AdamW for the rest
-learning_rate = 2e-3  # the same for both: try 5e-4 to 5e-3
+learning_rate = 2e-3  # the same for both, as Muon's updates are scaled to AdamW's size: try 5e-4 to 5e-3
 min_lr = 0.0  # where the schedule ends
 warmup_steps = 50  # in which the learning rate rises to its value
 schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: constant, then down over the last decay_fraction
@@ -66,7 +67,7 @@ decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"  # of wsd; sqrt is 1
 lr_batch_tokens = 0  # n: learning_rate was tuned at batches of n tokens, and is scaled by sqrt(batch_tokens / n)
 weight_decay = 0.1  # on matrices only
 decay_with_lr = True  # weight decay follows the schedule, as in torch's AdamW; False: constant
-cautious_decay = False  # only where update and weight agree in sign
+cautious_decay = False  # weight decay only where it and the update pull the same way
 beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW: 0.99 for small batches
 muon_momentum = 0.95  # of Muon
@@ -80,7 +81,7 @@ eval_every = 250  # steps; also at the end. The step is saved first
 eval_tokens = 262144  # the same ones every time; 0: the whole validation split
 save_every = 1000  # steps; also before each evaluation and at the end
 keep_last = 3  # checkpoints, besides the best; 0: all
-keep_every = 0  # of the older ones those of each so many steps; 0: none
+keep_every = 0  # 1000: of the older checkpoints those of steps 1000, 2000, 3000... stay; 0: none
 async_save = False  # write a copy while training goes on: a save costs less of a step, and the state's size of memory
 log_every = 10  # steps between printed lines; metrics.jsonl gets every step
 wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases too
@@ -90,14 +91,14 @@ device = "auto"  # cuda, cuda:1, mps or cpu; auto: the first of these that is th
 dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: the best that the device is fast at
 tf32 = True  # float32 matmuls in TF32 on GPUs that have it
 compile: bool | Literal["auto"] = "auto"  # auto: on CUDA
-kernels = False  # Triton kernels in place of PyTorch's (kernels.py), on GPUs since the H100
+kernels = False  # Triton kernels in place of PyTorch's (kernels.py, kernels_delta.py), on GPUs since the H100
 deterministic = False  # the same bits each time, on a GPU as well; slower, and an error where an operation cannot
 gradient_checkpointing = False  # recompute each block in the backward pass: a third more work, far less memory
 parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # auto: ddp under torchrun; fsdp: less memory
 reshard = True  # fsdp: gather a block's weights again for its backward; False: keep them till then
 cpu_offload = False  # fsdp: weights and optimizer state in the CPU's memory: slow, for what fits nowhere else
-timeout = 30  # seconds that a process waits for another before it gives up
-resume: bool | Literal["auto"] = False  # go on from the newest whole checkpoint in out_dir; auto: or begin a run
+timeout = 30  # seconds that a process waits for another, once a step is done: raise it for a slow disk
+resume: bool | Literal["auto"] = False  # go on from the newest whole checkpoint of the run in out_dir; auto: or begin
 overwrite = False  # delete the run that is in out_dir
 try:
     config = configure(globals(), starting_from=load.config_to_start_from)
@@ -146,7 +147,7 @@ say(f"{world_size} x {device_name}, {dtype}, {'compiled' if compile else 'eager'
 try:
     train_data = Shards(data, "train")
     val_data = Shards(data, "val")
-    windows = round_batch(batch_tokens, block_size, world_size)
+    windows = windows_of_a_step(batch_tokens, block_size, world_size)
     loader = Loader(train_data, block_size, windows, seed, rank, world_size, micro_batch, device,
                     document_start_probability, mask_document_crossing)  # fmt: skip
 except (OSError, ValueError) as error:
@@ -238,12 +239,11 @@ try:
     elif minutes:
         if parallel == "fsdp":
             raise ValueError("minutes is for models that one process holds: with parallel=fsdp give max_steps")
-        to_evaluate = list(eval_batches(val_data, block_size, 8 * micro_batch * block_size, micro_batch, device=device))
-        n_windows = math.ceil((min(eval_tokens, len(val_data)) or len(val_data)) / block_size)
         measured = 0
-        if main:
-            measured = count_steps(minutes, raw_model, make_optimizer, loader.batches, to_evaluate,
-                                   math.ceil(n_windows / micro_batch), eval_every, autocast, compile)  # fmt: skip
+        if main:  # on a copy of the model: the run that follows is as if nothing had been
+            to_evaluate = eval_batches(val_data, block_size, eval_tokens, micro_batch, rank, world_size, device)
+            measured = count_steps(minutes, raw_model, make_optimizer, loader.batches, to_evaluate, eval_every,
+                                   autocast, compile)  # fmt: skip
         config["max_steps"] = max_steps = int(processes.all_sum([measured], device)[0])
         say(f"minutes={minutes:g}: max_steps={max_steps} on this machine")
     knobs = {key: value for key, value in config.items() if key not in (*fields, "model", "resume", "overwrite")}
@@ -267,7 +267,7 @@ try:
             say(f"starting with the weights of {init_from}")
     processes.barrier()  # nobody writes before all have read
     if main:
-        if already_there and not resume:
+        if already_there and not resume:  # overwrite was given, or no step was ever done there
             run_folder.delete(out)
         hardware = {"device": device_name, "processes": world_size, "parallel": parallel, "dtype": dtype,
                     "compile": compile, "peak_flops": peak_flops}  # fmt: skip
@@ -286,7 +286,7 @@ say(f"a step is {windows} windows of {block_size} = {accumulation} x {min(micro_
 def save():
     """All processes take part; afterwards, or with async_save some steps later, the checkpoint is on the disk."""
     changed = train_data.changed() + val_data.changed()
-    if changed:
+    if changed:  # what was read since may be anything, and so may the weights
         processes.fail(f"{changed[0]} was written to while this run read it: restore it, and go on with --resume")
     trainer = {"tokens": tokens, "skipped": skipped, "scaler": scaler.state_dict(), "identity": identity,
                "machine": machine}  # fmt: skip
@@ -353,17 +353,20 @@ while True:
     # 2. agree on what all processes must know: the number of targets, and whether to stop
     started = time.perf_counter()
     batches = list(loader.batches(step))
-    own_targets = sum((y >= 0).sum().item() for _, y in batches)
+    own_targets = 0
+    if some_are_ignored:
+        own_targets = sum((y >= 0).sum().item() for _, y in batches)
     targets, stop = processes.all_sum([own_targets, len(signals.received)], device)
     if stop:
         if step != saved_at:
             save()
-        draw()
+            draw()
         break
 
     # 3. gradient: the mean over all targets of the step, whatever micro-batch or process they are in. A mean of the
     # micro-batches' means would favour windows with few targets. Auxiliary losses are means over all positions instead.
-    torch.manual_seed((((seed << 24) + step) * 4096 + rank) % 2**64)  # of dropout: nothing to store for a resume
+    # Dropout is drawn from (seed, step, process): nothing to store for a resume. It alone depends on micro_batch.
+    torch.manual_seed((((seed << 24) + step) * 4096 + rank) % 2**64)  # room for 2^24 steps and 4096 processes
     total_loss = torch.zeros((), device=device)
     for i, (x, y) in enumerate(batches):
         is_last = i == len(batches) - 1
@@ -371,11 +374,11 @@ while True:
         # Gradients go between processes in the last backward alone: before it they only add up.
         with processes.backward_of(net, is_last, reshard):
             with autocast:
-                if some_are_ignored:
+                if some_are_ignored:  # a loss for each token, at the price of computing the logits twice
                     losses, auxiliary = net(x, y, per_token=True)
                     loss = losses.sum() * world_size / max(targets, 1) + auxiliary * share
                 else:
-                    loss = net(x, y) * share  # the same, and keeps the logits instead of computing them twice
+                    loss = net(x, y) * share  # the model adds its auxiliary losses itself
             scaler.scale(loss).backward()
         total_loss += loss.detach()
 
@@ -422,6 +425,7 @@ while True:
     if clock.steps == 1:
         processes.set_timeout(timeout)  # the first step, which compiles, is done everywhere
     if skipped_in_a_row >= max_skipped:
+        saver.finish()
         last_good = checkpoint.newest(out, say)
         advice = "try a lower learning_rate, or dtype=bfloat16 or float32"
         processes.fail(f"{skipped_in_a_row} steps in a row without a finite gradient: stopped. Last good checkpoint "

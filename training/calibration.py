@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,13 +19,15 @@ WARM_UP = 2  # steps: the first ones allocate, and compile
 TIMED = 10  # steps
 
 
+FEW = 8  # batches, from which the time of a whole evaluation follows
+
+
 def count_steps(
     minutes: float,
     model: torch.nn.Module,
     make_optimizer: Callable,
     batches_of_step: Callable[[int], Iterable[tuple]],
-    evaluation_batches: list[tuple],
-    n_evaluation_batches: int,
+    evaluation_batches: Iterable[tuple],
     eval_every: int,
     autocast=None,
     compile: bool = False,
@@ -32,8 +35,8 @@ def count_steps(
     """Returns the max_steps with which training, evaluating and saving take about so many minutes.
 
     Everything is done with a copy of the model, and torch's random numbers go on as if nothing had been: a run that is
-    given the returned max_steps has the same weights in the end. evaluation_batches: a few of the n that each
-    evaluation takes.
+    given the returned max_steps has the same weights in the end. What passes between processes is not timed.
+    evaluation_batches: those that this process has in each evaluation.
     """
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         trial = copy.deepcopy(model)
@@ -57,9 +60,12 @@ def count_steps(
 
         # 2. an evaluation
         trial.eval()
+        batches = iter(evaluation_batches)
+        few = list(islice(batches, FEW))
         started = now(trial)
-        loss_sums(trial, evaluation_batches, torch.zeros(trial.config.vocab_size, dtype=torch.long), autocast)
-        an_evaluation = (now(trial) - started) * n_evaluation_batches / len(evaluation_batches)
+        loss_sums(trial, few, torch.zeros(trial.config.vocab_size, dtype=torch.long), autocast)
+        a_batch = (now(trial) - started) / max(len(few), 1)
+        an_evaluation = a_batch * (len(few) + sum(1 for _ in batches))
 
         # 3. a checkpoint, which has about as many moments as weights
         started = now(trial)

@@ -69,8 +69,8 @@ def why_not_compiled(device: str) -> str:
     return ""
 
 
-def round_batch(batch_tokens: int, block_size: int, world_size: int) -> int:
-    """Returns how many windows a step has. ValueError names near sizes where they do not share out evenly."""
+def windows_of_a_step(batch_tokens: int, block_size: int, world_size: int) -> int:
+    """Returns how many windows a step has. ValueError where they do not share out evenly, with sizes that do."""
     unit = block_size * world_size
     if batch_tokens % unit:
         below = max(batch_tokens // unit, 1) * unit

@@ -23,7 +23,10 @@ class Saver:
         self.in_place = None  # the folder of the newest step that is on the disk
 
     def save(self, step: int, trainer: dict, wait: bool, must: bool) -> None:
-        """Saves a step. wait=False: to host memory, from where a thread writes it. must: it is the run's last save."""
+        """Saves a step. wait=False: to host memory, from where a thread writes it.
+
+        must: it is the run's last save, so that one which fails is an error; before, the run warns and goes on.
+        """
         if self.finish(must=must):  # of the one before
             options = dict(keep_last=self.keep_last, keep_every=self.keep_every, wait=wait)
             self.attempt(
