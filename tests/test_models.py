@@ -326,8 +326,9 @@ def test_a_model_compiled_for_any_length_equals_the_eager_one(name):
         options["n_dense_layer"] = 0  # the one layer has experts
     model = build(name, **options)
     compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
-    for T in (16, 7):
-        torch.testing.assert_close(compiled(tokens(2, T)), model(tokens(2, T)))
+    with torch._dynamo.config.patch(specialize_float=True):  # lengths are symbols, and not eps: in half the time
+        for T in (16, 7):
+            torch.testing.assert_close(compiled(tokens(2, T)), model(tokens(2, T)))
 
 
 @each_model
