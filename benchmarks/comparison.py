@@ -229,23 +229,23 @@ def plot(result: dict, path: Path) -> None:
 
 
 def name_points(axis, rows):
-    """Writes each variant's name beside its point: to the left of it in the right half, and a line apart at least."""
-    x = [row["cache_bytes_per_token"] for row in rows]
-    middle = (min(x) + max(x)) / 2
+    """Writes each variant's name beside its point: to the right, unless another point or the edge is near there."""
+    points = {row["name"]: (row["cache_bytes_per_token"], statistics.mean(row["loss"])) for row in rows}
+    axis.margins(x=0.2)
+    left, right = axis.get_xlim()
     bottom, top = axis.get_ylim()
+    near = 0.15 * (right - left)  # about as wide as a name
     line = (top - bottom) / 22  # of the height of the letters
-    lowest_free = -math.inf
-    for row in sorted(rows, key=lambda row: statistics.mean(row["loss"])):
-        loss = statistics.mean(row["loss"])
-        height = max(loss, lowest_free)
-        lowest_free = height + line
-        right = row["cache_bytes_per_token"] > middle
+    for name, (x, y) in points.items():
+        others = [point for other, point in points.items() if other != name]
+        crowded = any(0 <= x2 - x < near and abs(y2 - y) < 2 * line for x2, y2 in others)
+        on_the_left = crowded or x + near > right
         axis.annotate(
-            row["name"],
-            (row["cache_bytes_per_token"], height),
-            xytext=(-8 if right else 8, -3),
+            name,
+            (x, y),
+            xytext=(-8 if on_the_left else 8, -3),
             textcoords="offset points",
-            ha="right" if right else "left",
+            ha="right" if on_the_left else "left",
             fontsize=8,
         )
 
