@@ -77,7 +77,9 @@ def numbers(text):
 
 
 def yes_or_no(text):
-    return {"True": True, "False": False}[text]
+    if text not in ("True", "False"):
+        raise ValueError(text)  # argparse names the option
+    return text == "True"
 
 
 def parse_arguments(argv):

@@ -27,24 +27,30 @@ import torch
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """Returns the model of a folder in eval mode; the model_type in its config.json says which file computes it."""
     folder = Path(folder)
-    name, fields = config_of(folder)
-    variant = importlib.import_module(f"model_{name}")
+    architecture, hf = architecture_in(folder)
+    variant = importlib.import_module(f"model_{architecture.variant}")
+    config = variant.GPTConfig(**config_from_hf(hf, architecture))
     with torch.device("meta"):  # draws no initial weights, which would all be overwritten
-        model = variant.GPT(variant.GPTConfig(**fields)).to(dtype)
+        model = variant.GPT(config).to(dtype)
     model = model.to_empty(device=device)
-    copy_weights(folder, model, READABLE[read_json(folder / "config.json")["model_type"]])
+    copy_weights(folder, model, architecture)
     return model.eval()
 
 
 def config_of(folder: str | Path) -> tuple[str, dict]:
     """Returns the variant that reads a folder, and the fields of its GPTConfig."""
-    hf = read_json(Path(folder) / "config.json")
+    architecture, hf = architecture_in(Path(folder))
+    return architecture.variant, config_from_hf(hf, architecture)
+
+
+def architecture_in(folder):
+    """Returns the architecture of a folder's model, and its config.json."""
+    hf = read_json(folder / "config.json")
     model_type = hf.get("model_type")
     if model_type not in READABLE:
         known = ", ".join(READABLE)
         raise ValueError(f"{folder}: no model file reads model_type={model_type!r}; these can be read: {known}")
-    architecture = READABLE[model_type]
-    return architecture.variant, config_from_hf(hf, architecture)
+    return READABLE[model_type], hf
 
 
 def copy_weights(folder, model, architecture):

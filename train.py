@@ -132,8 +132,9 @@ except ValueError as error:
     processes.fail(error)
 if compile == "auto":
     compile = device_type == "cuda"
-if compile and why_not_compiled(device):
-    say(f"not compiled: {why_not_compiled(device)}")
+obstacle = why_not_compiled(device) if compile else ""
+if obstacle:
+    say(f"not compiled: {obstacle}")
     compile = False
 torch.set_float32_matmul_precision("high" if tf32 and device_type == "cuda" else "highest")
 autocast = nullcontext()
@@ -333,7 +334,8 @@ while True:
 
     # 1. save, then evaluate: what was learned is on the disk before anything that can fail
     evaluation_is_due = step != evaluated_at and (step % eval_every == 0 or step >= max_steps)
-    if step != saved_at and (evaluation_is_due or step % save_every == 0 or step >= max_steps):
+    save_is_due = step != saved_at and (evaluation_is_due or step % save_every == 0 or step >= max_steps)
+    if save_is_due:
         save()
         saved_at = step
     if evaluation_is_due:
@@ -345,7 +347,7 @@ while True:
         if step > 0:
             saver.note_evaluation(step, report["loss"], tokens)
         evaluated_at = step
-    if step in (saved_at, evaluated_at):
+    if save_is_due or evaluation_is_due:
         draw()
     if step >= max_steps:
         break

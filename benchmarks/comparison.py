@@ -135,7 +135,7 @@ def ratio(first_seconds, seconds, tokens):
     """Returns tokens/s, and how many times the first variant's: the median over rounds in which all took turns."""
     if not seconds:
         return "n/a"
-    times = statistics.median(a / b for a, b in zip(first_seconds, seconds))
+    times = statistics.median(timing.ratios(first_seconds, seconds))
     return f"{tokens / statistics.median(seconds):,.0f} ({times:.2f}x)"
 
 

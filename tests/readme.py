@@ -5,6 +5,7 @@ import re
 import statistics
 
 from benchmarks.comparison import verdict
+from benchmarks.timing import ratios
 from tests import differences
 from tests.tiny import ROOT
 
@@ -20,7 +21,7 @@ def times_as_fast(seconds: list | None, first: list | None) -> float | None:
     """Returns how many times as fast as the first variant: the median over the rounds in which they took turns."""
     if not seconds or not first:
         return None
-    return statistics.median(a / b for a, b in zip(first, seconds))
+    return statistics.median(ratios(first, seconds))
 
 
 def measures(row: dict, first: dict) -> list[tuple[str, float | None, bool]]:

@@ -166,6 +166,7 @@ def test_the_plan_says_what_sets_variants_apart_and_how_long_it_takes(setting, t
     (["--models", "baseline,baseline"], "planned twice"),
     (["--models", "baseline,baseline:n_layer=1", "--budgets", "1e9", "--sizes", "n_embd=32"], "name one once"),
     (["--seed=7"], "error: --seed=7: compare.py sets these itself"),
+    (["--match_optimizer=no"], "error: argument --match_optimizer: invalid yes_or_no value: 'no'"),
     (["--lrs", "high"], "error: argument --lrs: invalid numbers value: 'high'"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(setting, tmp_path, capsys, more, message):

@@ -17,8 +17,6 @@ from training.loss import loss_sums
 
 WARM_UP = 2  # steps: the first ones allocate, and compile
 TIMED = 10  # steps
-
-
 FEW = 8  # batches, from which the time of a whole evaluation follows
 
 

@@ -150,10 +150,8 @@ def lock(out: Path):
             file = open(out / ".lock", "a+")
             if not try_to_lock(file):
                 print(f"WARNING: nothing can keep a second run out of {out}: no locks here", file=sys.stderr)
-            if hasattr(os, "register_at_fork"):
-                os.register_at_fork(
-                    after_in_child=file.close
-                )  # or a child would hold it longer than this process lives
+            if hasattr(os, "register_at_fork"):  # a child would hold it longer than this process lives
+                os.register_at_fork(after_in_child=file.close)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
