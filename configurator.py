@@ -183,6 +183,7 @@ class Namespace(dict):
         self.given = {}  # {name: value}, as config files have set them
         self.file_of = {}  # {name: the config file that set it last}
         self.where_present = set()  # names set for those models alone that have such a knob
+        self.seen = {}  # {name: value}, what a file finds as its globals
         self.choose_model()
 
     def choose_model(self):
@@ -200,14 +201,16 @@ class Namespace(dict):
         if start and choice["model"] == start["model"]:
             for key, value in start.items():
                 self.knobs[key] = dataclasses.replace(self.knobs[key], default=value)
-        # update does not come by __setitem__, so none of this counts as set by a file.
-        self.update({key: knob.default for key, knob in self.knobs.items()})
-        self.update(self.given)
-        self.update(choice)
+        defaults = {key: knob.default for key, knob in self.knobs.items()}
+        self.seen = defaults | self.given | choice
+        self.update(self.seen)  # update does not come by __setitem__, so none of this counts as set by a file
 
     def __setitem__(self, name, value):
         super().__setitem__(name, value)
-        if name.startswith("_") or callable(value) or isinstance(value, ModuleType):
+        is_value = not (callable(value) or isinstance(value, ModuleType))
+        if name in self.knobs and not is_value:
+            fail(f"{name} in {self.path} is {type_with_article(value)}, which no knob takes: give its value")
+        if name.startswith("_") or not is_value:
             return  # a file's helpers
         if name == "where_present" and isinstance(value, dict):
             for key, of_some_models in value.items():
@@ -215,6 +218,7 @@ class Namespace(dict):
             self.where_present.update(value)
             return
         self.given[name] = value
+        self.seen[name] = value
         self.file_of[name] = self.path
         self.where_present.discard(name)
         if name in ("model", "init_from"):
@@ -234,6 +238,23 @@ class Namespace(dict):
                 if frame.filename == path:
                     place = f"{path} line {frame.lineno}"
             fail(f"{place}: {type(error).__name__}: {error}")
+        self.check_that_nothing_is_lost()
+
+    def check_that_nothing_is_lost(self):
+        """Ends the program where a knob's global is not what was assigned to it at the file's top level.
+
+        Python tells nobody of what `global` in a function, := in a comprehension, globals() and del do to it.
+        """
+        for key in self.knobs:
+            if key not in self:
+                fail(f"{key} is deleted in {self.path}: give it a value")
+            if self[key] != self.seen[key]:
+                fail(f"{key}={self[key]!r} in {self.path} is not assigned at the file's top level: do that")
+
+
+def type_with_article(value):
+    name = "module" if isinstance(value, ModuleType) else type(value).__name__
+    return "a class" if isinstance(value, type) else f"a {name}"
 
 
 def sort_arguments(argv):
