@@ -73,8 +73,20 @@ class Run(NamedTuple):
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
+def number(text):
+    """Returns a finite number above 0; argparse names the option of another one."""
+    x = float(text)
+    if not 0 < x < math.inf:
+        raise ValueError(text)
+    return x
+
+
 def numbers(text):
-    return [float(x) for x in text.split(",")]
+    return [number(x) for x in text.split(",")]
+
+
+def folder(text):
+    return str(Path(text).expanduser())
 
 
 def yes_or_no(text):
@@ -95,7 +107,7 @@ def parse_arguments(argv):
     add("--match_optimizer", type=yes_or_no, nargs="?", default=True, const=True, metavar="False",
         help="count the optimizer's FLOPs of each step, too (%(default)s)")  # fmt: skip
     add("--knob", help="which knob to solve (default: a width that the variant has)")
-    add("--budget", type=float, default=1e13, help="training FLOPs of a run; with another match, of the first variant")
+    add("--budget", type=number, default=1e13, help="training FLOPs of a run; with another match, of the first variant")
     add("--budgets", type=numbers, help="several budgets: curves of loss against size at each (isoflop)")
     add("--sizes", help="the sizes for --budgets, with commas: KNOB=VALUE:KNOB=VALUE,...")
     add(
@@ -106,9 +118,13 @@ def parse_arguments(argv):
     )
     add("--lrs", type=numbers, default="0.5,1,2", help="the learning rates to try, as multiples of the config's")
     add("--data", help="a folder that data/prepare.py made (default: the config's)")
-    add("--out_dir", default="out/compare", help="the runs, one folder each")
+    add("--out_dir", type=folder, default="out/compare", help="the runs, one folder each")
     add("--jobs", type=int, default=1, help="runs at once: each gets its share of the cores, and one of the GPUs")
-    add("--results", help="where the result goes: FILE.json, FILE.md and FILE.png (default: OUT_DIR/comparison)")
+    add(
+        "--results",
+        type=folder,
+        help="where the result goes: FILE.json, FILE.md and FILE.png (default: OUT_DIR/comparison)",
+    )
     add("--title", default="Variants at equal compute")
     add("--rounds", type=int, default=5, help="of measuring the speed; 0: leave it out")
     args, more = parser.parse_known_args(argv)
@@ -118,8 +134,8 @@ def parse_arguments(argv):
         args.more = [str(ROOT / "config/compare_cpu.py"), *more]
     if args.results is None:
         args.results = f"{args.out_dir}/comparison"
-    if args.seeds < 1 or args.jobs < 1 or min(args.lrs) <= 0:
-        parser.error(f"--seeds {args.seeds} --jobs {args.jobs} --lrs {args.lrs}: give numbers above 0")
+    if args.seeds < 1 or args.jobs < 1:
+        parser.error(f"--seeds {args.seeds} --jobs {args.jobs}: give numbers above 0")
     args.sweep_seeds = verdicts.sweep_seeds(len(args.lrs), args.seeds)
     args.compared_seeds = range(args.sweep_seeds + 1, args.sweep_seeds + args.seeds + 1)
     if bool(args.budgets) != bool(args.sizes):

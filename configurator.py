@@ -28,7 +28,8 @@ SIMPLE = (bool, int, float, str, list, dict, tuple, type(None))
 RANGES = {  # where the numbers lie that can be meant, by knob; [ and ] belong to it, ( and ) do not
     "[1, inf)": "block_size n_layer n_head n_kv_head head_dim n_embd n_inner n_expert n_expert_per_token "
     "n_expert_inner max_steps batch_tokens micro_batch muon_steps max_skipped eval_every save_every log_every timeout",
-    "[0, inf)": "vocab_size seed warmup_steps lr_batch_tokens min_lr weight_decay grad_clip eval_tokens keep_last "
+    "[0, 4294967295]": "seed",  # 32 bits, which every generator takes
+    "[0, inf)": "vocab_size warmup_steps lr_batch_tokens min_lr weight_decay grad_clip eval_tokens keep_last "
     "keep_every minutes norm_eps logit_softcap init_std n_shared_expert n_dense_layer q_rank balance_loss z_loss "
     "bias_rate",
     "(0, inf)": "learning_rate rope_theta rope_factor",
@@ -305,10 +306,15 @@ def check(key, value, knob, given_as):
     for interval, names in RANGES.items():
         if key in names.split() and isinstance(value, int | float) and not lies_in(value, interval):
             low = interval[1:].split(",")[0]
-            hint = (
-                f"try {low} or more" if interval.endswith("inf)") and interval[0] == "[" else f"it lies in {interval}"
-            )
+            hint = f"it lies in {interval}"
+            if interval[0] == "[" and interval.endswith("inf)"):
+                hint = f"try {low} or more"
             fail(f"{given_as}: {hint}")
+
+
+def shortened(text):
+    """Returns a text that fits into a line of an error."""
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def lies_in(number, interval):
@@ -377,12 +383,14 @@ def configure(
             fail(f"unknown config key {key!r}{place}; {hint}")
         knob = knobs[key]
         if key in options:
-            given_as = f"{key}={value}"
+            given_as = f"{key}={shortened(value)}"
             value = parse(value, knob.kinds)
         else:
-            given_as = f"{key}={value!r}{place}"
+            given_as = f"{key}={shortened(repr(value))}{place}"
         if type(value) is int and "float" in knob.kinds and "int" not in knob.kinds:
-            value = float(value)
+            value = float(value) if abs(value) < sys.float_info.max else math.inf
+        if isinstance(value, str) and value.startswith("~"):
+            value = os.path.expanduser(value)  # a shell does so in front of an argument alone
         check(key, value, knob, given_as)
         values[key] = value
         if is_loud and value != knob.default:

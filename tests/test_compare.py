@@ -168,6 +168,8 @@ def test_the_plan_says_what_sets_variants_apart_and_how_long_it_takes(setting, t
     (["--seed=7"], "error: --seed=7: compare.py sets these itself"),
     (["--match_optimizer=no"], "error: argument --match_optimizer: invalid yes_or_no value: 'no'"),
     (["--lrs", "high"], "error: argument --lrs: invalid numbers value: 'high'"),
+    (["--lrs", "1,nan"], "error: argument --lrs: invalid numbers value: '1,nan'"),
+    (["--budget", "inf"], "error: argument --budget: invalid number value: 'inf'"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(setting, tmp_path, capsys, more, message):
     with pytest.raises(SystemExit) as exit:

@@ -426,8 +426,16 @@ def test_elsewhere_and_where_no_model_has_it_an_unknown_knob_is_an_error(text, t
     ("--dropout=1.0", "dropout=1.0: it lies in [0, 1)"),
     ("--decay_fraction=1.5", "decay_fraction=1.5: it lies in [0, 1]"),
     ("--rope_theta=0", "rope_theta=0: it lies in (0, inf)"),
+    ("--seed=4294967296", "seed=4294967296: it lies in [0, 4294967295]"),
+    ("--learning_rate=1" + 400 * "0", f"learning_rate=1{59 * '0'}...: give a finite number"),
+    ("--max_steps=1" + 5000 * "0", f"max_steps=1{59 * '0'}...: expected int"),
 ])  # fmt: skip
 def test_a_value_that_cannot_be_meant_is_refused_with_what_can(capsys, words, message):
     with pytest.raises(SystemExit):
         resolve(Path(__file__).parent.parent / "train.py", [words])
     assert message in capsys.readouterr().err
+
+
+def test_a_path_that_begins_with_the_home_folder_leads_there(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert resolve(Path(__file__).parent.parent / "train.py", ["--out_dir=~/runs/a"])["out_dir"] == "/home/me/runs/a"
