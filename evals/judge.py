@@ -10,11 +10,12 @@ word for "passed". So each case has two processes, which evals/sandbox.py confin
                                program      runs the program, and answers questions: (name, arguments) -> result
 
 Only literals cross between them, as text for `ast.literal_eval`. The program's process began before the case was read
-and has no way to the test's: it learns the arguments of each call, and no value that is expected of it. It can still
-lie about results, but a wrong result is all that it can say.
+and has no way to the test's: it learns the arguments of each call, and no value that is expected of it. It can answer
+what it likes, and only the right results pass.
 
-A test whose arguments or results are no literals cannot be carried so. Run beside the program it could be forged: that
-is done only where it is asked for (`forgeable=True`: in an evaluation, not for a reward), and the verdict says so.
+A test cannot be carried so where arguments or results are no literals, or where it looks at what a call did to its
+arguments, which cross as copies. It could run beside the program, but then the program could forge it. That is done
+only where it is asked for (`forgeable=True`: in an evaluation, not for a reward), and the verdict says so.
 """
 
 import ast
@@ -29,6 +30,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,38 +59,39 @@ def judge(
 ) -> list[Verdict]:
     """Returns a verdict on each case, of which `workers` (0: as many as there are cores) run at a time.
 
-    A case passes where the program runs to its end and its test, too, within so many seconds. forgeable: a test that
-    cannot be carried runs beside the program, where else it is refused. weak: go on with what this system has of the
-    sandbox, where else a part that is missing is a ValueError.
+    A case passes where its program runs to the end and then its test does, within so many seconds.
+    forgeable: run a test that cannot be carried beside the program. Without it such a case does not pass.
+    weak: go on with what this system has of the sandbox. Without it a part that is missing is a ValueError.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     lacking = sandbox.missing()
     if lacking and not weak:
-        raise ValueError(f"no sandbox for the programs that a model writes: this system has no {', and no '.join(lacking)}")
-
-    def verdict(case):
-        said, _, reason = ask(server, case, seconds).partition(" ")
-        if said != "uncarried":
-            return Verdict(said == "passed", reason)
-        if not forgeable:
-            return Verdict(False, f"refused, since only a forgeable test would do: {reason}")
-        beside = Case("", f"{case.program}\n{case.test}", ())
-        said, _, reason = ask(server, beside, seconds).partition(" ")
-        return Verdict(said == "passed", reason, forgeable=True)
-
+        names = ", and no ".join(lacking)
+        raise ValueError(f"no sandbox for programs: this system has no {names}. --sandbox=weak goes on without")
     if not workers:
         workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     with started_server(seconds, lacking) as server, ThreadPoolExecutor(workers) as pool:
-        working = verdict(Case("def same(x): return x", "assert same(1) == 1", ("same",)))
+        working = decide(server, Case("def same(x): return x", "assert same(1) == 1", ("same",)), seconds, forgeable)
         if not working.passed:
             raise ValueError(f"no program can run in the sandbox here: {working.reason}")
-        return list(pool.map(verdict, cases))
+        return list(pool.map(lambda case: decide(server, case, seconds, forgeable), cases))
+
+
+def decide(server: socket.socket, case: Case, seconds: int, forgeable: bool) -> Verdict:
+    said, _, reason = ask(server, case, seconds).partition(" ")
+    if said != "uncarried":
+        return Verdict(said == "passed", reason)
+    if not forgeable:
+        return Verdict(False, f"refused, since only a forgeable test would do: {reason}")
+    beside = Case("", f"{case.program}\n{case.test}", ())
+    said, _, reason = ask(server, beside, seconds).partition(" ")
+    return Verdict(said == "passed", reason, forgeable=True)
 
 
 @contextlib.contextmanager
 def started_server(seconds: int, lacking: list[str]) -> Iterator[socket.socket]:
-    """Yields a socket to a new process that forks keepers: a small interpreter without torch, environment or secrets."""
+    """Yields a socket to a new process that forks keepers: a small interpreter without torch or secrets."""
     start = "import sys; sys.path.insert(0, sys.argv[1]); from evals import judge; judge.serve(*sys.argv[2:])"
     root = Path(__file__).resolve().parent.parent
     ours, theirs = socket.socketpair()
@@ -134,19 +137,21 @@ def literal(value: Any) -> str:
     if isinstance(value, int):
         return hex(value)  # Python converts any number of hexadecimal digits, but not of decimal ones
     if isinstance(value, float) and not math.isnan(value):
-        return repr(float(value)).replace("inf", "1e999")
+        return repr(float(value)).replace("inf", "1e999")  # a number too large to be finite
     if isinstance(value, str):
         return ascii(str.__str__(value))
     if isinstance(value, bytes):
         return ascii(bytes(value))
     if isinstance(value, list):
-        return f"[{', '.join(map(literal, value))}]"
+        return "[" + ", ".join(map(literal, value)) + "]"
     if isinstance(value, tuple):
-        return f"({''.join(literal(item) + ', ' for item in value)})"
+        return "(" + "".join(literal(item) + ", " for item in value) + ")"
+    if isinstance(value, set) and value:
+        return "{" + ", ".join(map(literal, value)) + "}"
     if isinstance(value, set):
-        return f"{{{', '.join(map(literal, value))}}}" if value else "set()"
+        return "set()"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{literal(key)}: {literal(item)}' for key, item in value.items())}}}"
+        return "{" + ", ".join(f"{literal(key)}: {literal(item)}" for key, item in value.items()) + "}"
     raise NotLiteral(f"a {type(value).__name__} is no literal")
 
 
@@ -193,8 +198,8 @@ def keep(judge_file: int, seconds: int, lacking: list[str]) -> None:
     test_end.close()
 
     def end(*_):
-        os.kill(test, signal.SIGKILL)
-        with contextlib.suppress(OSError):  # nobody may be left to read it
+        with contextlib.suppress(OSError):  # it has ended just now, or nobody is left to read this
+            os.kill(test, signal.SIGKILL)
             os.write(judge_file, b"failed no end within %d seconds\n" % seconds)
 
     signal.signal(signal.SIGALRM, end)
@@ -226,11 +231,18 @@ def start(work: Callable, files: list[int], seconds: int, lacking: list[str]) ->
         os._exit(0)
 
 
+def names_of_a_module(name: str) -> dict[str, Any]:
+    """Returns the names of a new module, which Python knows: a dataclass looks for the module that it is in."""
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    return vars(module)
+
+
 # ---- the program's process -------------------------------------------------------------------------------------------
 def run_program(questions, answers) -> None:
     """Runs the program that the first line holds, then answers each line (name, arguments, named arguments)."""
     program = ast.literal_eval(questions.readline())
-    namespace = {"__name__": "program"}
+    namespace = names_of_a_module("program")
 
     def define():
         exec(compile(program, "program", "exec"), namespace)
@@ -244,7 +256,12 @@ def run_program(questions, answers) -> None:
 
 
 def attempt(function: Callable, arguments: tuple, named: dict) -> str:
-    """Returns, as a literal, ("value", what it returned, whether it changed its arguments), or another answer."""
+    """Calls a function, and returns one of three answers as a literal.
+
+    ("value", the result, whether it changed its arguments)
+    ("error", the name of the exception, its message)
+    ("not literal", what is none, None)
+    """
     before = literal((arguments, named))
     try:
         value = function(*arguments, **named)
@@ -253,7 +270,7 @@ def attempt(function: Callable, arguments: tuple, named: dict) -> str:
     try:
         return literal(("value", value, literal((arguments, named)) != before))
     except NotLiteral as error:
-        return literal(("not literal", str(error)))
+        return literal(("not literal", str(error), None))
 
 
 # ---- the test's process ----------------------------------------------------------------------------------------------
@@ -267,33 +284,46 @@ class Program:
     def __init__(self, answers, questions):
         self.answers = answers
         self.questions = questions
+        self.lost = ""  # why nothing more can be asked of it
         self.uncarried = ""  # what could not be carried
         self.changes_arguments = False
 
+    def lose(self, reason: str) -> None:
+        """Ends the test, whose verdict this is even where it catches everything."""
+        self.lost = self.lost or reason
+        raise Lost(self.lost)
+
     def send(self, question: str) -> Any:
-        """Returns the answer to a question; Lost where there is none, which stays so."""
+        """Returns the result that answers a question, or raises the exception that does."""
+        kind, first, second = self.exchange(question)
+        if kind == "value":
+            if second is True:
+                self.changes_arguments = True
+            return first
+        if kind == "not literal":
+            self.uncarried = f"the result, {first}"
+            self.lose(self.uncarried)
+        error = getattr(builtins, first, None)
+        if isinstance(error, type) and issubclass(error, Exception):
+            raise error(second)
+        self.lose(f"{first}: {second}")
+
+    def exchange(self, question: str) -> tuple:
+        """Sends a question and returns its answer, which has three parts: a program can write what it likes there."""
+        if self.lost:
+            raise Lost(self.lost)
         try:
             self.questions.write(question + "\n")
             self.questions.flush()
             line = self.answers.readline(LONGEST)
             if not line.endswith("\n"):
                 raise EOFError("it ended, or its answer is too long")
-            kind, *rest = ast.literal_eval(line)
+            kind, first, second = ast.literal_eval(line)
+            if kind != "value" and not isinstance(first, str):
+                raise TypeError("its answer is none")
         except (OSError, EOFError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            self.questions.close()
-            raise Lost(f"the program's process gives no answer: {error}") from None
-        if kind == "value":
-            value, changed = rest
-            self.changes_arguments |= changed is True
-            return value
-        if kind == "not literal":
-            self.uncarried = f"the result, {rest[0]}"
-            raise Lost(self.uncarried)
-        name, message = rest
-        error = getattr(builtins, name, None)
-        if isinstance(error, type) and issubclass(error, Exception):
-            raise error(message)
-        raise Lost(f"{name}: {message}")
+            self.lose(f"the program's process gives no answer: {error}")
+        return kind, first, second
 
     def function(self, name: str) -> Callable:
         """Returns what a test calls in place of the program's function of that name."""
@@ -303,7 +333,7 @@ class Program:
                 question = literal((name, arguments, named))
             except NotLiteral as error:
                 self.uncarried = f"an argument, {error}"
-                raise Lost(self.uncarried) from None
+                self.lose(self.uncarried)
             return self.send(question)
 
         return call
@@ -313,15 +343,18 @@ def run_test(cases, answers, verdicts, questions) -> None:
     """Runs the test of the case that is read, against the program in the other process, and writes the verdict."""
     case = Case(*ast.literal_eval(cases.readline()))
     program = Program(answers, questions)
-    namespace = {"__name__": "test"} | {name: program.function(name) for name in case.calls}
+    namespace = names_of_a_module("test")
+    namespace.update({name: program.function(name) for name in case.calls})
     verdict = "passed"
     try:
         program.send(literal(case.program))
         exec(compile(case.test, "test", "exec"), namespace)
     except BaseException as error:
         verdict = f"failed {type(error).__name__}: {error}"
-        if program.changes_arguments:
-            program.uncarried = program.uncarried or "arguments that the program changes"
+        if program.changes_arguments and not program.uncarried:
+            program.uncarried = "arguments that the program changes"
+    if program.lost:
+        verdict = f"failed {program.lost}"
     if program.uncarried:
         verdict = f"uncarried {program.uncarried}"
     printable = "".join(char if char.isprintable() and char.isascii() else "?" for char in verdict)

@@ -183,7 +183,7 @@ ERROR = 0x00050000  # with the number of an error
 
 
 def instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    """Returns an instruction of the filter's machine (struct sock_filter); the last two are numbers of lines to skip."""
+    """Returns an instruction of the filter (struct sock_filter); the last two are numbers of instructions to skip."""
     return struct.pack("HBBI", code, if_true, if_false, value)
 
 
@@ -281,7 +281,7 @@ def refuse_by_audit(folder: str) -> None:
 
     Of a program that means harm this is no match: it can change the very functions that are called here.
     """
-    families = {"os", "socket", "ctypes", "shutil", "resource", "pty", "signal", "fcntl", "syslog"}
+    families = {"os", "subprocess", "socket", "ctypes", "shutil", "resource", "pty", "signal", "fcntl", "syslog"}
     harmless = {"os.listdir", "os.scandir", "os.walk", "os.fwalk"}
     inside = folder + os.sep
 
@@ -292,8 +292,6 @@ def refuse_by_audit(folder: str) -> None:
             if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
                 # os.open has no mode, and its path could be relative to any folder.
                 refused = mode is None or not os.path.abspath(os.fsdecode(path)).startswith(inside)
-        if event == "import":
-            refused = arguments[0] in ("_posixsubprocess", "readline")
         if refused:
             raise PermissionError(f"{event} is not allowed here")
 
