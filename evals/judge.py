@@ -191,6 +191,7 @@ def serve(folder: str, seconds: str, *lacking: str) -> None:
 
 def keep(judge_file: int, seconds: int, lacking: list[str]) -> None:
     """Starts the two processes of a case, and ends both when the test's has ended or the time is over."""
+    sandbox.end_with_parent()
     test_end, program_end = socket.socketpair()
     program = start(run_program, [program_end.fileno()], seconds, lacking)
     program_end.close()

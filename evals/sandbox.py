@@ -275,6 +275,12 @@ def enter_namespaces(folder: str) -> bool:
     return False
 
 
+def end_with_parent() -> None:
+    """Lets the kernel end this process when the one that forked it ends, where namespaces do not."""
+    if sys.platform == "linux":
+        kernel_call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 # ---- all together ----------------------------------------------------------------------------------------------------
 def refuse_by_audit(folder: str) -> None:
     """Lets Python itself refuse what leaves the folder or the process, where the kernel cannot.
@@ -317,8 +323,8 @@ def confine(folder: str, keep: list[int], seconds: int, lacking: list[str]) -> N
         resource.setrlimit(limit, (value, value))
 
     # 2. what it can do
+    end_with_parent()
     if sys.platform == "linux":
-        kernel_call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # it ends with its parent
         kernel_call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if LANDLOCK not in lacking:
         restrict_files(folder)

@@ -40,7 +40,7 @@ if sys.argv[2] == "alone":
     sandbox.kernel_call("prctl", sandbox.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     sandbox.restrict_calls()
     assert not sandbox.enter_namespaces("/tmp")
-print(json.dumps(judge([Case(*case) for case in json.load(sys.stdin)], seconds=20)))
+print(json.dumps(judge([Case(*case) for case in json.load(sys.stdin)], seconds=int(sys.argv[3]))))
 """
 
 
@@ -101,7 +101,7 @@ socket.create_connection(('127.0.0.1', port), 1)
 import asyncio; asyncio.run(asyncio.sleep(0))
 """
 AMOUNTS = """
-bytearray(2 << 30)
+import mmap; mmap.mmap(-1, 2 << 30)
 open('big', 'wb').write(bytes(3 << 20))
 [open('/dev/null') for _ in range(100)]
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
@@ -227,7 +227,7 @@ def test_no_attack_is_possible_in_the_sandbox(started_as, world_readable, namesp
         arguments = [str(victim), str(home / "new"), *arguments]
         test = f"said = attack(*{arguments!r})\nassert said == 'refused', said"
         cases = [Case(PROGRAM.replace("ATTACK", attack), test, ("attack",)) for attack in attacks]
-        command = [python, "-B", "-c", JUDGE, str(world_readable), namespaces]
+        command = [python, "-B", "-c", JUDGE, str(world_readable), namespaces, "20"]
         done = subprocess.run(
             command,
             input=json.dumps(cases),
@@ -281,11 +281,14 @@ def processes_that_name(text):
 
 
 @complete
-def test_no_process_is_left_of_a_judge_that_is_killed(tmp_path):
-    code = "from evals.judge import *; judge([Case('import time; time.sleep(600)', '', ())], seconds=500)"
+@pytest.mark.parametrize("namespaces", ["permitted", "alone"])
+def test_no_process_is_left_of_a_judge_that_is_killed(tmp_path, namespaces):
+    command = [sys.executable, "-c", JUDGE, str(ROOT), namespaces, "500"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
     try:
+        json.dump([Case("import time; time.sleep(600)", "", ())], process.stdin)
+        process.stdin.close()
         wait_until(lambda: list(tmp_path.glob("*")) and len(processes_that_name(str(tmp_path))) >= 5)
     finally:
         process.kill()
