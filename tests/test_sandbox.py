@@ -26,6 +26,7 @@ from tests.tiny import ROOT
 LACKING = sandbox.missing()
 complete = pytest.mark.skipif(bool(LACKING), reason=f"this system has no {LACKING}")
 NOBODY = 65534
+KEY = {"API_KEY": "secret"}
 
 # Prints the verdicts on the cases that are read; "alone" takes the right to new namespaces away first.
 JUDGE = """
@@ -40,7 +41,7 @@ if sys.argv[2] == "alone":
     sandbox.kernel_call("prctl", sandbox.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     sandbox.restrict_calls()
     assert not sandbox.enter_namespaces("/tmp")
-print(json.dumps(judge([Case(*case) for case in json.load(sys.stdin)], seconds=int(sys.argv[3]))))
+print(json.dumps(judge([Case(*case) for case in json.load(sys.stdin)], seconds=int(sys.argv[3]), workers=4)))
 """
 
 
@@ -72,6 +73,7 @@ check(libc.rename(victim.encode(), new.encode()))
 open('/etc/passwd').read()
 """
 OTHER_PROCESSES = """
+check(('API_KEY' in os.environ) - 1)
 open(f'/proc/{pid}/environ', 'rb').read()
 open(f'/proc/{os.getppid()}/environ', 'rb').read()
 open(f'/proc/{pid}/mem', 'rb')
@@ -162,11 +164,21 @@ def started_as(request):
     pytest.skip("there is no Python from 3.11 on that an ordinary user may start")
 
 
+def output_of(started_as, code, *arguments, text, cwd):
+    """Returns what code prints that a user runs, in an environment with a key."""
+    python, options = started_as
+    command = [python, "-B", "-c", code, *arguments]
+    done = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, cwd=cwd, env=KEY, **options)
+    assert done.returncode == 0
+    return done.stdout
+
+
 @contextlib.contextmanager
-def others(options):
+def others(started_as):
     """Yields a process of the user, with a key in its environment, and a port that listens."""
+    _, options = started_as
     with socket.create_server(("127.0.0.1", 0)) as server:
-        process = subprocess.Popen(["sleep", "600"], env={"API_KEY": "secret"}, **options)
+        process = subprocess.Popen(["sleep", "600"], env=KEY, **options)
         try:
             yield [process.pid, server.getsockname()[1]]
         finally:
@@ -199,21 +211,17 @@ for line in attacks:
 
 @complete
 def test_every_attack_is_possible_without_a_sandbox(started_as, world_readable):
-    python, options = started_as
     os.chmod(world_readable, 0o777)
     (world_readable / "program.py").write_text(PROGRAM)
-    with others(options) as arguments:
-        command = [python, "-B", "-c", WITHOUT_A_SANDBOX]
+    with others(started_as) as arguments:
         text = json.dumps([ATTACKS, arguments])
-        done = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, cwd=world_readable, **options)
-    assert done.stdout == ""
-    assert done.returncode == 0
+        assert output_of(started_as, WITHOUT_A_SANDBOX, text=text, cwd=world_readable) == ""
 
 
 @complete
 @pytest.mark.parametrize("namespaces", ["permitted", "alone"])
 def test_no_attack_is_possible_in_the_sandbox(started_as, world_readable, namespaces):
-    python, options = started_as
+    _, options = started_as
     home = world_readable / "home"
     home.mkdir()
     victim = home / "victim"
@@ -223,21 +231,13 @@ def test_no_attack_is_possible_in_the_sandbox(started_as, world_readable, namesp
     before = state_of(home)
 
     attacks = ATTACKS + KERNEL
-    with others(options) as arguments:
+    with others(started_as) as arguments:
         arguments = [str(victim), str(home / "new"), *arguments]
         test = f"said = attack(*{arguments!r})\nassert said == 'refused', said"
         cases = [Case(PROGRAM.replace("ATTACK", attack), test, ("attack",)) for attack in attacks]
-        command = [python, "-B", "-c", JUDGE, str(world_readable), namespaces, "20"]
-        done = subprocess.run(
-            command,
-            input=json.dumps(cases),
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd="/",
-            env={"API_KEY": "s"},
-            **options,
-        )
-    verdicts = json.loads(done.stdout)
+        folder = str(world_readable)
+        said = output_of(started_as, JUDGE, folder, namespaces, "20", text=json.dumps(cases), cwd="/")
+    verdicts = json.loads(said)
     assert len(verdicts) == len(attacks)
     assert not {attack: reason for attack, (passed, reason, _) in zip(attacks, verdicts) if not passed}
     assert state_of(home) == before
@@ -272,6 +272,12 @@ def test_time_is_limited_for_programs_and_for_tests():
     assert time.monotonic() - start < 20
 
 
+@complete
+def test_a_process_ends_after_its_seconds_even_where_nobody_is_left_to_watch(tmp_path):
+    code = f"from evals import sandbox; sandbox.confine({str(tmp_path)!r}, [], 1, []); exec('while True: pass')"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == -9
+
+
 def processes_that_name(text):
     names = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -287,9 +293,9 @@ def test_no_process_is_left_of_a_judge_that_is_killed(tmp_path, namespaces):
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
     try:
-        json.dump([Case("import time; time.sleep(600)", "", ())], process.stdin)
+        json.dump([Case("import time; time.sleep(600)", "", ())] * 2, process.stdin)
         process.stdin.close()
-        wait_until(lambda: list(tmp_path.glob("*")) and len(processes_that_name(str(tmp_path))) >= 5)
+        wait_until(lambda: len(processes_that_name(str(tmp_path))) >= 8)  # 2 of the server, 3 of each case
     finally:
         process.kill()
         process.wait()
