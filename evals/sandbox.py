@@ -8,7 +8,8 @@ These are Linux's own means. They need neither root nor a package, and a process
     namespaces   no network at all, no other process in sight, no disk: on top, where they are permitted
 
 The first two are required, and `missing` names what a system lacks. What is left then is an audit hook of Python, which
-stops what a program does by accident; a program that means harm gets around it.
+stops what a program does by accident; a program that means harm gets around it. Nothing hides which files exist, how
+large they are, what time it is, and what the machine is called.
 https://docs.kernel.org/userspace-api/landlock.html, https://docs.kernel.org/userspace-api/seccomp_filter.html
 """
 
@@ -140,7 +141,7 @@ REMOVE_FILE = 1 << 5
 MAKE_FILE = 1 << 8
 TRUNCATE = 1 << 14
 READ = READ_FILE | READ_DIR
-EVERYTHING = READ | WRITE_FILE | REMOVE_FILE | MAKE_FILE | TRUNCATE
+READ_AND_WRITE = READ | WRITE_FILE | REMOVE_FILE | MAKE_FILE | TRUNCATE
 
 
 def readable() -> list[str]:
@@ -165,7 +166,7 @@ def restrict_files(folder: str) -> None:
 
     allowed = {path: READ for path in readable()}
     allowed["/dev/null"] = READ_FILE | WRITE_FILE
-    allowed[folder] = EVERYTHING
+    allowed[folder] = READ_AND_WRITE
     for path, access in allowed.items():
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             opened = os.open(path, os.O_PATH if path == "/dev/null" else os.O_PATH | os.O_DIRECTORY)

@@ -266,9 +266,9 @@ def test_time_is_limited_for_programs_and_for_tests():
     sleeps = "import time; time.sleep(60)"
     cases = [Case(never, "", ()), Case(sleeps, "", ()), Case("", never, ()), Case("", sleeps, ())]
     start = time.monotonic()
-    verdicts = judge(cases, seconds=1, workers=4)
+    verdicts = judge(cases, seconds=3, workers=4)
     assert not any(verdict.passed for verdict in verdicts)
-    assert "no end within 1 seconds" in verdicts[1].reason
+    assert "no end within 3 seconds" in verdicts[1].reason
     assert time.monotonic() - start < 20
 
 
@@ -539,6 +539,16 @@ def test_beside_a_test_the_forgeries_pass_and_leaving_does_not():
     beside = [Case("", f"{program}\n{TEST}", ()) for program in [*FORGERIES, *FAILURES]]
     passed = [verdict.passed for verdict in judge(beside)]
     assert passed == [True] * len(FORGERIES) + [False] * len(FAILURES)
+
+
+@complete
+def test_the_example_of_the_documentation_says_what_happens():
+    (example,) = re.findall(r"```python\n(.*?)\n```", (ROOT / "docs" / "evaluation.md").read_text(), flags=re.S)
+    before, _, last = example.rpartition("\n")
+    call, _, result = last.partition("  # ")
+    names = {}
+    exec(before, names)
+    assert repr(eval(call, names)) == result
 
 
 @complete
