@@ -560,26 +560,38 @@ def test_a_program_that_changes_its_arguments_does_not_change_what_is_expected()
     assert judge([right])[0].passed
 
 
+# What is no literal: (a program with GOOD in it, what is right and what is wrong there, a test, what it calls)
 NOT_CARRIED = {
-    "a result": Case("def evens(n): return iter(range(0, n, 2))", "assert list(evens(5)) == [0, 2, 4]", ("evens",)),
-    "an argument": Case("def twice(f, x): return f(f(x))", "assert twice(lambda x: x * 3, 1) == 9", ("twice",)),
-    "what is changed": Case("def order(x): x.sort()", "x = [2, 1]\norder(x)\nassert x == [1, 2]", ("order",)),
-    "a class": Case("class Box:\n    def get(self): return 5", "assert Box().get() == 5", ("Box",)),
+    "a result": (
+        "def evens(n): return iter(range(0, n, GOOD))",
+        "2",
+        "3",
+        "assert list(evens(5)) == [0, 2, 4]",
+        "evens",
+    ),
+    "an argument": (
+        "def twice(f, x): return GOOD",
+        "f(f(x))",
+        "f(x)",
+        "assert twice(lambda x: x * 3, 1) == 9",
+        "twice",
+    ),
+    "what is changed": ("def order(x): x.GOOD", "sort()", "pop()", "x = [2, 1]\norder(x)\nassert x == [1, 2]", "order"),
+    "a class": ("class Box:\n    def get(self): return GOOD", "5", "6", "assert Box().get() == 5", "Box"),
 }
 
 
 @complete
 @pytest.mark.parametrize("what", NOT_CARRIED)
 def test_a_test_that_cannot_be_carried_counts_only_where_that_is_asked_for_and_is_labelled(what):
-    case = NOT_CARRIED[what]
-    (refused,) = judge([case])
+    program, good, bad, test, name = NOT_CARRIED[what]
+    right = Case(program.replace("GOOD", good), test, (name,))
+    wrong = Case(program.replace("GOOD", bad), test, (name,))
+    (refused,) = judge([right])
     assert not refused.passed and refused.reason.startswith("refused, since only a forgeable test would do")
-    (allowed,) = judge([case], forgeable=True)
+    allowed, failed = judge([right, wrong], forgeable=True)
     assert allowed.passed and allowed.forgeable
-    wrong = case._replace(program=case.program.replace("2)", "3)").replace("f(f(x))", "f(x)").replace("sort", "copy")
-                          .replace("5", "6"))  # fmt: skip
-    assert wrong.program != case.program
-    assert not judge([wrong], forgeable=True)[0].passed
+    assert not failed.passed
 
 
 @complete
