@@ -79,6 +79,7 @@ def judge(
 
 
 def decide(server: socket.socket, case: Case, seconds: int, forgeable: bool) -> Verdict:
+    """Returns the verdict on a case, where that is allowed by a second try beside its test."""
     said, _, reason = ask(server, case, seconds).partition(" ")
     if said != "uncarried":
         return Verdict(said == "passed", reason)

@@ -93,7 +93,8 @@ def c_library() -> ctypes.CDLL:
 def kernel_call(name: str, *arguments) -> int:
     """Calls a function of the C library; an OSError where it fails."""
     function = getattr(c_library(), name)
-    result = function(*(ctypes.c_long(value) if isinstance(value, int) else value for value in arguments))
+    words = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    result = function(*words)
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")

@@ -244,6 +244,16 @@ def test_no_attack_is_possible_in_the_sandbox(started_as, world_readable, namesp
 
 
 @complete
+@pytest.mark.parametrize("attack", ["open(victim, 'w')", "os.fork() or os._exit(0)", "socket.socket()"])
+def test_a_test_is_confined_like_a_program(tmp_path, attack):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    call = f"assert attack({str(victim)!r}, 0, 0, 0) == 'refused'"
+    assert judge([Case("", PROGRAM.replace("ATTACK", attack) + call, ())])[0].passed
+    assert victim.read_text() == "mine"
+
+
+@complete
 def test_a_program_computes_with_threads_and_files_of_its_own():
     program = """
 import threading, collections, decimal, random, re
