@@ -179,11 +179,13 @@ def serve(folder: str, seconds: str, *lacking: str) -> None:
     # 3. a keeper for each case
     connection = socket.socket(fileno=0)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+    server = os.getpid()
     while True:
         message, files, _, _ = socket.recv_fds(connection, 1, 1)
         if not message:  # whoever asked is done, or is gone
             os._exit(0)
         if os.fork() == 0:
+            sandbox.end_with(server)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             keep(files[0], int(seconds), list(lacking))
             os._exit(0)
@@ -192,7 +194,6 @@ def serve(folder: str, seconds: str, *lacking: str) -> None:
 
 def keep(judge_file: int, seconds: int, lacking: list[str]) -> None:
     """Starts the two processes of a case, and ends both when the test's has ended or the time is over."""
-    sandbox.end_with_parent()
     test_end, program_end = socket.socketpair()
     program = start(run_program, [program_end.fileno()], seconds, lacking)
     program_end.close()
@@ -216,10 +217,12 @@ def keep(judge_file: int, seconds: int, lacking: list[str]) -> None:
 
 def start(work: Callable, files: list[int], seconds: int, lacking: list[str]) -> int:
     """Returns the number of a new, confined process, which reads and writes some files and has a folder to itself."""
+    keeper = os.getpid()
     process = os.fork()
     if process:
         return process
     try:
+        sandbox.end_with(keeper)
         readers = [open(file, encoding="ascii", closefd=False) for file in files]
         writers = [open(file, "w", encoding="ascii", closefd=False) for file in files]
         folder = os.path.abspath(str(os.getpid()))

@@ -277,10 +277,12 @@ def enter_namespaces(folder: str) -> bool:
     return False
 
 
-def end_with_parent() -> None:
+def end_with(parent: int) -> None:
     """Lets the kernel end this process when the one that forked it ends, where namespaces do not."""
     if sys.platform == "linux":
         kernel_call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it has ended already
+            os._exit(0)
 
 
 # ---- all together ----------------------------------------------------------------------------------------------------
@@ -325,7 +327,6 @@ def confine(folder: str, keep: list[int], seconds: int, lacking: list[str]) -> N
         resource.setrlimit(limit, (value, value))
 
     # 2. what it can do
-    end_with_parent()
     if sys.platform == "linux":
         kernel_call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if LANDLOCK not in lacking:
