@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evals.sandbox import passes
+from evals.judge import Case
 
 
 class Question(NamedTuple):
@@ -38,10 +38,10 @@ class Question(NamedTuple):
 class Task(NamedTuple):
     fields: str  # of a row, for error messages
     read: Callable[[dict], Question]
-    grade: Callable[[Any, Question], dict]  # (log-likelihoods or text, question) -> {metric: right or wrong}
+    grade: Callable[[Any, Question], dict]  # (log-likelihoods, text or verdict, question) -> {metric: right or wrong}
     until: tuple[str, ...] = ()
     max_new_tokens: int = 256
-    runs_code: bool = False
+    case: Callable[[str, Question], Case] | None = None  # of a task whose answers are programs: what is judged
 
 
 # ---- files to rows --------------------------------------------------------------------------------------------------
@@ -281,13 +281,20 @@ def own(row):
 
 
 def humaneval(row):
-    test = f"\n{row['test']}\ncheck({row['entry_point']})\n"
-    return Question([row["prompt"]], [], (row["prompt"], test), row["prompt"] + row.get("canonical_solution", ""))
+    """The test may use what the prompt imports and defines before the function that is to be written."""
+    prompt = row["prompt"]
+    name = row["entry_point"]
+    helpers, found, _ = prompt.partition(f"def {name}(")
+    test = f"{helpers if found else ''}\n{row['test']}\ncheck({name})\n"
+    return Question([prompt], [], Case(prompt, test, (name,)), prompt + row.get("canonical_solution", ""))
 
 
-def grade_code(text, question):
-    prompt, test = question.gold
-    return {"pass@1": passes(prompt + text + test)}
+def humaneval_case(text, question):
+    return question.gold._replace(program=question.gold.program + text)
+
+
+def grade_code(verdict, question):
+    return {"pass@1": verdict.passed}
 
 
 ARC = Task("question, choices {text, label}, answerKey", arc, accuracies)
@@ -304,7 +311,7 @@ TASKS = {
     "gsm8k": Task("question, answer (ending in #### NUMBER)", gsm8k, grade_gsm8k,
                   ("Question:", "</s>", "<|im_end|>")),
     "math": Task(r"problem, solution (with \boxed{...})", competition_math, grade_math, ("Problem:",)),
-    "humaneval": Task("prompt, test, entry_point", humaneval, grade_code, HUMANEVAL_STOPS, 1024, runs_code=True),
+    "humaneval": Task("prompt, test, entry_point", humaneval, grade_code, HUMANEVAL_STOPS, 1024, humaneval_case),
 }  # fmt: skip
 OWN = {
     True: Task("context, choices, label", lambda row: choose(row["context"], row["choices"], row["label"]), accuracies),

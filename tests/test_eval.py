@@ -4,9 +4,6 @@ import gzip
 import hashlib
 import json
 import math
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +13,6 @@ import eval as evaluation
 import hf
 from data.shards import write_shard
 from data.tokenizers import load_tokenizer
-from evals import sandbox
 from evals.scorer import Request, Scorer, evaluate_task, windows
 from evals.tasks import TASKS, Question, accuracies, boxed, final_answer, load_task, plain_math
 from generate import generate
@@ -434,7 +430,7 @@ def test_a_file_of_questions_with_written_answers_is_scored_to_a_known_value(nam
     task, questions = load_task(name, path)
     context, wrong, until = WRITTEN[name]
     oracle = Oracle(questions, {i: answer_rows(name, i)[1] for i in range(0, 20, 4)}, wrong)
-    results = evaluate_task(oracle, task, questions)
+    results = evaluate_task(oracle, task, questions, weak_sandbox=True)
     assert results["pass@1" if name == "humaneval" else "exact_match"] == 5 / 20
     assert oracle.asked[-1] == (context, {"until": until, "max_gen_toks": 1024 if name == "humaneval" else 256})
     if name == "gsm8k":
@@ -504,52 +500,38 @@ def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(run, data, tm
 # ---- programs -------------------------------------------------------------------------------------------------------
 
 
-def refused(attempt):
-    """A program that runs to its end only where `attempt` raises an OSError or MemoryError."""
-    return f"try:\n    {attempt}\nexcept (OSError, MemoryError):\n    pass\nelse:\n    raise SystemError('possible')"
-
-
-def test_a_program_passes_only_where_it_runs_to_its_end(tmp_path):
-    assert sandbox.passes("import math, random, collections\nassert math.sqrt(4) == 2")
-    assert sandbox.passes("with open('here.txt', 'w') as f: f.write('é')\nassert open('here.txt').read() == 'é'")
-    for bad in ("assert 1 == 2", "exit(0)", "import os; os._exit(0)", "def f(:", "input()", "raise SystemExit(0)"):
-        assert not sandbox.passes(bad), bad
-
-
-def test_a_program_has_limits_on_time_memory_and_files(tmp_path):
-    assert not sandbox.passes("while True: pass", seconds=1)
-    assert not sandbox.passes("import time; time.sleep(60)", seconds=1)
-    command = [sys.executable, "-c", sandbox.GUARD, "1"]  # even where nobody is left to watch the time
-    assert subprocess.run(command, input=b"while True: pass", timeout=60, capture_output=True).returncode < 0
-    assert sandbox.passes(refused("bytearray(2 << 30)"))
-    assert sandbox.passes(refused("open('big', 'wb').write(bytes(3 << 20))"))
-    victim = tmp_path / "victim.txt"
-    victim.write_text("mine")
-    for attempt in ("open({0!r}, 'w')", "open({0!r}, 'a')", "__import__('os').remove({0!r})",
-                    "__import__('os').open({0!r}, 1)", "__import__('pathlib').Path({0!r}).rename('x')",
-                    "open('../sibling', 'w')", "__import__('os').open('here', 65)"):  # fmt: skip
-        assert sandbox.passes(refused(attempt.format(str(victim)))), attempt
-    assert victim.read_text() == "mine"
-
-
-def test_a_program_has_no_network_and_no_other_processes(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        connect = f"__import__('socket').create_connection({server.getsockname()!r}, 1)"
-        subprocess.run([sys.executable, "-c", connect], check=True)
-        assert sandbox.passes(refused(connect))
-        if command := sandbox.without_network():  # even for what goes past Python's own hooks
-            done = subprocess.run([*command, sys.executable, "-c", connect], capture_output=True)
-            assert done.returncode and b"OSError" in done.stderr
-        monkeypatch.setattr(sandbox, "without_network", list)
-        assert sandbox.passes(refused(connect))
-    for attempt in ("os.system('true')", "os.fork()", "os.kill(1, 0)", "__import__('_posixsubprocess')"):
-        assert sandbox.passes("import os\n" + refused(attempt)), attempt
-
-
 def test_humaneval_runs_the_models_programs_when_it_may(run, tmp_path):
     rows = jsonl(tmp_path / "humaneval.jsonl", [answer_rows("humaneval", i)[0] for i in range(2)])
-    rows = results_of(tmp_path, run[0], "--task_dir", rows.parent, "--tasks", "humaneval", "--allow_code_execution")
+    rows = results_of(tmp_path, run[0], "--task_dir", rows.parent, "--tasks", "humaneval", "--allow_code_execution",
+                      "--sandbox", "weak")  # fmt: skip
     assert rows["tasks"]["humaneval"]["pass@1"] == 0.0  # of a model that writes noise
+
+
+POLYNOMIAL = """import math
+
+
+def value_at(coefficients, x):
+    return sum(c * x**i for i, c in enumerate(coefficients))
+
+
+def find_zero(coefficients):
+    \"\"\"Returns an x at which the value is 0.\"\"\"
+"""
+
+
+def test_a_humaneval_test_uses_the_prompts_own_functions_and_says_what_could_be_forged(tmp_path):
+    test = "def check(find): assert math.isclose(value_at([-4, 0, 1], list(find([-4, 0, 1]))[0]), 0, abs_tol=1e-9)"
+    row = dict(prompt=POLYNOMIAL, test=test, entry_point="find_zero")
+    task, (question,) = load_task("humaneval", jsonl(tmp_path / "humaneval.jsonl", [row]))
+    answers = {
+        "    return [2]\n": (1.0, 0),
+        "    return [3]\n": (0.0, 0),
+        "    return [3]\n\nvalue_at = lambda coefficients, x: 0\n": (0.0, 0),
+        "    yield 2\n": (1.0, 1),  # a generator is no literal
+    }
+    for text, expected in answers.items():
+        results = evaluate_task(Oracle([question], {0: text}, ""), task, [question], weak_sandbox=True)
+        assert (results["pass@1"], results["forgeable"]) == expected
 
 
 # ---- lm-evaluation-harness ------------------------------------------------------------------------------------------
