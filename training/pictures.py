@@ -1,17 +1,16 @@
 """The pictures of a run: loss.png, and what the model's own metrics() gave, drawn by its shape."""
 
+import gc
 import math
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from distributed.processes import start
 from training.disk import warn_once
 
-OF_EVERY_RUN = (
-    "step loss lr grad_norm ms tokens_per_second mfu memory_gb resident_gb tokens skipped val_loss val_bits_per_byte"
-).split()
+NOT_DRAWN = "lr grad_norm ms tokens_per_second mfu memory_gb resident_gb tokens skipped spikes".split()
 
 
 class Thinned:
@@ -52,6 +51,7 @@ class Album:
         self.steps = Thinned()
         self.evaluations = Thinned()
         self.with_tables = Thinned()
+        self.thread = ThreadPoolExecutor(1)  # the same one each time: a new one's memory would not be used again
         self.drawing = None
         for row in rows:
             self.add(row)
@@ -62,14 +62,14 @@ class Album:
         elif any(is_table(value) for value in row.values()):
             self.with_tables.add(row)
         if "loss" in row:
-            self.steps.add({key: value for key, value in row.items() if not is_table(value)})
+            self.steps.add({key: x for key, x in row.items() if key not in NOT_DRAWN and not is_table(x)})
 
     def draw(self) -> None:
         """Begins to draw, unless a drawing is still at work. One that fails costs a warning."""
         if self.drawing is None or self.drawing.done():
             self.warn()
             kinds = (self.steps, self.evaluations, self.with_tables)
-            self.drawing = start(plot, self.out, self.title, *(thinned.items() for thinned in kinds))
+            self.drawing = self.thread.submit(plot, self.out, self.title, *(thinned.items() for thinned in kinds))
 
     def finish(self) -> None:
         """Draws all there is, and waits for it."""
@@ -87,12 +87,12 @@ class Album:
 
 def plot(out, title, steps, evaluations, with_tables):
     plot_loss(steps, evaluations, title, out / "loss.png")
-    numbers = {key for row in steps for key, value in row.items() if isinstance(value, float)}
-    own = sorted(numbers.difference(OF_EVERY_RUN))
+    own = sorted({key for row in steps for key in row} - {"step", "loss"})
     if own:
         plot_numbers(steps, own, title, out / "metrics.png")
     for name in sorted({key for row in with_tables for key, value in row.items() if is_table(value)}):
         plot_table([row for row in with_tables if name in row], name, title, out / f"metrics-{name}.png")
+    gc.collect()  # a figure is in cycles of references: Python would keep dozens of them before it looks
 
 
 def new_figure(size, **options):
