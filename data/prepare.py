@@ -16,12 +16,13 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import fcntl
@@ -34,14 +35,16 @@ if __name__ == "__main__":  # this folder on the path would shadow the installed
 import numpy as np
 from tqdm import tqdm
 
-from data.bpe import end_with_parent
-from data.shards import Shards, write_shard
+from data.bpe import EOT
+from data.bpe_training import end_with_parent
+from data.shards import Shards, read_meta, write_shard
 from data.sources import KINDS, NAMED, Named, Skipped, find_text
 from data.synthetic import MQAR
+from data.text import print_any_text
 from data.tokenizers import CHAT_TOKENS, load_tokenizer, tokenizer_from_dict, train_bpe
 
 CHUNK = 1 << 20  # characters that a worker gets at a time
-TEXT_OPTIONS = "tokenizer", "add_tokens", "max_doc_tokens", "max_tokens", "skip_bad", "input", "workers"
+TEXT_OPTIONS = "tokenizer", "add_tokens", "max_doc_tokens", "max_tokens", "split_at_eot", "skip_bad", "input", "workers"
 MQAR_OPTIONS = *MQAR._fields, "documents", "seed"
 worker = {}  # a worker process's settings
 
@@ -49,18 +52,36 @@ worker = {}  # a worker process's settings
 # ---- documents to train and validation ------------------------------------------------------------------------------
 
 
-def content_hash(text):
-    """Returns a number in [0, 2**64) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+def measure(document):
+    """Returns a number in [0, 2**64) that depends on the text alone, and how many characters it has."""
+    digest = hashlib.sha256()
+    length = 0
+    for part in document:
+        digest.update(part.encode())
+        length += len(part)
+    return int.from_bytes(digest.digest()[:8], "big"), length
 
 
-def split_documents(read_all: Callable, val_fraction: float) -> Callable[[], Iterator[tuple[str, str]]]:
-    """Returns a function that gives every document as (split, text).
+def stretch(parts, begin, end):
+    """Yields of a text that comes in parts what lies from one character to another."""
+    place = 0
+    for part in parts:
+        wanted = part[max(begin - place, 0) : end - place]
+        if wanted:
+            yield wanted
+        place += len(part)
+        if place >= end:
+            return
+
+
+def split_documents(read_all: Callable, val_fraction: float) -> Callable[[], Iterator[tuple[str, Iterable[str]]]]:
+    """Returns a function that gives every document as (split, the parts of its text).
 
     Where there are few, none might fall into one of the splits: those with the smallest and the largest hash then make
     sure that validation and train have one. A single one is cut at val_fraction from its end.
     """
-    first = [content_hash(text) for text in islice(filter(None, read_all()), 1000)]
+    hashes = (number for number, length in map(measure, read_all()) if length)
+    first = list(islice(hashes, 1000))
     if not first:
         raise ValueError("found no documents, so there is nothing to write")
     limit = val_fraction * 2**64
@@ -69,16 +90,20 @@ def split_documents(read_all: Callable, val_fraction: float) -> Callable[[], Ite
         limit = min(limit, max(first))
 
     def documents():
-        for text in filter(None, read_all()):
+        for document in read_all():
+            number, length = measure(document)
+            if not length:
+                continue
             if len(first) == 1:
-                cut = int(len(text) * (1 - val_fraction))
-                for split, part in (("train", text[:cut]), ("val", text[cut:])):
-                    if part:
-                        yield split, part
-            elif content_hash(text) < limit:
-                yield "val", text
+                cut = int(length * (1 - val_fraction))
+                if cut > 0:
+                    yield "train", stretch(document, 0, cut)
+                if cut < length:
+                    yield "val", stretch(document, cut, length)
+            elif number < limit:
+                yield "val", document
             else:
-                yield "train", text
+                yield "train", document
 
     return documents
 
@@ -86,29 +111,30 @@ def split_documents(read_all: Callable, val_fraction: float) -> Callable[[], Ite
 # ---- text to tokens, in worker processes ----------------------------------------------------------------------------
 
 
-def pieces(text):
-    """Yields a long document in parts that tokenize alike: cut where a word begins, as every split pattern does."""
-    start = 0
-    while len(text) - start > 2 * CHUNK:
-        end = start + CHUNK
-        word = re.compile(r"(?<=\S) (?=[^\W\d_])").search(text, end, end + CHUNK)
-        if word:
-            end = word.start()
-        yield text[start:end]
-        start = end
-    yield text[start:]
+def pieces(parts):
+    """Yields a document in pieces that tokenize alike: cut where a word begins, as every split pattern does."""
+    word = re.compile(r"(?<=\S) (?=[^\W\d_])")
+    text = ""
+    for part in parts:
+        text += part
+        while len(text) > 2 * CHUNK:
+            found = word.search(text, CHUNK, 2 * CHUNK)
+            end = found.start() if found else CHUNK
+            yield text[:end]
+            text = text[end:]
+    yield text
 
 
 def chunks(documents, max_characters):
     """Yields lists of (split, whether a document begins, text) with about CHUNK characters in each."""
     chunk = []
     size = 0
-    for split, text in documents:
+    for split, parts in documents:
         if max_characters is None:
-            parts = pieces(text)
+            cut = pieces(parts)
         else:
-            parts = [text[:max_characters]]  # in one, because a worker cuts what it gets to max_doc_tokens
-        for i, piece in enumerate(parts):
+            cut = ["".join(stretch(parts, 0, max_characters))]  # in one: a worker cuts what it gets to max_doc_tokens
+        for i, piece in enumerate(cut):
             chunk.append((split, i == 0, piece))
             size += len(piece)
             if size >= CHUNK:
@@ -119,26 +145,50 @@ def chunks(documents, max_characters):
         yield chunk
 
 
+class Encoded(NamedTuple):
+    """What comes of a chunk of text."""
+
+    tokens: dict[str, np.ndarray]  # of each split
+    bytes: dict[str, np.ndarray]  # of each split: of the text, and of what its tokens stand for before they are cut
+    changed: list[tuple[str, str]]  # where a text and what its tokens give back differ, if they do
+
+
 def start_worker(tokenizer, max_doc_tokens):
     """Makes this process ready for `encode`; it may be the only one."""
-    worker.update(tokenizer=tokenizer_from_dict(tokenizer), max_doc_tokens=max_doc_tokens)
+    worker["tokenizer"] = tokenizer_from_dict(tokenizer)
+    worker["token_bytes"] = worker["tokenizer"].token_bytes()
+    worker["is_lossy"] = tokenizer["kind"] == "sentencepiece" or tokenizer.get("nfc", False)
+    worker["max_doc_tokens"] = max_doc_tokens
     if parent_process():
         end_with_parent()
 
 
 def encode(chunk):
-    """Returns a chunk's tokens: ({split: (n,) uint32}, bytes of its text)."""
+    """Returns a chunk's tokens, and what was lost on the way to them."""
     tokenizer = worker["tokenizer"]
-    parts = {"train": [], "val": []}
-    size = 0
+    tokens = {"train": [], "val": []}
+    sizes = {"train": np.zeros(2, np.int64), "val": np.zeros(2, np.int64)}
+    changed = []
     for split, begins, text in chunk:
         ids = tokenizer.encode(text)
+        if worker["is_lossy"]:
+            back = tokenizer.decode(ids)
+            if back != text:
+                changed.append(difference(text, back))
         if begins:
             ids = [tokenizer.eot_id, *ids]
-        parts[split].append(np.array(ids[: worker["max_doc_tokens"]], np.uint32))
-        size += len(text.encode())
-    tokens = {split: np.concatenate(arrays) for split, arrays in parts.items() if arrays}
-    return tokens, size
+        array = np.array(ids, np.uint32)
+        sizes[split] += len(text.encode()), worker["token_bytes"][array].sum()
+        tokens[split].append(array[: worker["max_doc_tokens"]])
+    whole = {split: np.concatenate(arrays) for split, arrays in tokens.items() if arrays}
+    return Encoded(whole, sizes, changed)
+
+
+def difference(text, back):
+    """Returns the first place where two texts differ, as it looks in each."""
+    same = len(os.path.commonprefix([text, back]))
+    around = slice(max(same - 10, 0), same + 10)
+    return text[around], back[around]
 
 
 def encode_all(all_chunks, workers, tokenizer, max_doc_tokens):
@@ -163,7 +213,7 @@ def encode_all(all_chunks, workers, tokenizer, max_doc_tokens):
 
 
 class Writer:
-    """One split's tokens on their way into shards of shard_tokens; counts documents and bytes of text."""
+    """One split's tokens on their way into shards of shard_tokens; counts documents, and the bytes they stand for."""
 
     def __init__(self, folder, split, vocab, token_bytes, shard_tokens):
         self.folder = folder
@@ -201,21 +251,20 @@ class Writer:
             self.filled = 0
 
 
-def read_meta(out: Path) -> dict | None:
+def earlier_meta(out: Path) -> dict | None:
     """Returns meta.json of a folder that was written here, None where there is nothing; refuses any other folder."""
     names = sorted(os.listdir(out)) if out.exists() else []
     if not names:
         return None
     foreign = [name for name in names if not re.fullmatch(r"(train|val)_\d{6}\.bin|meta\.json", name)]
-    try:
-        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-        ours = not foreign and "request" in meta
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
+    advice = "move it away or choose another folder with --out"
+    meta = {}
+    if not foreign and "meta.json" in names:
+        meta = read_meta(out / "meta.json", advice)
+    if "request" not in meta:
+        held = ", ".join((foreign or names)[:3])
         raise ValueError(
-            f"{out} holds {', '.join((foreign or names)[:3])}, not only what prepare.py wrote, and all of it would be "
-            f"replaced: move it away or choose another folder with --out"
+            f"{out} holds {held}, not only what prepare.py wrote, and all of it would be replaced: {advice}"
         )
     return meta
 
@@ -228,32 +277,40 @@ def is_whole(out, meta):
 
 
 @contextmanager
-def lock(folder: Path, out: Path):
-    """Keeps other processes from writing `out` by way of `folder` until the block ends."""
+def lock(out: Path):
+    """Keeps other processes from writing `out` until the block ends."""
+    path = out.with_name(f".{out.name}.lock")
     busy = f"another prepare.py is writing {out}: wait for it or choose another --out"
+    path.parent.mkdir(parents=True, exist_ok=True)
     if fcntl:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = locked(path, busy)
+    else:  # The file itself is the lock. It stays where this process is killed, and the user then deletes it.
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it back even if we are killed
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ValueError(busy) from None
-        try:
-            yield
-        finally:
-            os.close(descriptor)
-        return
-
-    # Without fcntl a file beside is the lock. It stays where this process is killed, and the user then deletes it.
-    path = folder.with_suffix(".lock")
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        raise ValueError(f"{busy}; if none is running, delete {path}") from None
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            raise ValueError(f"{busy}; if none is running, delete {path}") from None
+        os.close(descriptor)
     try:
         yield
     finally:
         path.unlink()
+        if fcntl:
+            os.close(descriptor)
+
+
+def locked(path, busy):
+    """Returns the descriptor of a locked file. The system gives the lock back even if this process is killed."""
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(busy) from None
+        # Who had the lock may have deleted the file meanwhile: then another process can lock a new one of its name.
+        if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+        os.close(descriptor)
 
 
 def sync_folder(folder):
@@ -268,12 +325,12 @@ def sync_folder(folder):
 
 @contextmanager
 def successor(out: Path):
-    """Makes a locked folder beside `out`, which takes its place when the block ends without an error."""
+    """Makes a folder beside `out`, which takes its place when the block ends without an error."""
     partial = out.with_name(f".{out.name}.partial")
     old = out.with_name(f".{out.name}.old")
-    partial.mkdir(parents=True, exist_ok=True)
-    with lock(partial, out):
+    with lock(out):
         try:
+            partial.mkdir(exist_ok=True)
             for path in partial.iterdir():  # of a run that was killed
                 path.unlink()
             if old.exists() and out.exists():  # a run was killed after the renames below
@@ -296,14 +353,18 @@ def successor(out: Path):
 def make_tokenizer(spec, add_tokens, documents, folder, workers):
     """Loads a tokenizer, or makes the ones that come from the text itself: char, and bpe:SIZE."""
     if spec == "char":
-        alphabet = set(chain.from_iterable(set(text) for _, text in documents()))
+        alphabet = set()
+        for _, parts in documents():
+            for text in parts:
+                alphabet.update(text)
         return load_tokenizer(spec, add_tokens, "".join(alphabet))
     if not re.fullmatch(r"bpe:\d+", spec):
         return load_tokenizer(spec, add_tokens)
     sample = folder / "sample.jsonl"
     room = 100_000_000  # characters: more text changes few merges
+    training_text = chain.from_iterable(pieces(parts) for split, parts in documents() if split == "train")
     with open(sample, "w", encoding="utf-8") as file:
-        for text in (text for split, text in documents() if split == "train"):
+        for text in training_text:
             file.write(json.dumps({"text": text[:room]}) + "\n")
             room -= len(text)
             if room <= 0:
@@ -331,16 +392,46 @@ def write_text(args, folder, text):
         longest = max(1, int(token_bytes.max()))  # bytes, so a token never has more characters
         max_characters = args.max_doc_tokens * longest
     work = chunks(documents(), max_characters)
+    sizes = {split: np.zeros(2, np.int64) for split in writers}  # of text, and of what its tokens stand for
+    changed = []
     with tqdm(total=text.size, unit="B", unit_scale=True, disable=None) as bar:
-        for encoded, text_bytes in encode_all(work, workers, tokenizer, args.max_doc_tokens):
-            for split, tokens in encoded.items():
+        for encoded in encode_all(work, workers, tokenizer, args.max_doc_tokens):
+            for split, tokens in encoded.tokens.items():
                 if args.max_tokens and split == "train":
                     tokens = tokens[: args.max_tokens - train.tokens]
                 writers[split].add(tokens)
-            bar.update(text_bytes)
+                sizes[split] += encoded.bytes[split]
+            changed += encoded.changed
+            bar.update(sum(of_text for of_text, _ in encoded.bytes.values()))
             if train.tokens == args.max_tokens:
                 break
-    write_meta(args, folder, writers, tokenizer, tokenizer.fingerprint, {"tokenizer": tokenizer.to_dict()})
+
+    # What was cut off a document or the end has no part in the tokens, so the text behind them is a share of it.
+    text_bytes = {}
+    for split, (of_text, of_tokens) in sizes.items():
+        text_bytes[split] = round(writers[split].bytes * of_text / max(of_tokens, 1))
+    more = {"tokenizer": tokenizer.to_dict(), "text_bytes": text_bytes}
+    write_meta(args, folder, writers, tokenizer, tokenizer.fingerprint, more)
+    if changed:
+        warn_of_loss(tokenizer, changed, sizes["train"] + sizes["val"])
+    if text.with_marker:
+        names = sorted(map(str, text.with_marker))
+        print(f"{names[0]} spells out {EOT}, which stays text: --split_at_eot begins a document there", file=sys.stderr)
+
+
+def warn_of_loss(tokenizer, changed, sizes):
+    """Says that a tokenizer does not give all text back, with an example, and what can be done."""
+    text, back = changed[0]
+    of_text, of_tokens = sizes
+    advice = "it is NFC that it normalises to: give it text in NFC"
+    if tokenizer.kind == "sentencepiece":
+        advice = "train it with normalization_rule_name=identity, remove_extra_whitespaces=false and byte_fallback=true"
+    print(
+        f"WARNING: {tokenizer.name} loses text: {len(changed):,} pieces come back changed, {of_text:,} bytes as "
+        f"{of_tokens:,}; the first has {text!r}, and gives back {back!r}. Bits per byte will count the bytes of the "
+        f"text; to lose none, {advice}",
+        file=sys.stderr,
+    )
 
 
 def write_mqar(args, folder, task):
@@ -390,8 +481,9 @@ def request_hash(args, identity):
         args.shard_tokens,
         args.add_tokens,
         args.skip_bad,
+        args.split_at_eot,
     ]
-    version = 2  # one more, when the same request comes to give other tokens
+    version = 3  # one more, when the same request comes to give other tokens
     request = json.dumps([version, identity, args.tokenizer, stamp, options])
     return hashlib.sha256(request.encode()).hexdigest()
 
@@ -440,13 +532,13 @@ def prepare(args) -> None:
         task = mqar_task(args)
         identity = ["mqar", *task, args.documents, args.seed]
     else:
-        text = find_text(args.source, args.input, skipped)
+        text = find_text(args.source, args.input, skipped, args.split_at_eot)
         identity = text.identity
 
     # 3. Write them, unless what is there was made of the same.
     args.request = request_hash(args, identity)
     start = time.time()
-    meta = read_meta(out)
+    meta = earlier_meta(out)
     if meta and not chosen and meta.get("origin", args.origin) != args.origin:
         made_of = " ".join(meta["origin"])
         raise ValueError(f"{out} was made of {made_of}: choose another folder with --out, or this one to replace it")
@@ -465,7 +557,7 @@ def prepare(args) -> None:
         print(f"took {time.time() - start:.1f} s")
 
     # 4. Say what is there.
-    meta = read_meta(out)
+    meta = earlier_meta(out)
     for split in ("train", "val"):
         sizes = ", ".join(f"{meta[what][split]:,} {what}" for what in ("documents", "bytes", "tokens"))
         print(f"{out} {split}: {sizes}, vocabulary {meta['vocab_size']:,}")
@@ -497,6 +589,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--add_tokens", type=lambda s: CHAT_TOKENS if s == "chat" else s.split(","), default=[], help="A,B,... or chat")
     add("--max_doc_tokens", type=positive, help="cut documents to this many tokens, eot included")
     add("--max_tokens", type=positive, help="stop when train has this many, for sets without end")
+    add("--split_at_eot", action="store_true", help=f"a document ends where a .txt spells out {EOT}")
     add("--skip_bad", action="store_true", help="leave out files and lines that cannot be read, and count them")
     add("--input", help="a local copy (file or folder) of a named set")
     add("--workers", type=positive, help="processes (default: by the size of the text and the cores)")
@@ -508,6 +601,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--documents", type=int, default=100_000, help="of train and validation (default: 100,000)")
     add("--seed", type=int, default=1)
     args = parser.parse_args(argv)
+    print_any_text()
     try:
         meaningless = TEXT_OPTIONS if args.source == ["mqar"] else MQAR_OPTIONS
         for key in meaningless:

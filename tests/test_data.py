@@ -20,6 +20,7 @@ import torch
 
 import data.prepare as prepare_module
 import data.sources as sources_module
+import data.text as text_module
 from data.prepare import main as prepare
 from data.prepare import pieces
 from data.shards import Loader, Shards, eval_batches, shuffled, write_shard
@@ -401,11 +402,12 @@ def test_a_long_document_is_cut_only_where_tokens_do_not_notice(monkeypatch):
     monkeypatch.setattr(prepare_module, "CHUNK", 200)
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(["word", " ", "  ", "\n", "\n\n", "'s", "é", "12", "!", " Wort", "\t", "?!"], 3000))
-    parts = list(pieces(text))
+    parts = list(pieces([text[:900], text[900:]]))
+    assert parts == list(pieces([text]))
     assert "".join(parts) == text and len(parts) > 20
     for pattern in PATTERNS.values():
         assert [word for part in parts for word in regex.findall(pattern, part)] == regex.findall(pattern, text)
-    assert [len(part) for part in pieces("x" * 750)] == [200, 200, 350]
+    assert [len(part) for part in pieces(["x" * 750])] == [200, 200, 350]
 
 
 def test_documents_are_cut_to_max_doc_tokens_and_the_whole_to_max_tokens(tmp_path):
@@ -524,10 +526,10 @@ def test_pysource_without_torch_is_a_clear_error(monkeypatch, tmp_path):
     "name, content, message",
     [
         ("a.txt", b"fine\xe4 not", r"a.txt: not UTF-8 text: byte 0xe4 at offset 4"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl: not UTF-8 text: byte 0xff at offset 24"),
-        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a.jsonl:2: needs a field \"text\" .* found \['txt'\]"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text"', r"a.jsonl:3: not a line of JSON"),
-        ("a.jsonl", b"[1]\n", r"a.jsonl:1: needs a field \"text\" .* found list"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl line 2: not UTF-8 text: byte 0xff at offset 24"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a.jsonl line 2: needs a field \"text\", found \['txt'\]"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text"', r"a.jsonl line 3: not JSON: Expecting ':' delimiter at character 8"),
+        ("a.jsonl", b"[1]\n", r"a.jsonl line 1: needs a field \"text\", found list"),
         ("a.txt", b"", "found no documents"),
         ("a.txt", b"x", "no document is in train: change --val_fraction=0.05"),
         ("a.txt.gz", gzip.compress(b"hello" * 1000, mtime=0)[:-9], "a.txt.gz: a damaged gzip file"),
@@ -573,10 +575,10 @@ def test_skip_bad_leaves_out_and_counts_what_cannot_be_read(tmp_path, capsys):
     first = lines.index("left out 7 files, documents or lines that cannot be read:")  # the text is read three times
     named = (
         "cut.jsonl.gz: a damaged",
-        "l.jsonl:2: needs",
-        "l.jsonl:3: not a line",
-        "l.jsonl: not UTF-8",
-        "l.jsonl:5: needs",
+        "l.jsonl line 2: needs",
+        "l.jsonl line 3: not JSON",
+        "l.jsonl line 4: not UTF-8",
+        "l.jsonl line 5: needs",
     )
     for line, start in zip(lines[first + 1 :], (*named, "and 2 more"), strict=True):
         assert line.strip().removeprefix(f"{source}{os.sep}").startswith(start)
@@ -608,7 +610,7 @@ def test_skip_bad_leaves_out_a_file_that_cannot_be_opened(tmp_path, monkeypatch)
             raise PermissionError(13, "Permission denied", str(path))
         return open(path, mode)
 
-    monkeypatch.setattr(sources_module, "open", open_or_not, raising=False)
+    monkeypatch.setattr(text_module, "open", open_or_not, raising=False)
     run = [str(tmp_path / "a.txt"), source, "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--workers", "1"]
     with pytest.raises(SystemExit, match="a.txt: cannot be read: .*Permission denied.*--skip_bad"):
         prepare(run)
@@ -739,11 +741,15 @@ def test_a_folder_or_file_of_the_user_is_never_replaced(tmp_path):
         prepare(run)
     out.unlink()
     out.mkdir()
-    for mine in ("thesis.txt", "train_000000.bin", "meta.json"):
+    for mine in ("thesis.txt", "train_000000.bin"):
         (out / mine).write_text("{}")
         with pytest.raises(SystemExit, match=f"out holds {mine}, not only what prepare.py wrote"):
             prepare(run)
         (out / mine).unlink()
+    (out / "meta.json").write_text("{}")
+    with pytest.raises(SystemExit, match="meta.json has no field 'tokenizer': move it away"):
+        prepare(run)
+    (out / "meta.json").unlink()
     prepare(run)  # an empty folder is fine
     (out / "notes.txt").write_text("mine")
     write_documents(tmp_path / "a.jsonl", 31)
