@@ -18,22 +18,29 @@ PATTERNS = {"gpt2": GPT2, "newer": NEWER, "qwen": NEWER.replace("{1,3}", "")}
 
 def alternatives(tokens: Iterable[str]) -> str:
     """Returns a regex for any of them, the longest first."""
-    return "|".join(regex.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return "|".join(map(regex.escape, longest_first))
 
 
 def format_ranks(ranks: dict[bytes, int]) -> str:
     """Returns lines "base64 id", as in a .tiktoken file."""
-    return "\n".join(f"{base64.b64encode(token).decode()} {i}" for i, token in sorted((i, t) for t, i in ranks.items()))
+    in_order = sorted(ranks, key=ranks.get)
+    return "\n".join(f"{base64.b64encode(token).decode()} {ranks[token]}" for token in in_order)
 
 
 def parse_ranks(text: str, name: str | Path) -> dict[bytes, int]:
     """Returns the ranks of such lines, of the file or tokenizer `name`."""
+    ranks = {}
     try:
-        ranks = {base64.b64decode(token): int(i) for token, i in map(str.split, text.splitlines())}
+        for line in text.splitlines():
+            token, i = line.split()
+            ranks[base64.b64decode(token)] = int(i)
     except ValueError as e:
         raise ValueError(f"{name} does not hold lines 'base64 id' ({e}): was it cut short?") from None
-    if len(set(ranks.values())) < len(ranks):
-        raise ValueError(f"{name}: {len(ranks)} tokens share {len(set(ranks.values()))} ids: give each its own")
-    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
+    n_ids = len(set(ranks.values()))
+    if n_ids < len(ranks):
+        raise ValueError(f"{name}: {len(ranks)} tokens share {n_ids} ids: give each its own")
+    missing = [b for b in range(256) if bytes([b]) not in ranks]
+    if missing:
         raise ValueError(f"{name} has no token for {len(missing)} of the 256 bytes, like {missing[0]}")
     return ranks

@@ -66,7 +66,7 @@ def count_share(files, pattern, special_tokens, share, n_shares):
 
 
 def chunks(path, size=PART):
-    """Yields the texts of a .jsonl file, or any other text in parts of about `size` bytes that end where a word does."""
+    """Yields the texts of a .jsonl file, or any other in parts of about `size` bytes that end where a word does."""
     if ".jsonl" in path.suffixes:
         for place, row in json_lines(path):
             yield text_field(row, place)
@@ -106,7 +106,7 @@ def with_long_words_cut(counts):
 
 
 def merge_words(words: dict[str, int], n_merges: int) -> list[tuple[bytes, bytes]]:
-    """Merges the most frequent pair n_merges times (or till nothing is left); of equals, the one with the lowest ids."""
+    """Merges the most frequent pair n_merges times, or till nothing is left; of equals that with the lowest ids."""
     # 1. A word is a string with chr(id) for each token: a pair is a string of two, and str.replace merges it.
     texts = [word.encode().decode("latin-1") for word in words]
     weights = list(words.values())

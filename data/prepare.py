@@ -4,7 +4,8 @@ Writes data/NAME/{train_000000.bin, ..., val_000000.bin, ..., meta.json}, which 
 begins with the tokenizer's eot token, and goes to train or validation by a hash of its content, so that more files or
 another order never move it across; a text that is one document is cut, and its last part validates. mqar is no text:
 its documents are drawn (data/synthetic.py). All is written in a folder beside and takes the place of an earlier one
-when it is whole; where nothing has changed nothing is done.
+when it is whole; where nothing has changed nothing is done. A folder of another tool's token files, nanoGPT's or
+build-nanogpt's, becomes shards of the same tokens (data/token_files.py).
 """
 
 import argparse
@@ -12,22 +13,16 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 if __name__ == "__main__":  # this folder on the path would shadow the installed package `tokenizers`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -35,10 +30,12 @@ if __name__ == "__main__":  # this folder on the path would shadow the installed
 import numpy as np
 from tqdm import tqdm
 
+from data import token_files
 from data.bpe import EOT
 from data.bpe_training import end_with_parent
-from data.shards import Shards, read_meta, write_shard
-from data.sources import KINDS, NAMED, Named, Skipped, find_text
+from data.shards import PUBLISHED, Shards, read_meta, write_shard
+from data.sources import KINDS, NAMED, Named, Skipped, find_text, identity_of
+from data.successor import successor
 from data.synthetic import MQAR
 from data.text import print_any_text
 from data.tokenizers import CHAT_TOKENS, load_tokenizer, tokenizer_from_dict, train_bpe
@@ -276,77 +273,6 @@ def is_whole(out, meta):
         return False
 
 
-@contextmanager
-def lock(out: Path):
-    """Keeps other processes from writing `out` until the block ends."""
-    path = out.with_name(f".{out.name}.lock")
-    busy = f"another prepare.py is writing {out}: wait for it or choose another --out"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if fcntl:
-        descriptor = locked(path, busy)
-    else:  # The file itself is the lock. It stays where this process is killed, and the user then deletes it.
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL)
-        except FileExistsError:
-            raise ValueError(f"{busy}; if none is running, delete {path}") from None
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        path.unlink()
-        if fcntl:
-            os.close(descriptor)
-
-
-def locked(path, busy):
-    """Returns the descriptor of a locked file. The system gives the lock back even if this process is killed."""
-    while True:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ValueError(busy) from None
-        # Who had the lock may have deleted the file meanwhile: then another process can lock a new one of its name.
-        if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            return descriptor
-        os.close(descriptor)
-
-
-def sync_folder(folder):
-    """Waits until what a folder lists is on the disk. Windows has no way to ask for that, and opens no folders."""
-    if fcntl:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def successor(out: Path):
-    """Makes a folder beside `out`, which takes its place when the block ends without an error."""
-    partial = out.with_name(f".{out.name}.partial")
-    old = out.with_name(f".{out.name}.old")
-    with lock(out):
-        try:
-            partial.mkdir(exist_ok=True)
-            for path in partial.iterdir():  # of a run that was killed
-                path.unlink()
-            if old.exists() and out.exists():  # a run was killed after the renames below
-                shutil.rmtree(old)
-            elif old.exists():  # or between them
-                os.rename(old, out)
-            yield partial
-            sync_folder(partial)
-            if out.exists():
-                os.rename(out, old)
-            os.rename(partial, out)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
 # ---- from what the user asked for to the folder ---------------------------------------------------------------------
 
 
@@ -434,6 +360,34 @@ def warn_of_loss(tokenizer, changed, sizes):
     )
 
 
+class Vocabulary(NamedTuple):
+    """What there is to know of ids whose tokenizer is not here."""
+
+    vocab_size: int
+    eot_id: int
+
+
+def write_tokens(args, folder):
+    """Writes the same of other tools' token files: those of the tokenizer that is named, else GPT-2's."""
+    if args.tokenizer:
+        vocab = load_tokenizer(args.tokenizer)
+        meaning = vocab.fingerprint
+        more = {"tokenizer": vocab.to_dict()}
+        token_bytes = vocab.token_bytes()
+    else:
+        vocab = Vocabulary(*PUBLISHED[2])
+        meaning = "GPT-2"
+        more = {"tokenizer": None}
+        token_bytes = np.zeros(vocab.vocab_size, np.int64)
+    writers = {}
+    for split, paths in args.token_files.items():
+        writers[split] = Writer(folder, split, vocab, token_bytes, args.shard_tokens)
+        for path in tqdm(paths, split, unit="file", disable=None):
+            for tokens in token_files.read(path, vocab.vocab_size):
+                writers[split].add(tokens)
+    write_meta(args, folder, writers, vocab, meaning, more)
+
+
 def write_mqar(args, folder, task):
     """Writes the same of drawn documents."""
     n_val = round(args.documents * args.val_fraction)
@@ -469,7 +423,7 @@ def write_meta(args, folder, writers, vocab, fingerprint, more):
 
 def request_hash(args, identity):
     """Returns a hash of all that decides the result; a tokenizer's file, like the text's, is known by size and time."""
-    file = Path(re.sub(r"^bpe:|(?<=\.tiktoken):\w+$", "", args.tokenizer))
+    file = Path(re.sub(r"^bpe:|(?<=\.tiktoken):\w+$", "", args.tokenizer or ""))
     stamp = None
     if file.is_file():
         stat = file.stat()
@@ -511,7 +465,7 @@ def prepare(args) -> None:
     # 1. Check what was asked for, and fill in what a named set decides.
     source = args.source[0]
     named = NAMED.get(source, Named("", val_fraction=0.05))
-    if not args.tokenizer:
+    if not args.tokenizer and not args.token_files:
         args.tokenizer = named.tokenizer
     if args.val_fraction is None:
         args.val_fraction = named.val_fraction
@@ -525,17 +479,21 @@ def prepare(args) -> None:
         args.out = Path(__file__).with_name(folder_name(source))
     out = Path(args.out).resolve()
 
-    # 2. Find the documents.
+    # 2. Find what is to be written.
     skipped = Skipped() if args.skip_bad else None
-    is_mqar = args.source == ["mqar"]
-    if is_mqar:
+    if args.source == ["mqar"]:
         task = mqar_task(args)
         identity = ["mqar", *task, args.documents, args.seed]
+        write = partial(write_mqar, args, task=task)
+    elif args.token_files:
+        identity = identity_of(chain(*args.token_files.values()))
+        write = partial(write_tokens, args)
     else:
         text = find_text(args.source, args.input, skipped, args.split_at_eot)
         identity = text.identity
+        write = partial(write_text, args, text=text)
 
-    # 3. Write them, unless what is there was made of the same.
+    # 3. Write it, unless what is there was made of the same.
     args.request = request_hash(args, identity)
     start = time.time()
     meta = earlier_meta(out)
@@ -547,10 +505,7 @@ def prepare(args) -> None:
     else:
         try:
             with successor(out) as folder:
-                if is_mqar:
-                    write_mqar(args, folder, task)
-                else:
-                    write_text(args, folder, text)
+                write(folder)
         finally:
             if skipped is not None and skipped.count:
                 print(skipped, file=sys.stderr)
@@ -580,7 +535,7 @@ def main(argv: list[str] | None = None) -> None:
     text = parser.add_argument_group("of text alone")
     mqar = parser.add_argument_group("of mqar alone")
     kinds = ", ".join(KINDS)
-    add("source", nargs="+", metavar="NAME|FILES", help=f"a name below; {kinds}, also .gz; folders; - is stdin")
+    add("source", nargs="+", metavar="NAME|FILES", help=f"a name below; {kinds}, also .gz; folders; - for stdin")
     add("--out", help="folder to write (default: data/NAME)")
     add("--val_fraction", type=float, help="share of the documents that validates")
     add("--shard_tokens", type=positive, default=100_000_000, help="tokens in a file")
@@ -603,7 +558,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     print_any_text()
     try:
-        meaningless = TEXT_OPTIONS if args.source == ["mqar"] else MQAR_OPTIONS
+        args.token_files = None
+        meaningless = MQAR_OPTIONS
+        if args.source == ["mqar"]:
+            meaningless = TEXT_OPTIONS
+        elif len(args.source) == 1 and args.source[0] not in NAMED and os.path.isdir(args.source[0]):
+            args.token_files = token_files.find(Path(args.source[0]))
+        if args.token_files:
+            meaningless = [key for key in (*TEXT_OPTIONS, *MQAR_OPTIONS, "val_fraction") if key != "tokenizer"]
         for key in meaningless:
             if getattr(args, key) != parser.get_default(key):
                 raise ValueError(f"--{key} means nothing to {' '.join(args.source)}: leave it out")

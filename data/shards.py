@@ -85,13 +85,15 @@ def give_back(mapped, begin, size):
         mapped.madvise(mmap.MADV_DONTNEED, first, min(begin + size + around, len(mapped)) - first)
 
 
-def shards_of_split(folder: Path, split: str) -> list[Path]:
-    """Returns the files of a split, in order: those with its name as a whole word of theirs.
+def files_of_split(folder: Path, split: str, endings: tuple = (".bin",)) -> list[Path]:
+    """Returns the token files of a split, in order: those with its name as a whole word of theirs.
 
     fineweb_train_000001.bin is train's, and pretrain_val_0.bin is val's. ValueError where a name has both words.
     """
     found = []
-    for path in sorted(folder.glob("*.bin")):
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in endings or path.name.startswith("."):
+            continue
         words = re.split(r"[^a-zA-Z]+", path.stem)
         splits = [name for name in ("train", "val") if name in words]
         if len(splits) > 1:
@@ -162,13 +164,14 @@ class Shards:
         if not self.folder.is_dir():
             command = f"python data/prepare.py {self.folder.name} --out {self.folder}"
             raise FileNotFoundError(f"{self.folder} not found: make it with  {command}")
-        self.paths = shards_of_split(self.folder, split)
+        self.paths = files_of_split(self.folder, split)
         if not self.paths:
             others = [path.name for path in sorted(self.folder.iterdir()) if path.suffix in (".bin", ".npy")]
             here = ", ".join(others[:3]) or "no .bin at all"
+            source = f" {self.folder} --out data/NAME" if ".npy" in here else ""
             raise FileNotFoundError(
                 f"{self.folder} holds no .bin with {split} as a word of its name, such as {split}_000000.bin ({here}): "
-                "make it with  python data/prepare.py"
+                f"make it with  python data/prepare.py{source}"
             )
         opened = [open_shard(path) for path in self.paths]
         self._maps = [mapped for mapped, _ in opened]

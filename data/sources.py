@@ -85,10 +85,7 @@ def find_text(sources: list[str], copy: str | None, skipped: Skipped | None, spl
     else:
         paths = find_files(sources)
 
-    # Files are known by path, size and time, so that a second run has nothing to read.
-    stats = [path.stat() for path in paths]
-    identity = [[os.path.abspath(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats)]
-    size = sum(stat.st_size for stat in stats)
+    size = sum(path.stat().st_size for path in paths)
 
     def documents():
         if skipped is not None:
@@ -96,7 +93,16 @@ def find_text(sources: list[str], copy: str | None, skipped: Skipped | None, spl
         for path in paths:
             yield from read(path, separator, skipped, with_marker)
 
-    return Text(identity, size, documents, with_marker)
+    return Text(identity_of(paths), size, documents, with_marker)
+
+
+def identity_of(paths: Iterable[Path]) -> list:
+    """Returns what files are known by, so that a second run has nothing to read: path, size and time."""
+    identity = []
+    for path in paths:
+        stat = path.stat()
+        identity.append([os.path.abspath(path), stat.st_size, stat.st_mtime_ns])
+    return identity
 
 
 def standard_input(separator, with_marker):

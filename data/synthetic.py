@@ -68,5 +68,7 @@ class MQAR(NamedTuple):
             pairs = np.stack((1 + keys, 1 + self.keys + values), axis=2)  # (4096, pairs, 2)
             queries = np.take_along_axis(pairs, asked[:, :, None], axis=1)  # (4096, queries, 2)
             queries[:, :, 1] += self.values  # an answer, where there was a value
-            documents = np.hstack((eot, pairs.reshape(4096, -1), queries.reshape(4096, -1)))
+            told = pairs.reshape(4096, -1)  # (4096, 2 * pairs)
+            asked_for = queries.reshape(4096, -1)  # (4096, 2 * queries)
+            documents = np.hstack((eot, told, asked_for))
             yield documents[: n - start]

@@ -1,7 +1,7 @@
 """The one reader of text files: plain text, JSON and JSON lines, CSV, each also gzipped.
 
 Text is UTF-8, or UTF-16 that begins with a byte order mark; the mark is no text. Plain text comes in parts, so that a
-file may be larger than the memory. What cannot be read is Unreadable, an error that names the file and the line or byte.
+file may be larger than the memory. What cannot be read is Unreadable, an error that names the file and the place.
 """
 
 import codecs

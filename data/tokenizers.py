@@ -7,8 +7,8 @@
 
 BPE, as in GPT-2: a regex cuts text into words, a word begins as its bytes, and the adjacent pair that makes the token
 of lowest rank is merged, again and again. A token's id is its rank, and tiktoken's core does the work;
-data/bpe_training.py is the training. decode(encode(text)) == text, except for tokenizers that normalise by design: Qwen's (Unicode NFC) and
-most sentencepiece models.
+data/bpe_training.py is the training. decode(encode(text)) == text, except for tokenizers that normalise by design:
+Qwen's (Unicode NFC) and most sentencepiece models.
 """
 
 import argparse

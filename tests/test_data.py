@@ -20,6 +20,7 @@ import torch
 
 import data.prepare as prepare_module
 import data.sources as sources_module
+import data.successor as successor_module
 import data.text as text_module
 from data.prepare import main as prepare
 from data.prepare import pieces
@@ -755,7 +756,7 @@ def test_a_folder_or_file_of_the_user_is_never_replaced(tmp_path):
     write_documents(tmp_path / "a.jsonl", 31)
     with pytest.raises(SystemExit, match="out holds notes.txt"):
         prepare(run)
-    with pytest.raises(SystemExit, match="prepare.py: .*Not a directory"):
+    with pytest.raises(SystemExit, match="prepare.py: .*File exists: .*a.jsonl"):
         prepare([source, "--out", str(tmp_path / "a.jsonl" / "below"), "--tokenizer", "byte"])
 
 
@@ -783,7 +784,7 @@ def test_a_run_killed_between_its_two_renames_loses_nothing(tmp_path, monkeypatc
     prepare(run)
     os.rename(out, tmp_path / ".out.old")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "write_text", lambda *_: sys.exit("stop before anything is written"))
+        patch.setattr(prepare_module, "write_text", lambda *_, **__: sys.exit("stop before anything is written"))
         with pytest.raises(SystemExit):
             prepare(run)
     assert len(texts_of(out, "train")) > 20 and sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
@@ -834,7 +835,7 @@ def like_windows(monkeypatch):
         raise OSError(1314, "A required privilege is not held by the client")
 
     with monkeypatch.context() as patch:  # which ends before tmp_path is cleaned up
-        patch.setattr(prepare_module, "fcntl", None)
+        patch.setattr(successor_module, "fcntl", None)
         patch.setattr(os, "open", open_no_folder)
         patch.setattr(shutil, "_use_fd_functions", False)  # or rmtree would open folders
         patch.setattr(os, "symlink", symlink)
@@ -853,7 +854,7 @@ def test_without_fcntl_data_is_prepared_and_prepared_again(tmp_path, like_window
 def test_without_fcntl_a_second_process_is_refused_and_what_a_killed_one_left_is_named(tmp_path, like_windows):
     source, out = write_documents(tmp_path / "a.jsonl", 30), tmp_path / "out"
     run = [source, "--out", str(out), "--tokenizer", "byte", "--workers", "1"]
-    with prepare_module.successor(out) as folder:
+    with successor_module.successor(out) as folder:
         (folder / "train_000000.bin").write_text("of the first")
         with pytest.raises(SystemExit, match="another prepare.py is writing .*; if none is running, delete .*out.lock"):
             prepare(run)
@@ -864,14 +865,14 @@ def test_without_fcntl_a_second_process_is_refused_and_what_a_killed_one_left_is
     with pytest.raises(SystemExit, match="if none is running, delete .*out.lock"):
         prepare(run)
     (tmp_path / ".out.lock").unlink()
-    like_windows.setattr(prepare_module, "write_text", lambda *_: sys.exit("an end by an error"))
+    like_windows.setattr(prepare_module, "write_text", lambda *_, **__: sys.exit("an end by an error"))
     for _ in range(2):  # an error gives the lock back
         with pytest.raises(SystemExit, match="an end by an error"):
             prepare(run)
 
 
 def test_prepare_is_imported_where_there_is_no_fcntl():
-    code = "import sys; sys.modules['fcntl'] = None; import data.prepare; print(data.prepare.fcntl)"
+    code = "import sys; sys.modules['fcntl'] = None; import data.prepare, data.successor; print(data.successor.fcntl)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PREPARE.parents[1])
     assert result.stdout.strip() == "None", result.stderr
 

@@ -482,12 +482,12 @@ def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(run, data, tm
     assert "line 3: the right choice is number 2 of 0 to 1" in task_error(good, good, {**good, "label": 2})
     for label in (1.7, True, None, "one"):
         assert f"line 1: the right choice is {label!r}, which is no number" in task_error({**good, "label": label})
-    assert "line 1: the choices are no list of texts, but 'xy'" in task_error({**good, "choices": "xy"})
+    assert "line 1: choices is no list of texts, but 'xy'" in task_error({**good, "choices": "xy"})
     assert "line 1: the answer is None, and neither" in task_error({"context": "a", "answer": None})
     assert "line 1: a choice is empty" in task_error({**good, "choices": ["", "x"]})
     assert "none is left" in task_error()
     (tmp_path / "cut.jsonl").write_text('{"context": "a", "answer": "b"}\n{"context": ')
-    assert "cut.jsonl line 2: no JSON" in error_of(capsys, folder, "--tasks", f"mine={tmp_path / 'cut.jsonl'}")
+    assert "cut.jsonl line 2: not JSON" in error_of(capsys, folder, "--tasks", f"mine={tmp_path / 'cut.jsonl'}")
     unknown = error_of(capsys, folder, "--tasks", "hellaswog")
     assert "unknown task 'hellaswog': there are hellaswag, arc_easy" in unknown and "NAME=PATH" in unknown
     assert "--task_dir" in error_of(capsys, folder, "--tasks", "hellaswag")
