@@ -353,7 +353,7 @@ def warn_of_loss(tokenizer, changed, sizes):
     if tokenizer.kind == "sentencepiece":
         advice = "train it with normalization_rule_name=identity, remove_extra_whitespaces=false and byte_fallback=true"
     print(
-        f"WARNING: {tokenizer.name} loses text: {len(changed):,} pieces come back changed, {of_text:,} bytes as "
+        f"WARNING: {tokenizer.name} loses text: {len(changed):,} pieces of it come back changed, {of_text:,} bytes as "
         f"{of_tokens:,}; the first has {text!r}, and gives back {back!r}. Bits per byte will count the bytes of the "
         f"text; to lose none, {advice}",
         file=sys.stderr,

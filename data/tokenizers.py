@@ -62,7 +62,7 @@ class Tokenizer:
 
         for token in add_tokens:
             if token not in self.special_tokens:
-                self.special_tokens[token] = max(*pieces, *self.special_tokens.values()) + 1
+                self.special_tokens[token] = max([*pieces, *self.special_tokens.values()]) + 1
         self._bytes = dict(pieces)
         for token, i in self.special_tokens.items():
             if i in self._bytes or not token:

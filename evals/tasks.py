@@ -279,7 +279,10 @@ def grade_gsm8k(text, question):
 def gsm8k(row):
     prompt = f"Question: {text_of(row, 'question')}\nAnswer:"
     answer = text_of(row, "answer")
-    gold = plain_number(answer.rpartition("#### ")[2])
+    _, sign, gold = answer.rpartition("#### ")
+    if not sign:
+        raise ValueError("no #### in the answer")
+    gold = plain_number(gold)
     return Question([prompt], [], gold, f"{prompt} {answer}")
 
 
