@@ -163,6 +163,8 @@ if vocab_size == 0:
     vocab_size = math.ceil(train_data.vocab_size / 64) * 64
 if vocab_size < train_data.vocab_size:
     processes.fail(f"vocab_size={vocab_size} is smaller than that of {data}, {train_data.vocab_size}: try 0")
+if config["eot_id"] >= vocab_size:
+    processes.fail(f"eot_id={config['eot_id']} is no token of a vocabulary of {vocab_size}: try 0 to {vocab_size - 1}")
 bytes_of = bytes_of_tokens(tokenizer, vocab_size, val_data)
 # What a resumed run must find again: the data order is a function of the seed and the tokens drawn before.
 identity = {
