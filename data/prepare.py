@@ -319,7 +319,8 @@ def write_text(args, folder, text):
         max_characters = args.max_doc_tokens * longest
     work = chunks(documents(), max_characters)
     sizes = {split: np.zeros(2, np.int64) for split in writers}  # of text, and of what its tokens stand for
-    changed = []
+    n_changed = 0
+    examples = []
     with tqdm(total=text.size, unit="B", unit_scale=True, disable=None) as bar:
         for encoded in encode_all(work, workers, tokenizer, args.max_doc_tokens):
             for split, tokens in encoded.tokens.items():
@@ -327,7 +328,8 @@ def write_text(args, folder, text):
                     tokens = tokens[: args.max_tokens - train.tokens]
                 writers[split].add(tokens)
                 sizes[split] += encoded.bytes[split]
-            changed += encoded.changed
+            n_changed += len(encoded.changed)
+            examples = examples or encoded.changed[:1]
             bar.update(sum(of_text for of_text, _ in encoded.bytes.values()))
             if train.tokens == args.max_tokens:
                 break
@@ -338,22 +340,22 @@ def write_text(args, folder, text):
         text_bytes[split] = round(writers[split].bytes * of_text / max(of_tokens, 1))
     more = {"tokenizer": tokenizer.to_dict(), "text_bytes": text_bytes}
     write_meta(args, folder, writers, tokenizer, tokenizer.fingerprint, more)
-    if changed:
-        warn_of_loss(tokenizer, changed, sizes["train"] + sizes["val"])
+    if examples:
+        warn_of_loss(tokenizer, n_changed, examples[0], sizes["train"] + sizes["val"])
     if text.with_marker:
         names = sorted(map(str, text.with_marker))
         print(f"{names[0]} spells out {EOT}, which stays text: --split_at_eot begins a document there", file=sys.stderr)
 
 
-def warn_of_loss(tokenizer, changed, sizes):
+def warn_of_loss(tokenizer, n_changed, example, sizes):
     """Says that a tokenizer does not give all text back, with an example, and what can be done."""
-    text, back = changed[0]
+    text, back = example
     of_text, of_tokens = sizes
     advice = "it is NFC that it normalises to: give it text in NFC"
     if tokenizer.kind == "sentencepiece":
         advice = "train it with normalization_rule_name=identity, remove_extra_whitespaces=false and byte_fallback=true"
     print(
-        f"WARNING: {tokenizer.name} loses text: {len(changed):,} pieces of it come back changed, {of_text:,} bytes as "
+        f"WARNING: {tokenizer.name} loses text: {n_changed:,} pieces of it come back changed, {of_text:,} bytes as "
         f"{of_tokens:,}; the first has {text!r}, and gives back {back!r}. Bits per byte will count the bytes of the "
         f"text; to lose none, {advice}",
         file=sys.stderr,

@@ -1052,8 +1052,9 @@ def test_a_text_in_parts_is_one_text_wherever_its_characters_are_cut(tmp_path):
             parts = list(text_module.parts(tmp_path / "a.txt", size=size))
             assert "".join(parts) == text and len(parts) > 50
     (tmp_path / "a.txt").write_bytes(text.encode() + b"fine \xe4 not")
-    with pytest.raises(text_module.Unreadable, match=f"byte 0xe4 at offset {len(text.encode()) + 5}:"):
-        list(text_module.parts(tmp_path / "a.txt", size=3))
+    for size in (1, 2, 3, 7):
+        with pytest.raises(text_module.Unreadable, match=f"byte 0xe4 at offset {len(text.encode()) + 5}:"):
+            list(text_module.parts(tmp_path / "a.txt", size=size))
 
 
 def test_an_end_of_text_that_is_spelled_out_splits_documents_on_request_and_is_spoken_of(tmp_path, monkeypatch, capsys):
@@ -1228,18 +1229,25 @@ def test_a_meta_json_that_holds_something_else_is_one_error(tmp_path, text):
 
 
 def test_a_run_that_begins_as_another_ends_is_as_good_as_one_after_it(tmp_path, monkeypatch):
-    """Between opening the lock and taking it another run does all of its work."""
+    """Between opening the lock and taking it another run does all of its work; a third one is kept out."""
     if successor_module.fcntl is None:
         pytest.skip("there is no fcntl here")
     source, out = write_documents(tmp_path / "a.jsonl", 30), tmp_path / "out"
     run = [source, "--out", str(out), "--tokenizer", "byte", "--workers", "1"]
-    flock = successor_module.fcntl.flock
+    flock, make_tokenizer = successor_module.fcntl.flock, prepare_module.make_tokenizer
     with monkeypatch.context() as patch:
 
         def run_another_first(*arguments):
             patch.setattr(successor_module.fcntl, "flock", flock)
             prepare(run)
+            patch.setattr(prepare_module, "make_tokenizer", make_it_while_a_third_begins)
             flock(*arguments)
+
+        def make_it_while_a_third_begins(*arguments):
+            patch.setattr(prepare_module, "make_tokenizer", make_tokenizer)
+            with pytest.raises(SystemExit, match="another prepare.py is writing"):
+                prepare([*run, "--val_fraction", "0.5"])
+            return make_tokenizer(*arguments)
 
         patch.setattr(successor_module.fcntl, "flock", run_another_first)
         prepare(run)
