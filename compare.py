@@ -38,6 +38,7 @@ from benchmarks import comparison, timing, verdicts
 from configurator import resolve
 from data.shards import Shards
 from training import run_folder
+from training.disk import read_json
 from training.knobs import check
 from training.signals import DIVERGED
 
@@ -47,6 +48,11 @@ MORE_RATES = 2  # at most, beyond the ends of the sweep
 EVALUATIONS = 5  # of a run
 MATCHES = ("flops", "flops_per_token", "parameters")
 OWN_KNOBS = ("--seed", "--max_steps", "--out_dir")  # what the comparison sets for each run
+NOT_COMPARED = (
+    "eot_id",
+    "out_dir",
+    "data",
+)  # of finished runs: a folder may have moved, and the data have a fingerprint
 FROM_LENGTH = ("max_steps", "eval_every", "save_every")
 
 
@@ -323,11 +329,14 @@ def is_finished(run: Run) -> bool:
     """Returns whether it was done before. ValueError where another run stands in its folder."""
     if not run_folder.exists(run.folder):
         return False
-    saved = json.loads((run.folder / "config.json").read_text())
+    saved = read_json(run.folder / "config.json", model=str, model_config=dict, knobs=dict)
     saved = {"model": saved["model"], **saved["model_config"], **saved["knobs"]}
     want = json.loads(json.dumps(run.variant.config | options(run)))
-    differ = [f"{k}={v!r}, not {want.get(k)!r}" for k, v in saved.items() if k != "eot_id" and v != want.get(k)]
-    manifest = json.loads((run.folder / "manifest.json").read_text())
+    differ = []
+    for key, value in saved.items():
+        if key not in NOT_COMPARED and value != want.get(key):
+            differ.append(f"{key}={value!r}, not {want.get(key)!r}")
+    manifest = read_json(run.folder / "manifest.json", data_fingerprint=str)
     if manifest["data_fingerprint"] != run.variant.data_fingerprint:
         differ.append("its data was another")
     if differ:

@@ -697,6 +697,14 @@ def test_wandb_offline_writes_a_run_without_network_or_key(work):
     assert len(finished(work / "wandb_run").steps) == 6
 
 
+def test_wandb_without_a_key_is_refused_in_one_line(work):
+    pytest.importorskip("wandb")
+    environment = {"HOME": str(work), "WANDB_API_KEY": "", "WANDB_SILENT": "true"}
+    result = finish(*start(work, out_dir="keyless", wandb="online", environment=environment))
+    assert result.code == 2 and "Traceback" not in result.err
+    assert result.err.splitlines()[-1].startswith("error: wandb=online: ")
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 NOT_GPT2 = dict(n_kv_head=None, head_dim=None, n_inner=None)
 REFUSED = {
@@ -790,7 +798,7 @@ def test_a_checkpoint_of_another_model_shape_optimizer_or_data_is_refused(work, 
     shutil.move(work / "data", work / "kept")
     shutil.copytree(work / "data2", work / "data")
     try:
-        assert "data changed since mix/step-00000010" in fail(work, "mix", "--resume")
+        assert "data changed since mix/step-00000010 was written" in fail(work, "mix", "--resume")
     finally:
         shutil.rmtree(work / "data")
         shutil.move(work / "kept", work / "data")
