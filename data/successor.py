@@ -1,5 +1,6 @@
 """A folder that is written beside another, and takes its place when it is whole."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -50,11 +51,14 @@ def locked(path, busy):
 
 
 def sync_folder(folder):
-    """Waits until what a folder lists is on the disk. Windows has no way to ask for that, and opens no folders."""
+    """Waits until what a folder lists is on the disk. Windows and some network disks have no way to ask for that."""
     if fcntl:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(descriptor)
 
