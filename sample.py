@@ -16,6 +16,7 @@ import torch
 
 import generate
 import hf
+from data.text import print_any_text, read_text
 from data.tokenizers import stream_text
 from training.checkpoint import CheckpointError
 from training.load import hide_padding, load, stop_tokens
@@ -148,9 +149,9 @@ def run(args):
     # 1. the prompt, before the minutes that a large model may take to load
     text = args.prompt
     if args.prompt_file == "-":
-        text = sys.stdin.read()
+        text = read_text(sys.stdin.buffer.read(), "standard input")
     elif args.prompt_file:
-        text = Path(args.prompt_file).read_text("utf-8")
+        text = read_text(args.prompt_file)
 
     # 2. the model
     model, tokenizer, prefix = load(args.path, args.device, args.dtype, args.tokenizer)
@@ -185,6 +186,7 @@ def run(args):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    print_any_text()
     try:
         run(args)
     except (OSError, ValueError, CheckpointError) as error:

@@ -29,7 +29,8 @@ from tqdm import tqdm
 import flops
 import muon
 from configurator import configure
-from data.shards import Loader, Shards, eval_batches
+from data.shards import Loader, Shards, check_evaluation, eval_batches
+from data.text import print_any_text
 from data.tokenizers import tokenizer_from_dict
 from distributed import processes
 from training import checkpoint, load, metrics, output, pictures, run_folder, saving
@@ -100,6 +101,7 @@ cpu_offload = False  # fsdp: weights and optimizer state in the CPU's memory: sl
 timeout = 30  # seconds that a process waits for another, once a step is done: raise it for a slow disk
 resume: bool | Literal["auto"] = False  # go on from the newest whole checkpoint of the run in out_dir; auto: or begin
 overwrite = False  # delete the run that is in out_dir
+print_any_text()
 try:
     config = configure(globals(), starting_from=load.config_to_start_from)
 except (OSError, ValueError) as error:
@@ -152,18 +154,19 @@ try:
     windows = windows_of_a_step(batch_tokens, block_size, world_size)
     loader = Loader(train_data, block_size, windows, seed, rank, world_size, micro_batch, device,
                     document_start_probability, mask_document_crossing)  # fmt: skip
+    check_evaluation(val_data, block_size)
+    tokenizer = None
+    if train_data.meta["tokenizer"]:
+        tokenizer = tokenizer_from_dict(train_data.meta["tokenizer"])
 except (OSError, ValueError) as error:
     processes.fail(error)
-tokenizer = None
-if train_data.meta["tokenizer"]:
-    tokenizer = tokenizer_from_dict(train_data.meta["tokenizer"])
 if vocab_size == 0:
     vocab_size = math.ceil(train_data.vocab_size / 64) * 64
 if vocab_size < train_data.vocab_size:
     processes.fail(f"vocab_size={vocab_size} is smaller than that of {data}, {train_data.vocab_size}: try 0")
 if config["eot_id"] >= vocab_size:
     processes.fail(f"eot_id={config['eot_id']} is no token of a vocabulary of {vocab_size}: try 0 to {vocab_size - 1}")
-bytes_of = bytes_of_tokens(tokenizer, vocab_size)
+bytes_of = bytes_of_tokens(tokenizer, vocab_size, val_data)
 # What a resumed run must find again: the data order is a function of the seed and the tokens drawn before.
 identity = {
     "data": data,
@@ -324,9 +327,9 @@ def evaluate():
     batches = eval_batches(val_data, block_size, eval_tokens, micro_batch, rank, world_size, device)
     if parallel == "fsdp":  # a forward is everybody's
         batches = fsdp.in_step(raw_model, batches, block_size, device)
-    sums = loss_sums(raw_model, batches, bytes_of, autocast)
-    raw_model.train()
     try:
+        sums = loss_sums(raw_model, batches, bytes_of, autocast)
+        raw_model.train()
         return loss_report(processes.all_sum(sums, device))
     except ValueError as error:
         processes.fail(error)
@@ -368,7 +371,10 @@ while True:
 
     # 2. agree on what all processes must know: the number of targets, and whether to stop
     started = time.perf_counter()
-    batches = list(loader.batches(step))
+    try:
+        batches = list(loader.batches(step))
+    except (OSError, ValueError) as error:  # a token that the vocabulary does not have
+        processes.fail(error)
     own_targets = 0
     if some_are_ignored:
         own_targets = sum((y >= 0).sum().item() for _, y in batches)

@@ -62,9 +62,11 @@ def buys_and_costs(row: dict, first: dict, loss: str) -> tuple[str, str]:
 
 def cells_of(name: str, rows: list[dict]) -> tuple[str, str]:
     first = rows[0]
-    for row in rows:
+    if name == first["name"]:
+        return "what the others are measured against", "-"
+    for row, loss in zip(rows, verdicts(rows)):
         if row["name"] == name:
-            return ("what the others are measured against", "-") if row is first else buys_and_costs(row, first)
+            return buys_and_costs(row, first, loss)
     return "not compared yet", "not compared yet"
 
 
