@@ -842,32 +842,34 @@ READABLE = ARCHITECTURES | {MISTRAL.model_type: MISTRAL}
 # fmt: off
 PROVED = {
     "baseline": {
-        "RMSNorm": "85f75428", "rope_cos_sin": "91f5e3e7", "yarn": "9d35e18a", "apply_rope": "3e7688fa",
-        "Attention": "17aff4d6", "MLP": "0a66f93c", "Block": "e7decd53", "GPT": "4acd9451", "GPT.__init__": "d3993ff1",
-        "GPT.forward": "cfdec045", "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985",
+        "RMSNorm": "85f75428", "rope_cos_sin": "b3103f9a", "yarn": "9d35e18a", "llama3": "e180a3c7",
+        "apply_rope": "3e7688fa", "Attention": "17aff4d6", "MLP": "0a66f93c", "Block": "e7decd53", "GPT": "4acd9451",
+        "GPT.__init__": "d3993ff1", "GPT.forward": "cfdec045", "GPT.positions_and_mask": "885d3e81",
+        "GPT.logits": "7bf98985",
     },
     "gpt2": {
         "Attention": "0b787748", "MLP": "7114e7ff", "Block": "ffff0349", "GPT": "4acd9451", "GPT.__init__": "fe086aad",
         "GPT.forward": "c729011f", "GPT.positions_and_mask": "885d3e81", "GPT.logits": "2896e0b7",
     },
     "mla": {
-        "RMSNorm": "85f75428", "rope_cos_sin": "08f7c9e8", "yarn": "9d35e18a", "apply_rope": "3e7688fa",
-        "Attention": "4a9fe988", "MLP": "0a66f93c", "Block": "e7decd53", "GPT": "4acd9451", "GPT.__init__": "d3993ff1",
-        "GPT.forward": "cfdec045", "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985",
+        "RMSNorm": "85f75428", "rope_cos_sin": "00b815b4", "yarn": "9d35e18a", "llama3": "e180a3c7",
+        "apply_rope": "3e7688fa", "Attention": "4a9fe988", "MLP": "0a66f93c", "Block": "e7decd53", "GPT": "4acd9451",
+        "GPT.__init__": "d3993ff1", "GPT.forward": "cfdec045", "GPT.positions_and_mask": "885d3e81",
+        "GPT.logits": "7bf98985",
     },
     "moe": {
-        "RMSNorm": "85f75428", "rope_cos_sin": "91f5e3e7", "yarn": "9d35e18a", "apply_rope": "3e7688fa",
-        "Attention": "17aff4d6", "MLP": "0a66f93c", "Router": "d8140829", "has_grouped_mm": "d1b99fcc",
-        "grouped_matmul": "646c32e2", "ExpertLinear": "a80b6ddc", "MoE": "cfafd3cc", "Block": "bb6099f2",
-        "GPT": "4acd9451", "GPT.__init__": "3f5a8680", "GPT.forward": "afa8a0fe", "GPT.positions_and_mask": "885d3e81",
-        "GPT.logits": "7bf98985",
+        "RMSNorm": "85f75428", "rope_cos_sin": "b3103f9a", "yarn": "9d35e18a", "llama3": "e180a3c7",
+        "apply_rope": "3e7688fa", "Attention": "17aff4d6", "MLP": "0a66f93c", "Router": "d8140829",
+        "has_grouped_mm": "d1b99fcc", "grouped_matmul": "646c32e2", "ExpertLinear": "a80b6ddc", "MoE": "cfafd3cc",
+        "Block": "bb6099f2", "GPT": "4acd9451", "GPT.__init__": "3f5a8680", "GPT.forward": "afa8a0fe",
+        "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985",
     },
     "hybrid": {
-        "RMSNorm": "1e4ee690", "rope_cos_sin": "1a6f3b29", "yarn": "9d35e18a", "apply_rope": "b12c079b",
-        "Attention": "8b8d03cc", "recurrent_delta_rule": "b40bb6ce", "chunked_delta_rule": "2694dc38",
-        "GatedDelta": "25225dae", "unit": "1d84f0a6", "MLP": "0a66f93c", "Block": "15a28f55", "GPT": "4acd9451",
-        "GPT.__init__": "d3993ff1", "GPT.forward": "310d397b", "GPT.positions_and_mask": "885d3e81",
-        "GPT.logits": "7bf98985",
+        "RMSNorm": "1e4ee690", "rope_cos_sin": "37e2e754", "yarn": "9d35e18a", "llama3": "e180a3c7",
+        "apply_rope": "b12c079b", "Attention": "8b8d03cc", "recurrent_delta_rule": "b40bb6ce",
+        "chunked_delta_rule": "2694dc38", "GatedDelta": "25225dae", "unit": "1d84f0a6", "MLP": "0a66f93c",
+        "Block": "15a28f55", "GPT": "4acd9451", "GPT.__init__": "d3993ff1", "GPT.forward": "310d397b",
+        "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985",
     },
 }
 # fmt: on
