@@ -115,12 +115,12 @@ def test_gpt2_weights_without_prefix_and_with_stored_masks_load_as_the_hub_has_t
 
 # Sizes at which a tiny model has the values that transformers takes for absent keys.
 AT_DEFAULTS = {
-    "qwen3": dict(head_dim=128, tie_embeddings=False),
+    "qwen3": dict(head_dim=128, n_head=32, n_kv_head=32, tie_embeddings=False),
     "llama": dict(tie_embeddings=False, block_size=2048),
     "gpt2": {},
     "deepseek_v3": dict(n_layer=3, q_rank=1536, tie_embeddings=False),
-    "qwen3_moe": dict(normalize_gates=False, tie_embeddings=False),
-    "qwen2_moe": dict(normalize_gates=False, tie_embeddings=False),
+    "qwen3_moe": dict(normalize_gates=False, n_head=4, n_kv_head=4, tie_embeddings=False),
+    "qwen2_moe": dict(normalize_gates=False, n_head=16, n_kv_head=16, tie_embeddings=False),
     "qwen3_next": dict(head_dim=256, tie_embeddings=False),
 }
 
@@ -130,9 +130,10 @@ def test_keys_that_a_config_leaves_out_have_the_values_that_transformers_takes(m
     model = tiny(model_type, **AT_DEFAULTS[model_type])
     folder, config, _ = saved(model, tmp_path / "a")
     defaults = hf.ARCHITECTURES[model_type].defaults
-    for key in defaults.keys() - {"qkv_bias"}:  # whose default is refused
+    ids = ("bos_token_id", "eos_token_id")
+    for key in defaults.keys() - {"qkv_bias", *ids}:  # the default of qkv_bias is refused
         assert config.pop(key) == defaults[key]
-    for key in ("bos_token_id", "eos_token_id", "hidden_act", "use_sliding_window"):
+    for key in (*ids, "hidden_act", "use_sliding_window"):
         config.pop(key, None)
     (folder / "config.json").write_text(json.dumps(config))
     assert torch.equal(hf.load(folder)(tokens(2, 12)), model(tokens(2, 12)))
@@ -288,19 +289,24 @@ def test_a_model_type_that_no_file_reads_is_refused_with_those_that_are_read(tmp
         hf.load(tmp_path)
 
 
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 ALTERED = {  # what a config.json says, and the words of the refusal
     "qwen3": [
         (dict(attention_bias=True), "attention_bias=True"),
         (dict(use_sliding_window=True), "use_sliding_window=True"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'.*only 'silu'"),
-        (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "llama3"),
+        (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "rope_type='longrope'.*only default, linear, yarn"),
+        (dict(rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3])), "rope_type='mrope'"),
+        (dict(rope_scaling=dict(type="default", mrope_section=[2, 3, 3])), "mrope_section of RoPE is not supported"),
+        (dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), "full_attention of RoPE"),
         (dict(rope_scaling=dict(rope_type="yarn", factor=4.0, beta_fast=16)), "beta_fast=16"),
         (dict(rope_scaling=dict(rope_type="linear")), "no factor"),
     ],
     "llama": [
         (dict(attention_bias=True), "attention_bias=True"),
         (dict(mlp_bias=True), "mlp_bias=True"),
-        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "llama3"),
+        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor=None"),
+        (dict(rope_scaling=LLAMA3 | dict(high_freq_factor=8.0)), "high_freq_factor=8.0 is not supported, only 4"),
     ],
     "gpt2": [
         (dict(n_inner=100), "n_inner=100"),
