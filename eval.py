@@ -129,7 +129,7 @@ def evaluate(args) -> dict:
 
     # 3. tasks
     hide_padding(model, tokenizer)
-    scorer = Scorer(model, tokenizer, prefix, stop_tokens(tokenizer), args.batch_size)
+    scorer = Scorer(model, tokenizer, prefix, stop_tokens(tokenizer, args.path), args.batch_size)
     for name, (task, questions) in tasks.items():
         results = evaluate_task(scorer, task, questions)
         print_scores(name, results)
