@@ -236,23 +236,17 @@ def read_bpe(d, path, added):
 def begin_ids(path: Path, tokenizer) -> list[int]:
     """Returns the ids that transformers puts before every text, with the tokenizer of a folder's file.
 
-    add_bos_token of tokenizer_config.json decides, or else the post_processor, for example of <|begin_of_text|> of
-    Llama 3; without a tokenizer.json, it is the token that begins a document, as in Llama 2.
+    The post_processor of tokenizer.json says them, for example that of <|begin_of_text|> of Llama 3. A sentencepiece
+    model alone, as of Llama 2, puts the token there that begins a document, unless tokenizer_config.json says no.
     """
-    config = read_config(path)
-    adds = config.get("add_bos_token")
-    if adds is False:
-        return []
     file = path.with_name("tokenizer.json")
-    if not file.exists():
-        return [tokenizer.eot_id]
-    if adds is None:
+    if file.exists():
         d = read_object(file)
         check(d, TOKENIZER_JSON, file)
         return ids_before_text(d, file)
-    tokens = tokenizer.special_tokens | tokenizer.added_tokens
-    bos = config.get("bos_token")
-    return [tokens[bos]] if bos in tokens else []
+    if read_config(path).get("add_bos_token") is False:
+        return []
+    return [tokenizer.eot_id]
 
 
 def ids_before_text(d, path):
