@@ -609,7 +609,7 @@ def config_from_hf(hf, architecture):
             rope |= hf[key]
     if hf.get("num_key_value_heads") is None:
         hf["num_key_value_heads"] = hf.get("num_attention_heads")
-    if hf.get("head_dim") is None and "hidden_size" in hf:
+    if hf.get("head_dim") is None and hf.get("hidden_size") is not None:
         hf["head_dim"] = hf["hidden_size"] // needed(hf, "num_attention_heads")
     if hf.get("sliding_window") is not None and hf["sliding_window"] >= needed(hf, "max_position_embeddings"):
         hf |= dict(sliding_window=None, use_sliding_window=False)  # a window of the longest text hides nothing
@@ -901,11 +901,10 @@ DEEPSEEK_V3 = Architecture(
 
 def layers_with_experts(hf):
     """Returns the layers that transformers gives experts: every decoder_sparse_step-th one but for mlp_only_layers."""
-    step = hf.get("decoder_sparse_step", 1)
-    dense = hf.get("mlp_only_layers")
-    if dense is None:
-        dense = []
-    dense = set(dense)
+    step = needed({"decoder_sparse_step": 1} | hf, "decoder_sparse_step")
+    dense = set()
+    if hf.get("mlp_only_layers") is not None:
+        dense = set(hf["mlp_only_layers"])
     return [layer for layer in range(hf["num_hidden_layers"]) if (layer + 1) % step == 0 and layer not in dense]
 
 
@@ -1009,7 +1008,7 @@ def qwen3_next_from_hf(hf):
         refuse_all_but(list(range(n_layer)), "mlp_only_layers", hf.get("mlp_only_layers"))
     kinds = hf.get("layer_types")
     if kinds is None:
-        interval = hf.get("full_attention_interval", 4)
+        interval = needed({"full_attention_interval": 4} | hf, "full_attention_interval")
         return dict(layer_pattern="d" * min(interval - 1, n_layer) + "a")
     unknown = set(kinds) - LETTERS.keys()
     if unknown or len(kinds) != n_layer:

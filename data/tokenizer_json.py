@@ -56,15 +56,24 @@ OURS = {
     "added_normalized": {...: int},
     "eot": str,
 }
-DATA = {"byte": {}, "char": {"chars!": str}, "sentencepiece": {"model!": str}}
-DATA["bpe"] = {"ranks!": str, "pattern!": str, "nfc!": bool}
+DATA = {  # what the kinds of our tokenizers have besides
+    "byte": {},
+    "char": {"chars!": str},
+    "bpe": {"ranks!": str, "pattern!": str, "nfc!": bool},
+    "sentencepiece": {"model!": str},
+}
 MAX_ID = 2**24  # no vocabulary is so large, and arrays as long as the largest id are made
-NAMES = {str: "a text", int: f"a whole number from 0 to {MAX_ID}", bool: "true or false", dict: "an object"}
-NAMES[list] = "a list"
+NAMES = {
+    str: "a text",
+    int: f"a whole number from 0 to {MAX_ID}",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def read_object(path: Path) -> dict:
-    """Returns the object that a JSON file holds."""
+    """Returns the object that a JSON file holds; raises ValueError, with the file's name, if it holds none."""
     try:
         d = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
@@ -119,10 +128,14 @@ def read(d: dict, path: Path) -> dict:
     ids = {}
     kinds = {"special_tokens": {}, "added": {}, "added_normalized": {}}
     for token in d.get("added_tokens") or ():
-        kind = "special_tokens"
-        if not token.get("special", True):
-            kind = "added_normalized" if token.get("normalized") else "added"
-        ids[token["content"]] = kinds[kind][token["content"]] = token["id"]
+        if token.get("special", True):
+            kind = "special_tokens"
+        elif token.get("normalized"):
+            kind = "added_normalized"
+        else:
+            kind = "added"
+        ids[token["content"]] = token["id"]
+        kinds[kind][token["content"]] = token["id"]
     tokenizer = {"name": path.name, "special_tokens": kinds["special_tokens"]}
     tokenizer |= {kind: tokens for kind, tokens in kinds.items() if tokens}
 
@@ -130,13 +143,10 @@ def read(d: dict, path: Path) -> dict:
     config = read_config(path)
     spelled = {i: token for token, i in ids.items()}
     before = [spelled.get(i) for i in ids_before_text(d, path)]
-    for token in (EOT, *before, config.get("bos_token"), config.get("eos_token")):
-        if token in ids:
-            break
-    else:
-        token = EOT
-    if token != EOT:
-        tokenizer["eot"] = token
+    candidates = (EOT, *before, config.get("bos_token"), config.get("eos_token"))
+    found = [token for token in candidates if token in ids]
+    if found and found[0] != EOT:
+        tokenizer["eot"] = found[0]
 
     # 3. its model
     chars = read_characters(d, ids)
@@ -196,7 +206,7 @@ def read_bpe(d, path, added):
         pattern = EACH_DIGIT
     elif kinds == ["Split", "ByteLevel"] and not own_regex:
         if first.get("behavior") == "Isolated" and not first.get("invert"):
-            pattern = first.get("pattern", {}).get("Regex")
+            pattern = (first.get("pattern") or {}).get("Regex")
 
     # 2. its model
     model = d["model"]

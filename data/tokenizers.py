@@ -286,9 +286,9 @@ def _try_regex(tokenizer, path):
     """
     for n in (10, 30, 100, 300, 1000):
         for unit in ("a", " ", "1", "!", "\n", "a ", "aB", "1,", "'s", "\u4e00"):
-            start = time.perf_counter()
+            start = time.thread_time()  # not that of other programs
             tokenizer.encode(unit * n + "?")
-            seconds = time.perf_counter() - start
+            seconds = time.thread_time() - start
             if seconds > 0.25:
                 raise ValueError(f"{path}: its regex takes {seconds:.1f} s for {unit!r} {n} times: it is not read")
 

@@ -350,11 +350,11 @@ def test_a_config_that_asks_for_what_our_file_cannot_compute_is_refused_by_name(
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=words):
             hf.load(folder)
-    key = hf.ARCHITECTURES[model_type].fields["n_layer"]
-    del config[key]
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"config.json has no {key}"):
-        hf.load(folder)
+    for ours in ("n_layer", "n_embd"):
+        key = hf.ARCHITECTURES[model_type].fields[ours]
+        (folder / "config.json").write_text(json.dumps(config | {key: None}))
+        with pytest.raises(ValueError, match=f"config.json has no {key}"):
+            hf.load(folder)
 
 
 def test_attention_biases_of_qwen2_moe_are_refused_also_where_they_are_the_default(tmp_path):
