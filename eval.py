@@ -144,7 +144,7 @@ def evaluate(args) -> dict:
     if not needs_text:
         return report
     hide_padding(model, tokenizer)
-    scorer = Scorer(model, tokenizer, prefix, stop_tokens(tokenizer), args.batch_size)
+    scorer = Scorer(model, tokenizer, prefix, stop_tokens(tokenizer, args.path), args.batch_size)
     for name, (task, questions) in tasks.items():
         results = evaluate_task(scorer, task, questions, weak_sandbox=args.sandbox == "weak")
         print_scores(name, results)

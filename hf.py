@@ -5,6 +5,7 @@
 
 Each architecture is one table at the end of this file: what it calls our weights and the fields of our GPTConfig, and
 what one of the two sides cannot compute. Both directions read the same table. Pickled weights (*.bin) are not read.
+What a folder says is checked before anything is built of it: the kinds of its values, and its sizes by its weights.
 A model is saved for what its source computes, whatever its file is called: PROVED says what was tested.
 """
 
@@ -14,7 +15,9 @@ import importlib
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,50 +30,145 @@ import torch
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """Returns the model of a folder in eval mode; the model_type in its config.json says which file computes it."""
     folder = Path(folder)
-    architecture, hf = architecture_in(folder)
+    architecture, fields, header = read_folder(folder)
     variant = importlib.import_module(f"model_{architecture.variant}")
-    config = variant.GPTConfig(**config_from_hf(hf, architecture))
+    config = variant.GPTConfig(**fields)
     with torch.device("meta"):  # draws no initial weights, which would all be overwritten
         model = variant.GPT(config).to(dtype)
+    places_of(header, model, architecture)  # what does not fit is said before memory is taken for it
     model = model.to_empty(device=device)
-    copy_weights(folder, model, architecture)
+    places = places_of(header, model, architecture)
+    for file in weight_files(folder):
+        for name, tensor in read_safetensors(file):
+            if name in places:
+                places[name].to_ours(tensor)
     return model.eval()
 
 
 def config_of(folder: str | Path) -> tuple[str, dict]:
     """Returns the variant that reads a folder, and the fields of its GPTConfig."""
-    architecture, hf = architecture_in(Path(folder))
-    return architecture.variant, config_from_hf(hf, architecture)
+    architecture, fields, _ = read_folder(Path(folder))
+    return architecture.variant, fields
 
 
-def architecture_in(folder):
-    """Returns the architecture of a folder's model, and its config.json."""
-    hf = read_json(folder / "config.json")
+def end_ids(folder: str | Path) -> list[int]:
+    """Returns the ids that end a text in a folder: those of generation_config.json, or else those of config.json."""
+    return token_ids(Path(folder), "eos_token_id")
+
+
+def token_ids(folder, key):
+    """Returns the ids that a folder gives for bos_token_id or eos_token_id: none, one or several."""
+    config = read_config(folder)
+    defaults = READABLE[config["model_type"]].defaults
+    found = (defaults | config).get(key)
+    file = folder / "generation_config.json"
+    if file.exists():
+        said = read_json(file)
+        check_kinds(said, file)
+        if said.get(key) is not None:
+            found = said[key]
+    if found is None:
+        return []
+    if isinstance(found, list):
+        return found
+    return [found]
+
+
+# ---- a folder --------------------------------------------------------------------------------------------------------
+
+
+def read_folder(folder):
+    """Returns the architecture of a folder's model, the fields of our GPTConfig, and the header of its weights."""
+    # 1. what config.json says
+    hf = read_config(folder)
+    architecture = READABLE[hf["model_type"]]
+    try:
+        fields = config_from_hf(hf, architecture)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+    # 2. whether the weights have so many layers and experts: to build a model of 10**9 layers would never end
+    header = read_header(folder)
+    last = [architecture.names["blocks.{}.attn_norm"].format(fields["n_layer"] - 1)]
+    if "moe_layers" in fields:
+        layer = fields["moe_layers"][-1]
+        last.append(architecture.names["blocks.{}.mlp.w_up.{}"].format(layer, fields["n_expert"] - 1))
+    for name in last:
+        if name_in(header, name + ".weight", architecture) is None:
+            sizes = ", ".join(f"{key}={fields[key]}" for key in ("n_layer", "n_expert") if key in fields)
+            raise ValueError(f"{folder}: config.json says {sizes}, and its weights have no {name}.weight")
+
+    # 3. a head of its own, whatever config.json says
+    if fields.get("tie_embeddings", True) and has_own_head(header, architecture):
+        if "lm_head" not in architecture.names:
+            raise ValueError(f"{folder}: lm_head.weight is not the embedding, and model_{architecture.variant}.py ties")
+        said = "config.json ties head and embedding, but two different ones are stored"
+        warnings.warn(f"{folder}: {said}: both are read, as in transformers", stacklevel=3)
+        fields["tie_embeddings"] = False
+    return architecture, fields, header
+
+
+def read_config(folder):
+    """Returns the contents of config.json, whose values are of the kinds that they must be."""
+    file = folder / "config.json"
+    hf = read_json(file)
+    check_kinds(hf, file)
     model_type = hf.get("model_type")
     if model_type not in READABLE:
         known = ", ".join(READABLE)
         raise ValueError(f"{folder}: no model file reads model_type={model_type!r}; these can be read: {known}")
-    return READABLE[model_type], hf
+    return hf
 
 
-def copy_weights(folder, model, architecture):
-    """Copies a folder's weights into the model; raises unless each of them has exactly one place."""
+def read_json(file):
+    """Returns the object that a file holds."""
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged or no JSON ({error}): fetch it again") from None
+    if not isinstance(contents, dict):
+        raise ValueError(f"{file} is damaged: it holds {str(contents)[:20]!r} and no object: fetch it again")
+    return contents
+
+
+def name_in(header, name, architecture):
+    """Returns the name by which a file has a weight, with the prefix or without it; None if it has none."""
+    for spelled in (name, name.removeprefix(architecture.prefix)):
+        if spelled in header:
+            return spelled
+    return None
+
+
+def has_own_head(header, architecture):
+    """Returns whether a head is stored that differs from the embedding."""
+    head = name_in(header, "lm_head.weight", architecture)
+    embed = name_in(header, architecture.names["embed"] + ".weight", architecture)
+    if head is None or embed is None:
+        return False
+    head = read_tensor(header, head)
+    embed = read_tensor(header, embed)
+    return not torch.equal(head, embed.to(head.dtype))
+
+
+def places_of(header, model, architecture):
+    """Returns {name in the file: StoredWeight}; raises unless each weight of a folder has exactly one place."""
     missing = stored_weights(model, architecture)
-    for file in weight_files(folder):
-        for name, tensor in read_safetensors(file):
-            key = name
-            if key not in missing:
-                key = architecture.prefix + name
-            if key in missing:
-                stored = missing.pop(key)
-                if tensor.shape != stored.shape():
-                    raise ValueError(f"{file}: {name} is {list(tensor.shape)}, not {list(stored.shape())}")
-                stored.to_ours(tensor)
-            elif not name.endswith(architecture.ignored):
-                raise ValueError(f"{file}: {name} is {list(tensor.shape)}, and not in this model")
+    places = {}
+    for name, (file, shape) in header.items():
+        key = name
+        if key not in missing:
+            key = architecture.prefix + name
+        if key in missing:
+            places[name] = missing.pop(key)
+            wanted = list(places[name].shape())
+            if shape != wanted:
+                raise ValueError(f"{file}: {name} is {shape}, not {wanted}, as config.json says")
+        elif not name.endswith(architecture.ignored):
+            raise ValueError(f"{file}: {name} is {shape}, and not in this model")
     if missing:
         names = ", ".join(list(missing)[:5])
-        raise ValueError(f"{folder}: its safetensors lack {len(missing)} weights: {names}")
+        raise ValueError(f"{file.parent}: its safetensors lack {len(missing)} weights: {names}")
+    return places
 
 
 def weight_files(folder):
@@ -83,7 +181,10 @@ def weight_files(folder):
         return [whole]
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index} has no weight_map from weights to files: fetch it again")
+        names = sorted(set(weight_map.values()))
         outside = [name for name in names if Path(name).name != name]
         if outside:
             raise ValueError(f"{index} lists {outside[0]!r}, which leads out of its folder: refused")
@@ -100,12 +201,52 @@ def weight_files(folder):
     raise ValueError(f"{folder} has neither model.safetensors nor an index of its parts: fetch them")
 
 
+def read_header(folder):
+    """Returns {name: (file, shape)} of the weights of a folder, of which none is read."""
+    header = {}
+    for file in weight_files(folder):
+        with opened(file) as tensors:
+            for name in tensors.keys():
+                tensor = tensors.get_slice(name)
+                if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{file}: {name} is {tensor.get_dtype()}: quantized weights are not read here")
+                if name in header:
+                    raise ValueError(f"{file}: {name} stands in {header[name][0].name} too: fetch both again")
+                header[name] = (file, tensor.get_shape())
+    return header
+
+
+def read_safetensors(file):
+    """Yields the names and tensors of a file, one in memory at a time."""
+    with opened(file) as tensors:
+        for name in tensors.keys():
+            yield name, tensors.get_tensor(name)
+
+
+def read_tensor(header, name):
+    file, _ = header[name]
+    with opened(file) as tensors:
+        return tensors.get_tensor(name)
+
+
+@contextmanager
+def opened(file):
+    try:
+        with safetensors.safe_open(file, "pt") as tensors:
+            yield tensors
+    except safetensors.SafetensorError as error:
+        if file.read_bytes()[:40].startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a pointer of git LFS and not the weights: git lfs pull") from None
+        raise ValueError(f"{file} is damaged or cut short ({error}): fetch it again") from None
+
+
 @torch.no_grad()
-def save(model: torch.nn.Module, folder: str | Path, tokenizer: dict[str, dict] | None = None) -> None:
+def save(model: torch.nn.Module, folder: str | Path, tokenizer: dict[str, dict] | str | Path | None = None) -> None:
     """Writes a model, and its tokenizer where one is given, into a new folder, which transformers opens.
 
     tokenizer: {file name: contents} with tokenizer.json, tokenizer_config.json and generation_config.json, as
-    Tokenizer.to_hf() in data/tokenizers.py returns it. Raises, and writes nothing, if transformers has no such model.
+    Tokenizer.to_hf() in data/tokenizers.py returns it; or the folder that the model came from, whose tokenizer, chat
+    template and end tokens are kept. Raises, and writes nothing, if transformers has no such model.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -114,24 +255,46 @@ def save(model: torch.nn.Module, folder: str | Path, tokenizer: dict[str, dict] 
     weights = {name: stored.from_ours() for name, stored in stored_weights(model, architecture).items()}
 
     # 1. the texts; transformers looks for the ids of begin and end in both configs
-    end = None  # written also where there is none: an absent key means 50,256 for GPT-2
-    if model.config.eot_id >= 0:
-        end = model.config.eot_id
-    texts = {"generation_config.json": dict(bos_token_id=end, eos_token_id=end)}
-    if tokenizer is not None:
+    if tokenizer is None:
+        end = None  # written also where there is none: an absent key means 50,256 for GPT-2
+        if model.config.eot_id >= 0:
+            end = model.config.eot_id
+        tokenizer = {"generation_config.json": dict(bos_token_id=end, eos_token_id=end)}
+    elif isinstance(tokenizer, dict):
         check_vocabulary(tokenizer, model.config.vocab_size)
-        texts |= tokenizer
-    texts["config.json"] = config_to_hf(model.config, architecture) | texts["generation_config.json"]
+    else:
+        tokenizer = tokenizer_in(Path(tokenizer))
+    config = config_to_hf(model.config, architecture)
+    for key in ("bos_token_id", "eos_token_id"):
+        config[key] = tokenizer["generation_config.json"].get(key)
 
     # 2. the files
     folder.mkdir(parents=True, exist_ok=True)
-    for name, contents in texts.items():
-        text = json.dumps(contents, indent=2, ensure_ascii=False)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+    for name, contents in {**tokenizer, "config.json": config}.items():
+        if not isinstance(contents, bytes):
+            contents = (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()
+        (folder / name).write_bytes(contents)
     file = folder / "model.safetensors"
     safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
     # safetensors lets only the owner read its file: it gets the mode of the others, which is what the umask says.
     file.chmod((folder / "config.json").stat().st_mode)
+
+
+def tokenizer_in(folder):
+    """Returns {file name: contents} of a folder's tokenizer, as bytes, and of its generation_config.json."""
+    names = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model"
+    names += " vocab.json merges.txt chat_template.jinja"
+    found = {}
+    for name in names.split():
+        if (folder / name).exists():
+            found[name] = (folder / name).read_bytes()
+    generation = {}
+    if (folder / "generation_config.json").exists():
+        generation = read_json(folder / "generation_config.json")
+    for key in ("bos_token_id", "eos_token_id"):
+        ids = token_ids(folder, key)
+        generation[key] = ids[0] if len(ids) == 1 else ids or None
+    return found | {"generation_config.json": generation}
 
 
 def check_vocabulary(tokenizer, vocab_size):
@@ -139,25 +302,6 @@ def check_vocabulary(tokenizer, vocab_size):
     if largest >= vocab_size:
         sizes = f"ids up to {largest}, and the model {vocab_size} tokens"
         raise ValueError(f"the tokenizer has {sizes}: they do not belong together")
-
-
-def read_json(file):
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged or no JSON ({error}): fetch it again") from error
-
-
-def read_safetensors(file):
-    """Yields the names and tensors of a file, one in memory at a time."""
-    try:
-        with safetensors.safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
-    except safetensors.SafetensorError as error:
-        if file.read_bytes()[:40].startswith(b"version https://git-lfs"):
-            raise ValueError(f"{file} is a pointer of git LFS and not the weights: git lfs pull") from None
-        raise ValueError(f"{file} is damaged or cut short ({error}): fetch it again") from error
 
 
 def architecture_of(model):
@@ -395,21 +539,89 @@ def row_order(theirs, config, architecture):
 # ---- config.json -----------------------------------------------------------------------------------------------------
 
 
+def check_kinds(contents, file):
+    """Raises unless the values of an object of a file, and those of the objects in it, are of the kinds of KINDS."""
+    for kind, (fits, keys) in KINDS.items():
+        for key in keys.split():
+            value = contents.get(key)
+            if value is not None and not fits(value):
+                raise ValueError(f"{file}: {key}={str(value)[:40]} must be {kind}")
+    for key in ("rope_parameters", "rope_scaling"):
+        if contents.get(key) is not None:
+            check_kinds(contents[key], file)
+
+
+def is_whole(value, low, high):
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_id(value):
+    return is_whole(value, 0, 2**31 - 1)
+
+
+KINDS = {  # what a value must be: its test, and its keys; null is as good as nothing
+    "a whole number from 1 to 2^18": (
+        lambda value: is_whole(value, 1, 2**18),
+        "num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_size intermediate_size n_layer "
+        "n_head n_embd n_inner kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim num_experts "
+        "num_local_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size "
+        "decoder_sparse_step full_attention_interval linear_num_key_heads linear_num_value_heads linear_key_head_dim "
+        "linear_value_head_dim linear_conv_kernel_dim",
+    ),
+    "a whole number from 1 to 2^31": (
+        lambda value: is_whole(value, 1, 2**31),
+        "vocab_size max_position_embeddings n_positions original_max_position_embeddings",
+    ),
+    "a whole number from 0": (is_id, "first_k_dense_replace sliding_window"),
+    "a number above 0 and up to 10^12": (
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e12,
+        "rope_theta factor rms_norm_eps layer_norm_epsilon partial_rotary_factor",
+    ),
+    "true or false": (
+        lambda value: isinstance(value, bool),
+        "tie_word_embeddings norm_topk_prob use_sliding_window",
+    ),
+    "a text": (lambda value: isinstance(value, str), "model_type rope_type type"),
+    "a list of texts": (
+        lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+        "layer_types",
+    ),
+    "a list of whole numbers": (
+        lambda value: isinstance(value, list) and all(is_id(item) for item in value),
+        "mlp_only_layers",
+    ),
+    "a token's id or a list of them": (
+        lambda value: is_id(value) or isinstance(value, list) and all(is_id(item) for item in value),
+        "bos_token_id eos_token_id",
+    ),
+    "an object": (lambda value: isinstance(value, dict), "rope_parameters rope_scaling"),
+}
+
+FIXED = {"quantization_config": None, "partial_rotary_factor": 1.0}  # in every architecture that has no field of it
+
+
 def config_from_hf(hf, architecture):
     """Returns the fields of our GPTConfig for a config.json; raises where that asks for what ours does not compute."""
     hf = architecture.defaults | hf
-    for key in ("rope_parameters", "rope_scaling"):  # of transformers 5 and 4
-        if hf.get(key):
-            hf |= hf[key]
-    if hf.get("head_dim") is None and "hidden_size" in hf:
+    rope = {}
+    for key in ("rope_scaling", "rope_parameters"):  # of transformers 4 and 5
+        if hf.get(key) is not None:
+            rope |= hf[key]
+    if hf.get("num_key_value_heads") is None:
+        hf["num_key_value_heads"] = hf.get("num_attention_heads")
+    if hf.get("head_dim") is None and hf.get("hidden_size") is not None:
         hf["head_dim"] = hf["hidden_size"] // needed(hf, "num_attention_heads")
-    for theirs, value in architecture.fixed.items():
-        refuse_all_but(value, theirs, hf.get(theirs, value))
+    if hf.get("sliding_window") is not None and hf["sliding_window"] >= needed(hf, "max_position_embeddings"):
+        hf |= dict(sliding_window=None, use_sliding_window=False)  # a window of the longest text hides nothing
+    hf |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    for theirs, value in (FIXED | architecture.fixed).items():
+        if theirs not in architecture.fields.values():
+            refuse_all_but(value, theirs, hf.get(theirs, value))
     fields = dict(architecture.needs)
     for ours, theirs in architecture.fields.items():
         fields[ours] = needed(hf, theirs)
     if "rope_theta" in architecture.fields:
-        fields |= rope_from_hf(hf, architecture)
+        fields |= rope_from_hf(rope, hf, architecture)
     return fields | architecture.fields_from_hf(hf)
 
 
@@ -430,33 +642,55 @@ def refuse_all_but(value, key, found):
 
 
 def needed(hf, key):
-    if key not in hf:
+    if hf.get(key) is None:
         raise ValueError(f"config.json has no {key}")
     return hf[key]
 
 
-YARN = dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None, mscale=None, mscale_all_dim=None)
+# How RoPE's positions are stretched: {rope_type: {their key: the only value that ours computes}}. Beside these stand
+# factor and, but for linear, original_max_position_embeddings.
+ROPE = {
+    "linear": {},
+    "yarn": dict(beta_fast=32, beta_slow=1, truncate=True, attention_factor=None, mscale=None, mscale_all_dim=None),
+    "llama3": dict(low_freq_factor=1, high_freq_factor=4),
+}
+ABSENT = dict(beta_fast=32, beta_slow=1, truncate=True)  # what transformers takes for a key that is not there
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"}
 
 
-def rope_from_hf(hf, architecture):
-    """Returns our fields of how RoPE's positions are stretched."""
-    scaling = hf.get("rope_type", hf.get("type", "default"))
+def rope_from_hf(rope, hf, architecture):
+    """Returns our fields of how RoPE's positions are stretched, for the object rope of a config.json."""
+    scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling == "default":
+        check_keys(rope, ROPE_KEYS)
         return {}
-    fields = dict(rope_scaling=scaling, rope_factor=needed(hf, "factor"))
-    if scaling == "yarn":
-        for key, value in architecture.yarn.items():
-            refuse_all_but(value, key, hf.get(key, YARN[key]))
-        fields["rope_original"] = hf.get("original_max_position_embeddings", hf["max_position_embeddings"])
+    if scaling not in architecture.rope:
+        known = ", ".join(architecture.rope)
+        raise ValueError(f"config.json: rope_type={scaling!r} is not supported, only default, {known}")
+    only = architecture.rope[scaling]
+    check_keys(rope, ROPE_KEYS | only.keys())
+    for key, value in only.items():
+        refuse_all_but(value, key, rope.get(key, ABSENT.get(key)))
+    fields = dict(rope_scaling=scaling, rope_factor=needed(rope, "factor"))
+    if scaling != "linear":
+        lengths = [contents.get("original_max_position_embeddings") for contents in (hf, rope)]
+        lengths.append(hf["max_position_embeddings"])
+        fields["rope_original"] = next(length for length in lengths if length is not None)
     return fields
 
 
+def check_keys(rope, known):
+    unknown = sorted(rope.keys() - known)
+    if unknown:
+        raise ValueError(f"config.json: {', '.join(unknown)} of RoPE is not supported")
+
+
 def rope_to_hf(config, architecture):
-    if config.rope_scaling == "none":
+    scaling = config.rope_scaling
+    if scaling == "none":
         return {}
-    rope = dict(rope_type=config.rope_scaling, factor=config.rope_factor)
-    if config.rope_scaling == "yarn":
-        rope |= architecture.yarn
+    rope = dict(rope_type=scaling, factor=config.rope_factor) | architecture.rope[scaling]
+    if scaling != "linear":
         rope["original_max_position_embeddings"] = config.rope_original
     return dict(rope_scaling=rope)
 
@@ -482,10 +716,13 @@ class Architecture:
     transposed: tuple = ()  # last parts of names of weights that the file has as (in, out)
     names_where_zero: dict = field(default_factory=dict)  # our field: names that are others where it is 0
     zero_buffers: tuple = ()  # ends of names of our buffers that theirs lacks
-    yarn: dict = field(default_factory=lambda: YARN)  # settings of YaRN that ours computes
+    rope: dict = field(default_factory=lambda: ROPE)  # how ours stretches positions
     fields_from_hf: Callable = lambda hf: {}  # returns our fields that are not one key of config.json
     fields_to_hf: Callable = lambda config: {}  # returns keys of config.json that are not one field of ours
 
+
+# What transformers takes for keys that a config.json leaves out, as those of its older versions do.
+DEFAULTS = {"rope_theta": 10000.0, "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
 
 QWEN3 = Architecture(
     model_type="qwen3",
@@ -522,19 +759,8 @@ QWEN3 = Architecture(
     },
     fixed={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
     needs={"qk_norm": True, "scale_embeddings": False, "logit_softcap": 0.0},
-    defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "head_dim": 128},
+    defaults=DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128},
 )
-
-
-def key_heads_from_hf(hf):
-    heads = hf.get("num_key_value_heads")
-    if heads is None:  # as in the first Llamas
-        heads = needed(hf, "num_attention_heads")
-    return dict(n_kv_head=heads)
-
-
-def key_heads_to_hf(config):
-    return dict(num_key_value_heads=config.n_kv_head)
 
 
 LLAMA = replace(  # Llama 1 and 2, TinyLlama, SmolLM: Qwen3 without norms on queries and keys
@@ -542,17 +768,9 @@ LLAMA = replace(  # Llama 1 and 2, TinyLlama, SmolLM: Qwen3 without norms on que
     model_type="llama",
     class_name="LlamaForCausalLM",
     names={ours: theirs for ours, theirs in QWEN3.names.items() if not ours.endswith(("q_norm", "k_norm"))},
-    fields={ours: theirs for ours, theirs in QWEN3.fields.items() if ours != "n_kv_head"},
     fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     needs=QWEN3.needs | {"qk_norm": False},
-    defaults={
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-    },
-    fields_from_hf=key_heads_from_hf,
-    fields_to_hf=key_heads_to_hf,
+    defaults=DEFAULTS | {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
 )
 
 MISTRAL = replace(  # without a window, as from version 0.2 on, it computes what Llama does, and is saved as that
@@ -560,7 +778,7 @@ MISTRAL = replace(  # without a window, as from version 0.2 on, it computes what
     model_type="mistral",
     class_name="MistralForCausalLM",
     fixed={"hidden_act": "silu", "sliding_window": None},
-    defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "sliding_window": 4096},
+    defaults=LLAMA.defaults | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
 )
 
 
@@ -603,6 +821,7 @@ GPT2 = Architecture(
         "tie_word_embeddings": True,
     },
     needs={"bias": True},
+    defaults={"layer_norm_epsilon": 1e-5, "bos_token_id": 50256, "eos_token_id": 50256},
     prefix="transformer.",
     ignored=("lm_head.weight", ".attn.bias", ".attn.masked_bias"),  # a copy of wte, and causal masks
     transposed=("c_attn", "c_proj", "c_fc"),
@@ -617,7 +836,7 @@ def deepseek_v3_from_hf(hf):
     if n_dense < n_layer:
         dense = f"first_k_dense_replace={n_dense} of {n_layer} layers are dense"
         raise ValueError(f"config.json: {dense}, the others mixtures of experts: model_mla.py has dense layers only")
-    q_rank = needed(hf, "q_lora_rank")
+    q_rank = hf["q_lora_rank"]
     return dict(q_rank=0 if q_rank is None else q_rank)
 
 
@@ -669,8 +888,12 @@ DEEPSEEK_V3 = Architecture(
     },
     fixed={"hidden_act": "silu", "attention_bias": False, "rope_interleave": True},
     needs={"scale_embeddings": False, "logit_softcap": 0.0},
-    defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "first_k_dense_replace": 3, "q_lora_rank": 1536},
-    yarn={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},  # without these YaRN sharpens the part with position alone
+    defaults=DEFAULTS | {"first_k_dense_replace": 3, "q_lora_rank": 1536, "bos_token_id": 0, "eos_token_id": 1},
+    rope={  # mscale_all_dim sharpens all of a score, under any rope_type; YaRN without it only the part with position
+        "linear": dict(mscale_all_dim=None),
+        "yarn": ROPE["yarn"] | dict(mscale=1.0, mscale_all_dim=1.0),
+        "llama3": ROPE["llama3"] | dict(mscale_all_dim=None),
+    },
     fields_from_hf=deepseek_v3_from_hf,
     fields_to_hf=deepseek_v3_to_hf,
 )
@@ -678,10 +901,10 @@ DEEPSEEK_V3 = Architecture(
 
 def layers_with_experts(hf):
     """Returns the layers that transformers gives experts: every decoder_sparse_step-th one but for mlp_only_layers."""
-    step = hf.get("decoder_sparse_step", 1)
-    dense = hf.get("mlp_only_layers")
-    if dense is None:
-        dense = []
+    step = needed({"decoder_sparse_step": 1} | hf, "decoder_sparse_step")
+    dense = set()
+    if hf.get("mlp_only_layers") is not None:
+        dense = set(hf["mlp_only_layers"])
     return [layer for layer in range(hf["num_hidden_layers"]) if (layer + 1) % step == 0 and layer not in dense]
 
 
@@ -725,7 +948,7 @@ QWEN3_MOE = Architecture(
         "gate_scale": 1.0,
         "n_group": 1,
     },
-    defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "norm_topk_prob": False},
+    defaults=DEFAULTS | {"num_key_value_heads": 4, "norm_topk_prob": False},
     zero_buffers=("router.bias",),
     fields_from_hf=experts_from_hf,
     fields_to_hf=experts_to_hf,
@@ -769,11 +992,14 @@ QWEN2_MOE = Architecture(
         "gate_scale": 1.0,
         "n_group": 1,
     },
-    defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "norm_topk_prob": False, "qkv_bias": True},
+    defaults=QWEN3_MOE.defaults | {"num_key_value_heads": 16, "qkv_bias": True},
     zero_buffers=("router.bias",),
     fields_from_hf=shared_experts_from_hf,
     fields_to_hf=shared_experts_to_hf,
 )
+
+
+LETTERS = {"full_attention": "a", "linear_attention": "d"}
 
 
 def qwen3_next_from_hf(hf):
@@ -782,8 +1008,13 @@ def qwen3_next_from_hf(hf):
         refuse_all_but(list(range(n_layer)), "mlp_only_layers", hf.get("mlp_only_layers"))
     kinds = hf.get("layer_types")
     if kinds is None:
-        return dict(layer_pattern="d" * (hf.get("full_attention_interval", 4) - 1) + "a")
-    return dict(layer_pattern="".join("a" if kind == "full_attention" else "d" for kind in kinds))
+        interval = needed({"full_attention_interval": 4} | hf, "full_attention_interval")
+        return dict(layer_pattern="d" * min(interval - 1, n_layer) + "a")
+    unknown = set(kinds) - LETTERS.keys()
+    if unknown or len(kinds) != n_layer:
+        known = " or ".join(LETTERS)
+        raise ValueError(f"config.json: layer_types={str(kinds)[:60]} does not say {known} of each of {n_layer} layers")
+    return dict(layer_pattern="".join(LETTERS[kind] for kind in kinds))
 
 
 def qwen3_next_to_hf(config):
@@ -829,7 +1060,7 @@ QWEN3_NEXT = Architecture(
     },
     fixed={"hidden_act": "silu", "attention_bias": False},
     needs={**QWEN3.needs, "output_gate": "element", "qkv_gates": ""},
-    defaults={"rope_theta": 10000.0, "tie_word_embeddings": False, "head_dim": 256, "partial_rotary_factor": 0.25},
+    defaults=DEFAULTS | {"num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25},
     fields_from_hf=qwen3_next_from_hf,
     fields_to_hf=qwen3_next_to_hf,
 )
@@ -842,32 +1073,34 @@ READABLE = ARCHITECTURES | {MISTRAL.model_type: MISTRAL}
 # fmt: off
 PROVED = {
     "baseline": {
-        "RMSNorm": "85f75428", "rope_cos_sin": "91f5e3e7", "yarn": "9d35e18a", "apply_rope": "3e7688fa",
-        "Attention": "17aff4d6", "MLP": "0a66f93c", "Block": "e7decd53", "GPT": "4acd9451", "GPT.__init__": "d3993ff1",
-        "GPT.forward": "cfdec045", "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985",
+        "RMSNorm": "85f75428", "rope_cos_sin": "b3103f9a", "yarn": "9d35e18a", "llama3": "e180a3c7",
+        "apply_rope": "3e7688fa", "Attention": "17aff4d6", "MLP": "0a66f93c", "Block": "e7decd53", "GPT": "4acd9451",
+        "GPT.__init__": "d3993ff1", "GPT.forward": "cfdec045", "GPT.positions_and_mask": "885d3e81",
+        "GPT.logits": "7bf98985",
     },
     "gpt2": {
         "Attention": "0b787748", "MLP": "7114e7ff", "Block": "ffff0349", "GPT": "4acd9451", "GPT.__init__": "fe086aad",
         "GPT.forward": "c729011f", "GPT.positions_and_mask": "885d3e81", "GPT.logits": "2896e0b7",
     },
     "mla": {
-        "RMSNorm": "85f75428", "rope_cos_sin": "08f7c9e8", "yarn": "9d35e18a", "apply_rope": "3e7688fa",
-        "Attention": "4a9fe988", "MLP": "0a66f93c", "Block": "e7decd53", "GPT": "4acd9451", "GPT.__init__": "d3993ff1",
-        "GPT.forward": "cfdec045", "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985",
+        "RMSNorm": "85f75428", "rope_cos_sin": "00b815b4", "yarn": "9d35e18a", "llama3": "e180a3c7",
+        "apply_rope": "3e7688fa", "Attention": "4a9fe988", "MLP": "0a66f93c", "Block": "e7decd53", "GPT": "4acd9451",
+        "GPT.__init__": "d3993ff1", "GPT.forward": "cfdec045", "GPT.positions_and_mask": "885d3e81",
+        "GPT.logits": "7bf98985",
     },
     "moe": {
-        "RMSNorm": "85f75428", "rope_cos_sin": "91f5e3e7", "yarn": "9d35e18a", "apply_rope": "3e7688fa",
-        "Attention": "17aff4d6", "MLP": "0a66f93c", "Router": "d8140829", "has_grouped_mm": "d1b99fcc",
-        "grouped_matmul": "646c32e2", "ExpertLinear": "a80b6ddc", "MoE": "cfafd3cc", "Block": "bb6099f2",
-        "GPT": "4acd9451", "GPT.__init__": "3f5a8680", "GPT.forward": "afa8a0fe", "GPT.positions_and_mask": "885d3e81",
-        "GPT.logits": "7bf98985",
+        "RMSNorm": "85f75428", "rope_cos_sin": "b3103f9a", "yarn": "9d35e18a", "llama3": "e180a3c7",
+        "apply_rope": "3e7688fa", "Attention": "17aff4d6", "MLP": "0a66f93c", "Router": "d8140829",
+        "has_grouped_mm": "d1b99fcc", "grouped_matmul": "646c32e2", "ExpertLinear": "a80b6ddc", "MoE": "cfafd3cc",
+        "Block": "bb6099f2", "GPT": "4acd9451", "GPT.__init__": "3f5a8680", "GPT.forward": "afa8a0fe",
+        "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985",
     },
     "hybrid": {
-        "RMSNorm": "1e4ee690", "rope_cos_sin": "1a6f3b29", "yarn": "9d35e18a", "apply_rope": "b12c079b",
-        "Attention": "8b8d03cc", "recurrent_delta_rule": "b40bb6ce", "chunked_delta_rule": "2694dc38",
-        "GatedDelta": "25225dae", "unit": "1d84f0a6", "MLP": "0a66f93c", "Block": "15a28f55", "GPT": "4acd9451",
-        "GPT.__init__": "d3993ff1", "GPT.forward": "310d397b", "GPT.positions_and_mask": "885d3e81",
-        "GPT.logits": "7bf98985",
+        "RMSNorm": "1e4ee690", "rope_cos_sin": "37e2e754", "yarn": "9d35e18a", "llama3": "e180a3c7",
+        "apply_rope": "b12c079b", "Attention": "8b8d03cc", "recurrent_delta_rule": "b40bb6ce",
+        "chunked_delta_rule": "2694dc38", "GatedDelta": "25225dae", "unit": "1d84f0a6", "MLP": "0a66f93c",
+        "Block": "15a28f55", "GPT": "4acd9451", "GPT.__init__": "d3993ff1", "GPT.forward": "310d397b",
+        "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985",
     },
 }
 # fmt: on

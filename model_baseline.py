@@ -14,7 +14,7 @@ D  head_dim
 V  vocabulary
 
 Differs from model_gpt2.py in: GPTConfig, Attention, MLP, Block, KVCache, GPT.__init__, GPT.init_weights, GPT.forward,
-GPT.logits, RMSNorm, rope_cos_sin, yarn, apply_rope
+GPT.logits, RMSNorm, rope_cos_sin, yarn, llama3, apply_rope
 """
 
 import copy
@@ -40,9 +40,9 @@ class GPTConfig:
     n_inner: int = 2048  # width of the MLP, about 8/3 n_embd
     qk_norm: bool = True  # RMSNorm on each query and key head: attention logits stay small at high learning rates
     rope_theta: float = 10000.0  # wavelengths reach 2 pi rope_theta tokens: 1e6 for long context
-    rope_scaling: Literal["none", "linear", "yarn"] = "none"  # turns more slowly, to read past the trained length
+    rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # turns more slowly, to read longer texts
     rope_factor: float = 1.0  # how much more slowly: 4.0 for a block_size of 4 times the trained length
-    rope_original: int = 0  # the trained length, which yarn needs
+    rope_original: int = 0  # the trained length, which yarn and llama3 need
     norm_eps: float = 1e-6
     tie_embeddings: bool = True  # the head is the embedding transposed
     scale_embeddings: bool = False  # multiply embeddings by sqrt(n_embd)
@@ -57,10 +57,11 @@ class GPTConfig:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: try 1 or n_head")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd, and RoPE turns pairs: try {self.head_dim + 1}")
-        if self.rope_scaling not in ("none", "linear", "yarn"):
-            raise ValueError(f"rope_scaling={self.rope_scaling!r} is unknown: try none, linear or yarn")
-        if self.rope_scaling == "yarn" and self.rope_original < 1:
-            raise ValueError(f"rope_original={self.rope_original}, and yarn needs the trained length: try 4096")
+        if self.rope_scaling not in ("none", "linear", "yarn", "llama3"):
+            raise ValueError(f"rope_scaling={self.rope_scaling!r} is unknown: try none, linear, yarn or llama3")
+        if self.rope_scaling in ("yarn", "llama3") and self.rope_original < 1:
+            needs = f"{self.rope_scaling} needs the trained length"
+            raise ValueError(f"rope_original={self.rope_original}, and {needs}: try 4096")
 
 
 class RMSNorm(nn.Module):
@@ -91,6 +92,8 @@ def rope_cos_sin(positions, config):
         inv_freq = inv_freq / config.rope_factor
     elif config.rope_scaling == "yarn":
         inv_freq, magnitude = yarn(inv_freq, config)
+    elif config.rope_scaling == "llama3":
+        inv_freq = llama3(inv_freq, config)
     angle = positions[..., None, None].float() * inv_freq
     return angle.cos() * magnitude, angle.sin() * magnitude
 
@@ -115,6 +118,17 @@ def yarn(inv_freq, config):
     # Over a longer context attention spreads: larger logits sharpen it again. Scores grow by the square of this.
     magnitude = 0.1 * math.log(max(config.rope_factor, 1.0)) + 1.0
     return inv_freq, magnitude
+
+
+def llama3(inv_freq, config):
+    """Returns lower frequencies (D/2,) as in Llama 3.1 (https://arxiv.org/abs/2407.21783).
+
+    Pairs that turn more than 4 times within the trained length keep their frequency, those that turn less than once
+    have it divided by rope_factor, and in between the blend of the two moves linearly with the number of turns.
+    """
+    turns = config.rope_original * inv_freq / (2 * math.pi)  # (D/2,)
+    share = ((4 - turns) / (4 - 1)).clamp(0, 1)  # (D/2,), of the lower frequency
+    return inv_freq * (1 - share) + inv_freq / config.rope_factor * share
 
 
 def apply_rope(x, cos, sin):

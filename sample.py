@@ -19,7 +19,7 @@ import hf
 from data.text import print_any_text, read_text
 from data.tokenizers import stream_text
 from training.checkpoint import CheckpointError
-from training.load import hide_padding, load, stop_tokens
+from training.load import hide_padding, is_from_hugging_face, load, stop_tokens
 
 LIMITS = {
     "num_samples": (1, math.inf),
@@ -65,16 +65,24 @@ def parse_arguments(argv):
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 def until_stop(pieces, stops, begin):
-    """Yields the text of the pieces up to the first stop behind `begin` characters, and never a part of a stop."""
+    """Yields the text of the pieces up to the stop that is complete first, and never a part of that stop.
+
+    Stops are looked for behind `begin` characters. Of stops that end together the longest counts: where a stop is
+    complete depends on the text alone, and not on how it comes in pieces. Stops abc and b of the text abcd: a is left.
+    """
     longest = max((len(stop) for stop in stops), default=1)
     text = ""
     shown = 0
     for piece in pieces:
         text += piece
-        found = [text.find(stop, max(begin, shown)) for stop in stops]
-        found = [place for place in found if place >= 0]
+        found = []
+        for stop in stops:
+            place = text.find(stop, max(begin, shown))
+            if place >= 0:
+                found.append((place + len(stop), place))
         if found:
-            yield text[shown : min(found)]
+            _, place = min(found)
+            yield text[shown:place]
             return
         # The last longest - 1 characters may be the beginning of a stop: they wait for the next piece.
         end = min(max(len(text) - longest + 1, begin), len(text))
@@ -101,7 +109,7 @@ def say(model, tokenizer, prompt, options, stops=(), echo=True):
 
     shown = []
     if echo:
-        shown = [token for token in prompt if token != tokenizer.eot_id]
+        shown = [token for token in prompt if token not in tokenizer.special_tokens.values()]
     begin = len(tokenizer.decode(shown))
     live = first_row()
     for i, row in enumerate(rows):
@@ -139,8 +147,12 @@ def interact(model, tokenizer, prefix, options, stops):
         history += [end, *tokenizer.encode("\n")]
 
 
-def save_pretrained(model, tokenizer, prefix, folder):
-    hf.save(model, folder, tokenizer.to_hf(prefix))
+def save_pretrained(model, tokenizer, prefix, args):
+    folder = args.save_pretrained
+    if is_from_hugging_face(args.path) and not args.tokenizer:
+        hf.save(model, folder, args.path)
+    else:
+        hf.save(model, folder, tokenizer.to_hf(prefix))
     names = ", ".join(sorted(file.name for file in Path(folder).iterdir()))
     print(f"wrote {folder}: {names}")
 
@@ -156,7 +168,7 @@ def run(args):
     # 2. the model
     model, tokenizer, prefix = load(args.path, args.device, args.dtype, args.tokenizer)
     if args.save_pretrained:
-        save_pretrained(model, tokenizer, prefix, args.save_pretrained)
+        save_pretrained(model, tokenizer, prefix, args)
         return
     hide_padding(model, tokenizer)
 
@@ -167,7 +179,7 @@ def run(args):
         top_k=args.top_k,
         top_p=args.top_p,
         repetition_penalty=args.repetition_penalty,
-        stop=stop_tokens(tokenizer),
+        stop=stop_tokens(tokenizer, args.path),
         num_samples=args.num_samples,
         crop=True,
         use_cache=not args.no_cache,

@@ -1,9 +1,10 @@
 """tokenizer.json, the file of Hugging Face's package tokenizers: read and written with the same ids on both sides.
 
 A tokenizer is here what Tokenizer.to_dict() in data/tokenizers.py returns. Byte-level BPE is read, as in the files of
-GPT-2, Llama 3 and Qwen, and what this file writes.
+GPT-2, Llama 3, Qwen and SmolLM, and what this file writes. Values are of the kinds of a table before they are used.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,17 +20,156 @@ BYTE_OF = {character: byte for byte, character in SPELLING.items()}
 EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
 
+# SmolLM and StarCoder take out each digit before GPT-2's pattern cuts the rest: spaces end at a digit, too.
+EACH_DIGIT = PATTERNS["gpt2"].replace(r" ?\p{N}+", r"\p{N}").replace(r"\s+(?!\S)", r"\s+(?![^\s\p{N}])")
+
+
+# ---- the kinds of values ---------------------------------------------------------------------------------------------
+# A dict names the keys of an object; those with ! must be there, others may be absent or null, and `...` is every key.
+# A list has items of one kind.
+PROCESSOR = {
+    "single": [{"SpecialToken": {"id!": str}}],
+    "special_tokens": {...: {"ids!": [int]}},
+}
+STEP = {
+    "type!": str,
+    "use_regex": bool,
+    "add_prefix_space": bool,
+    "behavior": str,
+    "invert": bool,
+    "pattern": {"Regex": str},
+}
+TOKENIZER_JSON = {
+    "added_tokens": [{"content!": str, "id!": int, "special": bool, "normalized": bool}],
+    "normalizer": {"type!": str},
+    "pre_tokenizer": STEP | {"pretokenizers": [STEP]},
+    "post_processor": PROCESSOR | {"processors": [PROCESSOR]},
+    "model!": {"type": str},
+}
+VOCABULARY = {"vocab!": {...: int}}
+CONFIG = {"add_bos_token": bool}
+OURS = {
+    "kind!": str,
+    "name!": str,
+    "special_tokens!": {...: int},
+    "added": {...: int},
+    "added_normalized": {...: int},
+    "eot": str,
+}
+DATA = {  # what the kinds of our tokenizers have besides
+    "byte": {},
+    "char": {"chars!": str},
+    "bpe": {"ranks!": str, "pattern!": str, "nfc!": bool},
+    "sentencepiece": {"model!": str},
+}
+MAX_ID = 2**24  # no vocabulary is so large, and arrays as long as the largest id are made
+NAMES = {
+    str: "a text",
+    int: f"a whole number from 0 to {MAX_ID}",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def read_object(path: Path) -> dict:
+    """Returns the object that a JSON file holds; raises ValueError, with the file's name, if it holds none."""
+    try:
+        d = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is no JSON ({e}): was it cut short?") from None
+    check(d, {}, path)
+    return d
+
+
+def check(value, kind, where: str | Path) -> None:
+    """Raises ValueError, with the file and the key that `where` says, unless a value is of its kind."""
+    of_type = kind
+    if not isinstance(kind, type):
+        of_type = type(kind)
+    if type(value) is not of_type or of_type is int and not 0 <= value <= MAX_ID:
+        raise ValueError(f"{where} is {str(value)[:40]!r} and must be {NAMES[of_type]}")
+    if kind is of_type:
+        return
+    if of_type is list:
+        for i, item in enumerate(value):
+            check(item, kind[0], f"{where}[{i}]")
+    elif ... in kind:
+        for key, item in value.items():
+            check(item, kind[...], f"{where}: {key}")
+    else:
+        for name, inner in kind.items():
+            key = name.removesuffix("!")
+            if value.get(key) is not None:
+                check(value[key], inner, f"{where}: {key}")
+            elif name.endswith("!"):
+                raise ValueError(f"{where} has no {key}")
+
+
+def check_ours(d: dict, where: str | Path) -> None:
+    """Raises ValueError unless d is what Tokenizer.to_dict() returns."""
+    check(d, OURS, where)
+    if d["kind"] not in DATA:
+        raise ValueError(f"{where}: kind is {d['kind']!r}, and must be {' or '.join(DATA)}")
+    known = OURS | DATA[d["kind"]]
+    check(d, known, where)
+    unknown = sorted(d.keys() - {key.removesuffix("!") for key in known})
+    if unknown:
+        raise ValueError(f"{where} has {', '.join(unknown)}, which no {d['kind']} tokenizer has")
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read(d: dict, path: Path) -> dict:
     """Returns the tokenizer of a file's contents d; raises where ours would give other ids."""
-    special = {token["content"]: token["id"] for token in d.get("added_tokens", ())}
-    tokenizer = {"name": path.name, "special_tokens": special}
-    chars = read_characters(d, special)
+    # 1. its added tokens: special ones are text unless they are asked for, the others are found in every text
+    check(d, TOKENIZER_JSON, path)
+    ids = {}
+    kinds = {"special_tokens": {}, "added": {}, "added_normalized": {}}
+    for token in d.get("added_tokens") or ():
+        if token.get("special", True):
+            kind = "special_tokens"
+        elif token.get("normalized"):
+            kind = "added_normalized"
+        else:
+            kind = "added"
+        ids[token["content"]] = token["id"]
+        kinds[kind][token["content"]] = token["id"]
+    tokenizer = {"name": path.name, "special_tokens": kinds["special_tokens"]}
+    tokenizer |= {kind: tokens for kind, tokens in kinds.items() if tokens}
+
+    # 2. the one that begins a document
+    config = read_config(path)
+    spelled = {i: token for token, i in ids.items()}
+    before = [spelled.get(i) for i in ids_before_text(d, path)]
+    candidates = (EOT, *before, config.get("bos_token"), config.get("eos_token"))
+    found = [token for token in candidates if token in ids]
+    if found and found[0] != EOT:
+        tokenizer["eot"] = found[0]
+
+    # 3. its model
+    chars = read_characters(d, ids)
     if chars:
         return {"kind": "char", **tokenizer, "chars": chars}
-    return {"kind": "bpe", **tokenizer, **read_bpe(d, path, special)}
+    return {"kind": "bpe", **tokenizer, **read_bpe(d, path, ids)}
+
+
+def read_config(path: Path) -> dict:
+    """Returns what tokenizer_config.json says beside a tokenizer's file; bos_token and eos_token as spelled."""
+    file = path.with_name("tokenizer_config.json")
+    if not file.exists():
+        return {}
+    config = read_object(file)
+    check(config, CONFIG, file)
+    for key in ("bos_token", "eos_token"):
+        token = config.get(key)
+        if isinstance(token, dict):  # as of transformers' class AddedToken
+            token = token.get("content")
+        if token is not None:
+            check(token, str, f"{file}: {key}")
+        config[key] = token
+    return config
 
 
 def read_characters(d, special):
@@ -46,7 +186,7 @@ def read_characters(d, special):
     return "".join(chars)
 
 
-def read_bpe(d, path, special):
+def read_bpe(d, path, added):
     def refuse(found, problem):
         if found:
             only = "only byte-level BPE like GPT-2's, Llama 3's or Qwen's can be read"
@@ -54,19 +194,22 @@ def read_bpe(d, path, special):
 
     # 1. how text is cut into words: by a pattern of its own, or by GPT-2's, which the step ByteLevel knows
     pre_tokenizer = d.get("pre_tokenizer") or {}
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     kinds = [step.get("type") for step in steps]
-    split = steps[0]
+    first = steps[0]
     last = steps[-1]
     own_regex = last.get("use_regex", True)
     pattern = None
     if kinds == ["ByteLevel"] and own_regex:
         pattern = PATTERNS["gpt2"]
-    elif kinds == ["Split", "ByteLevel"] and split["behavior"] == "Isolated" and not split["invert"] and not own_regex:
-        pattern = split["pattern"].get("Regex")
+    elif kinds == ["Digits", "ByteLevel"] and own_regex and first.get("individual_digits"):
+        pattern = EACH_DIGIT
+    elif kinds == ["Split", "ByteLevel"] and not own_regex:
+        if first.get("behavior") == "Isolated" and not first.get("invert"):
+            pattern = (first.get("pattern") or {}).get("Regex")
 
     # 2. its model
-    model = d.get("model", {})
+    model = d["model"]
     kind = model.get("type", "BPE")
     refuse(kind != "BPE" or not model.keys() >= {"vocab", "merges"}, f"its model is {kind}")
     options = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
@@ -77,13 +220,19 @@ def read_bpe(d, path, special):
     refuse(not pattern or last.get("add_prefix_space"), f"its pre_tokenizer is {d.get('pre_tokenizer')}")
 
     # 3. its tokens
+    check(model, VOCABULARY | {"merges!": list}, f"{path}: model")
     vocab = model["vocab"]
-    merged = ["".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    merged = []
+    for i, merge in enumerate(model["merges"]):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        check(pair, [str], f"{path}: model: merges[{i}]")
+        merged.append("".join(pair))
     made = set(merged)
-    plain = {token: i for token, i in vocab.items() if token in made or special.get(token) != i}
+    plain = {token: i for token, i in vocab.items() if token in made or added.get(token) != i}
     unmade = [token for token in plain if len(token) > 1 and token not in made or not BYTE_OF.keys() >= set(token)]
     refuse(unmade, f"its tokens {unmade[:3]} are made by no merge of bytes")
-    spaced = [t["content"] for t in d.get("added_tokens", ()) if t["lstrip"] or t["rstrip"] or t["single_word"]]
+    spacing = ("lstrip", "rstrip", "single_word")
+    spaced = [t["content"] for t in d.get("added_tokens") or () if any(t.get(option) for option in spacing)]
     refuse(spaced, f"its tokens {spaced[:3]} take the spaces around them or want a word of their own")
     in_order = sorted(merged, key=lambda token: vocab.get(token, -1))
     refuse(in_order != merged, "its ids do not follow the order of its merges")
@@ -94,15 +243,35 @@ def read_bpe(d, path, special):
     return {"ranks": format_ranks(ranks), "pattern": pattern, "nfc": normalizer is not None}
 
 
-def ids_before_text(d: dict) -> list[int]:
-    """Returns the ids that the package puts before every text, for example that of <|begin_of_text|> of Llama 3."""
+def begin_ids(path: Path, tokenizer) -> list[int]:
+    """Returns the ids that transformers puts before every text, with the tokenizer of a folder's file.
+
+    The post_processor of tokenizer.json says them, for example that of <|begin_of_text|> of Llama 3. A sentencepiece
+    model alone, as of Llama 2, puts the token there that begins a document, unless tokenizer_config.json says no.
+    """
+    file = path.with_name("tokenizer.json")
+    if file.exists():
+        d = read_object(file)
+        check(d, TOKENIZER_JSON, file)
+        return ids_before_text(d, file)
+    if read_config(path).get("add_bos_token") is False:
+        return []
+    return [tokenizer.eot_id]
+
+
+def ids_before_text(d, path):
+    """Returns the ids that the post_processor of a file's contents d puts before every text."""
     processor = d.get("post_processor") or {}
     ids = []
-    for step in processor.get("processors", [processor]):
-        for piece in step.get("single", ()):
-            if "SpecialToken" not in piece:
+    for step in processor.get("processors") or [processor]:
+        for piece in step.get("single") or ():
+            token = piece.get("SpecialToken")
+            if token is None:
                 break
-            ids += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+            known = step.get("special_tokens") or {}
+            if token["id"] not in known:
+                raise ValueError(f"{path}: post_processor: special_tokens has no {token['id']!r}")
+            ids += known[token["id"]]["ids"]
     return ids
 
 
@@ -116,6 +285,9 @@ def files(tokenizer: dict, begin: Sequence[int] = ()) -> dict[str, dict]:
     """
     name = tokenizer["name"]
     special = tokenizer["special_tokens"]
+    normalized = tokenizer.get("added_normalized", {})
+    tokens = special | tokenizer.get("added", {}) | normalized
+    eot = tokenizer.get("eot", EOT)
     kind = tokenizer["kind"]
     if kind == "bpe":
         ranks = parse_ranks(tokenizer["ranks"], name)
@@ -128,24 +300,25 @@ def files(tokenizer: dict, begin: Sequence[int] = ()) -> dict[str, dict]:
         advice = "save the model without one, and put the tokenizer's own file beside it"
         raise ValueError(f"{name}: a {kind} tokenizer has no tokenizer.json with the same ids: {advice}")
 
-    # Special tokens stand in the vocabulary too: one that does not gets the next free id, whatever the file says.
+    # Added tokens stand in the vocabulary too: one that does not gets the next free id, whatever the file says.
     vocab = contents["model"]["vocab"]
-    for token, i in special.items():
-        if token in vocab:
+    for token, i in tokens.items():
+        if vocab.setdefault(token, i) != i:
             both = f"the special token {token!r} is spelled like the token {vocab[token]} there"
             raise ValueError(f"{name} has no tokenizer.json with the same ids: {both}")
-        vocab[token] = i
-    options = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    contents["added_tokens"] = [{"id": i, "content": token, **options} for token, i in special.items()]
-    contents["post_processor"] = before_text({token: i for token, i in special.items() if i in begin})
+    contents["added_tokens"] = []
+    for token, i in tokens.items():
+        options = dict(single_word=False, lstrip=False, rstrip=False, normalized=token in normalized)
+        contents["added_tokens"].append({"id": i, "content": token, **options, "special": token in special})
+    contents["post_processor"] = before_text({token: i for token, i in tokens.items() if i in begin})
 
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=EOT, eos_token=EOT)
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot)
     config["clean_up_tokenization_spaces"] = False  # True takes the space before a full stop out of decoded text
-    ends = [special[token] for token in (EOT, "<|im_end|>") if token in special]
+    ends = [tokens[token] for token in (eot, "<|im_end|>") if token in tokens]
     return {
         "tokenizer.json": {"version": "1.0", **contents},
         "tokenizer_config.json": config,
-        "generation_config.json": {"bos_token_id": special[EOT], "eos_token_id": ends},
+        "generation_config.json": {"bos_token_id": tokens[eot], "eos_token_id": ends},
     }
 
 

@@ -3,6 +3,7 @@
     tok = load_tokenizer("gpt2")  # or "byte", "char", PATH/tokenizer.json, PATH/x.tiktoken, PATH/x.model, "bpe:FILE"
     ids = tok.encode("Hello<|endoftext|>")  # plain text stays plain text, whatever it spells
     ids = tok.encode("Hello<|endoftext|>", special=True)  # a special token becomes its one id
+    tok.eot_id  # begins each document: that of <|endoftext|>, or of a foreign tokenizer's token for it, like <s>
     python data/tokenizers.py train FILES... --vocab_size 8192 --out bpe.json  # then load_tokenizer("bpe:bpe.json")
 
 BPE, as in GPT-2: a regex cuts text into words, a word begins as its bytes, and the adjacent pair that makes the token
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,16 +35,25 @@ from data.bpe import EOT, PATTERNS, alternatives, format_ranks, parse_ranks
 from data.bpe_training import count_words, merge_words
 from data.text import read_text
 
+MAX_PATTERN = 4096  # characters; those that are known have up to 600
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
 class Tokenizer:
-    """Attributes: name, vocab_size (largest id + 1), eot_id, special_tokens (dict from spelling to id)."""
+    """Attributes: name, vocab_size (largest id + 1), eot_id, special_tokens and added_tokens (spelling to id).
+
+    A special token is one only where it is asked for; an added one, like the runs of spaces of GPT-NeoX and <think> of
+    Qwen3, is found in every text.
+    """
 
     # kind and its data: "byte"; "char": chars; "sentencepiece": model (base64);
     # "bpe": ranks (lines "base64 id", as in a .tiktoken file), pattern, nfc (normalise first)
+    # and in all: added and added_normalized (spelling to id; the latter found behind nfc), eot (begins a document)
     def __init__(self, kind: str, name: str, special_tokens: dict[str, int], add_tokens: Iterable[str] = (), **data):
-        self.kind, self.name, self.special_tokens, self._data = kind, name, dict(special_tokens), data
+        self.kind = kind
+        self.name = name
+        self.special_tokens = dict(special_tokens)
+        self._data = data
         self._adds_space = False
         if kind == "byte":
             pieces = {i: bytes([i]) for i in range(256)}
@@ -50,29 +61,40 @@ class Tokenizer:
             pieces = {i: c.encode() for i, c in enumerate(data["chars"])}
             self._char_ids = {c: i for i, c in enumerate(data["chars"])}
         elif kind == "bpe":
-            import tiktoken
-
             ranks = parse_ranks(data["ranks"], name)
             pieces = {i: token for token, i in ranks.items()}
-            self._core = tiktoken.Encoding(name, pat_str=data["pattern"], mergeable_ranks=ranks, special_tokens={})
+            self._core = _tiktoken_core(name, data["pattern"], ranks)
         else:
             self._core = _sentencepiece(base64.b64decode(data["model"]))
             pieces = _sentencepiece_pieces(self._core)
             self._adds_space = self._core.encode("a", out_type=str)[0].startswith("\u2581")
 
+        # The ids of added tokens; a new one takes the next that is free.
+        self._normalized_tokens = data.get("added_normalized", {})
+        self.added_tokens = data.get("added", {}) | self._normalized_tokens
+        tokens = self.special_tokens | self.added_tokens
         for token in add_tokens:
-            if token not in self.special_tokens:
-                self.special_tokens[token] = max([*pieces, *self.special_tokens.values()]) + 1
+            if token not in tokens:
+                tokens[token] = max([*pieces, *tokens.values()]) + 1
+                self.special_tokens[token] = tokens[token]
         self._bytes = dict(pieces)
-        for token, i in self.special_tokens.items():
-            if i in self._bytes or not token:
-                why = f"its id {i} is that of {self._bytes[i]!r}" if token else "it is empty"
-                raise ValueError(f"{name}: special token {token!r} can't be had: {why}")
+        for token, i in tokens.items():
+            same = token in self.added_tokens and pieces.get(i) == token.encode()  # a token that merges make, too
+            if not token:
+                raise ValueError(f"{name}: special token '' can't be had: it is empty")
+            if i in self._bytes and not same:
+                raise ValueError(
+                    f"{name}: special token {token!r} can't be had: its id {i} is that of {self._bytes[i]!r}"
+                )
             self._bytes[i] = token.encode()
         self._special_ids = set(self.special_tokens.values())
-        self._special_regex = regex.compile(f"({alternatives(self.special_tokens)})")
+        self._regex = _regex_of(tokens.keys() - self._normalized_tokens.keys())
+        self._normalized_regex = _regex_of(self._normalized_tokens)
         self.vocab_size = max(self._bytes) + 1
-        self.eot_id = self.special_tokens[EOT]
+        eot = data.get("eot", EOT)
+        if eot not in tokens:
+            raise ValueError(f"{name} has no token {eot!r}, which is to begin its documents")
+        self.eot_id = tokens[eot]
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text. With special=True the spelling of a special token becomes its id, the longest one first."""
@@ -81,12 +103,10 @@ class Tokenizer:
         except UnicodeEncodeError as e:
             why = f"the lone surrogate {text[e.start]!r} at character {e.start} is no valid Unicode"
             raise ValueError(f"{why}: read files as UTF-8 with errors='strict'") from None
-        if not special:
-            return self._encode(text)
-        ids = []
-        for i, part in enumerate(self._special_regex.split(text)):  # plain, special, plain, ..., special, plain
-            ids += [self.special_tokens[part]] if i % 2 else self._encode(part)
-        return ids
+        tokens = dict(self.added_tokens)
+        if special:
+            tokens |= self.special_tokens
+        return _encode_around(self._regex, tokens, text, self._encode)
 
     def _encode(self, text):
         if self.kind == "byte":
@@ -97,9 +117,21 @@ class Tokenizer:
                 raise ValueError(f"{why}: build it from a text that has it, or take another tokenizer")
             return [self._char_ids[c] for c in text]
         if self.kind == "bpe":
-            text = unicodedata.normalize("NFC", text) if self._data["nfc"] else text
-            return [i for part in _cut_long_spaces(text) for i in self._core.encode_ordinary(part)]
+            if self._data["nfc"]:
+                text = unicodedata.normalize("NFC", text)
+            return _encode_around(self._normalized_regex, self._normalized_tokens, text, self._encode_words)
         return self._core.encode(text)
+
+    def _encode_words(self, text):
+        try:
+            return [i for part in _cut_long_spaces(text) for i in self._core.encode_ordinary(part)]
+        except BaseException as e:  # tiktoken's engine panics with what is no Exception
+            if type(e).__name__ != "PanicException":
+                raise
+            start = text[:40]
+            raise ValueError(
+                f"{self.name}: tiktoken's engine gave up at {start!r} ({e}): take another tokenizer"
+            ) from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self._spell(ids))
@@ -140,8 +172,44 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(self.to_dict() | {"name": ""}, sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_from_dict(d: dict) -> Tokenizer:
+def tokenizer_from_dict(d: dict, where: str | Path = "tokenizer") -> Tokenizer:
+    """Returns the tokenizer of a to_dict(), that of the file `where`."""
+    tokenizer_json.check_ours(d, where)
     return Tokenizer(**d)
+
+
+def _regex_of(tokens):
+    if not tokens:
+        return None
+    return regex.compile(alternatives(tokens))
+
+
+def _encode_around(pattern, tokens, text, encode):
+    """Returns the ids of a text: those of the tokens in it, and encode() of what is between them.
+
+    A match of the pattern that is none of the tokens is text, and so is what is inside it.
+    """
+    if pattern is None or not tokens:
+        return encode(text)
+    ids = []
+    start = 0
+    for match in pattern.finditer(text):
+        if match[0] in tokens:
+            ids += encode(text[start : match.start()])
+            ids.append(tokens[match[0]])
+            start = match.end()
+    return ids + encode(text[start:])
+
+
+def _tiktoken_core(name, pattern, ranks):
+    import tiktoken
+
+    if len(pattern) > MAX_PATTERN:
+        raise ValueError(f"{name}: its regex has {len(pattern)} characters: no more than {MAX_PATTERN} are read")
+    try:
+        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    except ValueError as e:
+        raise ValueError(f"{name}: its regex {pattern[:40]!r} is none ({e})") from None
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
@@ -166,16 +234,25 @@ def load_tokenizer(spec: str, add_tokens: Iterable[str] = (), chars: str | None 
             raise ValueError("char needs its alphabet: load_tokenizer('char', chars=text)")
         return Tokenizer("char", spec, {}, add_tokens, chars="".join(sorted(set(chars))))
     if spec.startswith("bpe:") or path.suffix == ".json":
-        try:
-            d = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise ValueError(f"{path} is no JSON ({e}): was it cut short?") from None
-        return Tokenizer(**d if "kind" in d else tokenizer_json.read(d, path), add_tokens=add_tokens)
+        d = tokenizer_json.read_object(path)
+        if "kind" in d:
+            tokenizer_json.check_ours(d, path)
+            return Tokenizer(**d, add_tokens=add_tokens)
+        d = tokenizer_json.read(d, path)
+        if "eot" in d:
+            add_tokens = add_tokens[1:]
+        tokenizer = Tokenizer(**d, add_tokens=add_tokens)
+        if tokenizer.kind == "bpe":
+            _try_regex(tokenizer, path)
+        return tokenizer
     if path.suffix == ".model":
         sp = _sentencepiece(path.read_bytes())
         control = {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i)}
-        model = base64.b64encode(path.read_bytes()).decode()
-        return Tokenizer("sentencepiece", path.name, control, add_tokens, model=model)
+        data = {"model": base64.b64encode(path.read_bytes()).decode()}
+        if EOT not in control and sp.bos_id() >= 0:
+            data["eot"] = sp.id_to_piece(sp.bos_id())
+            add_tokens = add_tokens[1:]
+        return Tokenizer("sentencepiece", path.name, control, add_tokens, **data)
     if ".tiktoken" in path.suffix:
         file, _, pattern = spec.partition(".tiktoken:")
         path = Path(file + ".tiktoken") if pattern else path
@@ -201,6 +278,21 @@ def load_tokenizer(spec: str, add_tokens: Iterable[str] = (), chars: str | None 
         ) from e
     data = {"ranks": format_ranks(encoding._mergeable_ranks), "pattern": encoding._pat_str, "nfc": False}
     return Tokenizer("bpe", spec, encoding._special_tokens, add_tokens, **data)
+
+
+def _try_regex(tokenizer, path):
+    """Raises ValueError if a foreign regex takes long for the texts that regexes take long for.
+
+    A backtracking engine can take time that grows exponentially, or with a high power of the length: each length here
+    is allowed a quarter of a second, of which GPT-2's pattern takes a thousandth.
+    """
+    for n in (10, 30, 100, 300, 1000):
+        for unit in ("a", " ", "1", "!", "\n", "a ", "aB", "1,", "'s", "\u4e00"):
+            start = time.thread_time()  # not that of other programs
+            tokenizer.encode(unit * n + "?")
+            seconds = time.thread_time() - start
+            if seconds > 0.25:
+                raise ValueError(f"{path}: its regex takes {seconds:.1f} s for {unit!r} {n} times: it is not read")
 
 
 def _cut_long_spaces(text, limit=100_000):

@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,12 +116,12 @@ def test_gpt2_weights_without_prefix_and_with_stored_masks_load_as_the_hub_has_t
 
 # Sizes at which a tiny model has the values that transformers takes for absent keys.
 AT_DEFAULTS = {
-    "qwen3": dict(head_dim=128, tie_embeddings=False),
+    "qwen3": dict(head_dim=128, n_head=32, n_kv_head=32, tie_embeddings=False),
     "llama": dict(tie_embeddings=False, block_size=2048),
     "gpt2": {},
     "deepseek_v3": dict(n_layer=3, q_rank=1536, tie_embeddings=False),
-    "qwen3_moe": dict(normalize_gates=False, tie_embeddings=False),
-    "qwen2_moe": dict(normalize_gates=False, tie_embeddings=False),
+    "qwen3_moe": dict(normalize_gates=False, n_head=4, n_kv_head=4, tie_embeddings=False),
+    "qwen2_moe": dict(normalize_gates=False, n_head=16, n_kv_head=16, tie_embeddings=False),
     "qwen3_next": dict(head_dim=256, tie_embeddings=False),
 }
 
@@ -130,9 +131,10 @@ def test_keys_that_a_config_leaves_out_have_the_values_that_transformers_takes(m
     model = tiny(model_type, **AT_DEFAULTS[model_type])
     folder, config, _ = saved(model, tmp_path / "a")
     defaults = hf.ARCHITECTURES[model_type].defaults
-    for key in defaults.keys() - {"qkv_bias"}:  # whose default is refused
+    ids = ("bos_token_id", "eos_token_id")
+    for key in defaults.keys() - {"qkv_bias", *ids}:  # the default of qkv_bias is refused
         assert config.pop(key) == defaults[key]
-    for key in ("bos_token_id", "eos_token_id", "hidden_act", "use_sliding_window"):
+    for key in (*ids, "hidden_act", "use_sliding_window"):
         config.pop(key, None)
     (folder / "config.json").write_text(json.dumps(config))
     assert torch.equal(hf.load(folder)(tokens(2, 12)), model(tokens(2, 12)))
@@ -233,7 +235,7 @@ def test_a_missing_extra_or_misshapen_weight_is_named(tmp_path):
         load_with(tmp_path / "b", lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.ones(3, 4)}))
     with pytest.raises(ValueError, match=r"model.norm.weight is \[65\], not \[64\]"):
         load_with(tmp_path / "c", lambda w: w.update({"model.norm.weight": torch.ones(65)}))
-    load_with(tmp_path / "d", lambda w: w.update({"lm_head.weight": torch.ones(97, 64)}))  # a copy where it is tied
+    load_with(tmp_path / "d", lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
 
 
 def test_a_misshapen_or_missing_weight_that_is_made_of_several_is_named(tmp_path):
@@ -288,19 +290,26 @@ def test_a_model_type_that_no_file_reads_is_refused_with_those_that_are_read(tmp
         hf.load(tmp_path)
 
 
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 ALTERED = {  # what a config.json says, and the words of the refusal
     "qwen3": [
         (dict(attention_bias=True), "attention_bias=True"),
-        (dict(use_sliding_window=True), "use_sliding_window=True"),
+        (dict(quantization_config=dict(quant_method="gptq", bits=4)), "quantization_config=.*gptq.*not supported"),
+        (dict(use_sliding_window=True, sliding_window=63), "use_sliding_window=True"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'.*only 'silu'"),
-        (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "llama3"),
+        (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "rope_type='longrope'.*only default, linear, yarn"),
+        (dict(rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3])), "rope_type='mrope'"),
+        (dict(rope_scaling=dict(type="default", mrope_section=[2, 3, 3])), "mrope_section of RoPE is not supported"),
+        (dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), "full_attention of RoPE"),
         (dict(rope_scaling=dict(rope_type="yarn", factor=4.0, beta_fast=16)), "beta_fast=16"),
         (dict(rope_scaling=dict(rope_type="linear")), "no factor"),
     ],
     "llama": [
         (dict(attention_bias=True), "attention_bias=True"),
         (dict(mlp_bias=True), "mlp_bias=True"),
-        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "llama3"),
+        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor=None"),
+        (dict(rope_scaling=LLAMA3 | dict(high_freq_factor=8.0)), "high_freq_factor=8.0 is not supported, only 4"),
     ],
     "gpt2": [
         (dict(n_inner=100), "n_inner=100"),
@@ -310,11 +319,13 @@ ALTERED = {  # what a config.json says, and the words of the refusal
     "deepseek_v3": [
         (dict(attention_bias=True), "attention_bias"),
         (dict(rope_interleave=False), "rope_interleave"),
+        (dict(rope_scaling=dict(rope_type="linear", factor=3.0, mscale_all_dim=1.0)), "mscale_all_dim=1.0 is not"),
         (dict(hidden_act="gelu"), "hidden_act"),
     ],
     "qwen3_moe": [
         (dict(attention_bias=True), "attention_bias"),
-        (dict(use_sliding_window=True), "use_sliding_window"),
+        (dict(use_sliding_window=True, sliding_window=63), "use_sliding_window"),
+        (dict(mlp_only_layers=[0, 1]), "leave no layer with experts"),
         (dict(decoder_sparse_step=9), "no layer with experts"),
     ],
     "qwen2_moe": [
@@ -325,6 +336,8 @@ ALTERED = {  # what a config.json says, and the words of the refusal
         (dict(attention_bias=True), "attention_bias"),
         (dict(mlp_only_layers=[1]), r"mlp_only_layers=\[1\].*only \[0, 1\]"),
         (dict(mlp_only_layers=None), r"mlp_only_layers=None.*only \[0, 1\]"),
+        (dict(layer_types=["linear_attention", "chunked_attention"]), "layer_types=.*chunked_attention"),
+        (dict(layer_types=["full_attention"]), "layer_types=.*of each of 2 layers"),
     ],
 }
 
@@ -337,11 +350,11 @@ def test_a_config_that_asks_for_what_our_file_cannot_compute_is_refused_by_name(
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=words):
             hf.load(folder)
-    key = hf.ARCHITECTURES[model_type].fields["n_layer"]
-    del config[key]
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"config.json has no {key}"):
-        hf.load(folder)
+    for ours in ("n_layer", "n_embd"):
+        key = hf.ARCHITECTURES[model_type].fields[ours]
+        (folder / "config.json").write_text(json.dumps(config | {key: None}))
+        with pytest.raises(ValueError, match=f"config.json has no {key}"):
+            hf.load(folder)
 
 
 def test_attention_biases_of_qwen2_moe_are_refused_also_where_they_are_the_default(tmp_path):
@@ -350,6 +363,16 @@ def test_attention_biases_of_qwen2_moe_are_refused_also_where_they_are_the_defau
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="qkv_bias=True is not supported, only False"):
         hf.load(folder)
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "llama3"])
+def test_a_trained_length_that_is_left_out_is_the_longest_text_and_one_beside_rope_counts(rope_type):
+    model = build("baseline", rope_scaling=rope_type, rope_factor=8.0, rope_original=20)
+    config = hf.config_to_hf(model.config, hf.QWEN3)
+    del config["rope_scaling"]["original_max_position_embeddings"]
+    assert hf.config_from_hf(config, hf.QWEN3)["rope_original"] == 64
+    config["original_max_position_embeddings"] = 30
+    assert hf.config_from_hf(config, hf.QWEN3)["rope_original"] == 30
 
 
 @pytest.mark.parametrize(
@@ -665,6 +688,165 @@ def test_pickled_weights_and_paths_that_lead_out_of_a_folder_are_not_read(model_
     (folder / "b.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "is a pointer of git LFS" in refused(hf.load, folder)
     assert not (tmp_path / "mark").exists()
+
+
+WRONG = ("64", -1, 0.5, True, [[]], {"a": 1}, 10**400)  # what no key of KINDS may be, but for those in MAY_BE
+MAY_BE = {
+    "a number above 0 and up to 10^12": [0.5],
+    "true or false": [True],
+    "a text": ["64"],
+    "an object": [{"a": 1}],
+}
+
+
+@pytest.mark.parametrize("kind", hf.KINDS)
+def test_a_value_of_another_kind_is_refused_with_its_file_and_its_key(kind, tmp_path):
+    folder, config, _ = saved(build("baseline"), tmp_path / "a")
+    for key in hf.KINDS[kind][1].split():
+        for value in WRONG:
+            if value not in MAY_BE.get(kind, ()):
+                (folder / "config.json").write_text(json.dumps(config | {key: value}))
+                assert f"a/config.json: {key}=" in refused(hf.load, folder)
+
+
+def test_every_key_of_the_tables_has_a_kind():
+    keys = " ".join(keys for _, keys in hf.KINDS.values()).split()
+    assert len(keys) == len(set(keys))
+    for architecture in hf.READABLE.values():
+        assert set(keys) >= set(architecture.fields.values()) | architecture.defaults.keys() - {"qkv_bias"}
+
+
+@pytest.mark.parametrize("text", ["[1]", "5", "null", '"config"', "[" * 100_000, '{"a": 1', "\ufeff{}", "\xff"])
+def test_a_file_that_holds_no_object_is_refused_by_its_name(text, tmp_path):
+    folder, _, _ = saved(build("baseline"), tmp_path / "a")
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    for name in ("model.safetensors.index.json", "config.json"):
+        (folder / name).write_text(text, encoding="latin-1" if text == "\xff" else "utf-8")
+        assert f"{name} is damaged" in refused(hf.load, folder)
+
+
+def test_an_index_without_a_map_of_files_is_refused(tmp_path):
+    folder, _, _ = saved(build("baseline"), tmp_path / "a")
+    (folder / "model.safetensors").unlink()
+    for weight_map in (None, [], {"model.norm.weight": 5}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        assert "index.json has no weight_map" in refused(hf.load, folder)
+
+
+@pytest.mark.parametrize(
+    "model_type, sizes, words",
+    [
+        ("qwen3", dict(num_hidden_layers=2**18), "says n_layer=262144, and its weights have no model.layers.262143."),
+        ("qwen3", dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000 must be a whole number from 1 to 2^18"),
+        (
+            "qwen3",
+            dict(vocab_size=2**31),
+            r"embed_tokens.weight is [97, 64], not [2147483648, 64], as config.json says",
+        ),
+        ("qwen3", dict(head_dim=2**18), "self_attn.k_norm.weight is [16], not [262144]"),
+        (
+            "qwen3_moe",
+            dict(num_hidden_layers=2**18, mlp_only_layers=[*range(2**17)]),
+            "its weights have no model.layers",
+        ),
+        (
+            "qwen3_moe",
+            dict(num_experts=2**18),
+            "n_expert=262144, and its weights have no model.layers.1.mlp.experts.262143",
+        ),
+        (
+            "qwen3_next",
+            dict(full_attention_interval=2**18, layer_types=None),
+            "self_attn.k_norm.weight is [16], and not",
+        ),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_built_of_them(
+    model_type, sizes, words, tmp_path, monkeypatch
+):
+    folder, config, _ = saved(tiny(model_type), tmp_path / "a")
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *_, **__: pytest.fail("memory was taken"))
+    start = time.perf_counter()
+    assert words in refused(hf.load, folder)
+    assert time.perf_counter() - start < 10
+
+
+def test_weights_that_are_no_plain_numbers_are_refused_by_name(tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=f"{name} is I8: quantized weights are not read"):
+        load_with(tmp_path / "a", lambda weights: weights.update({name: weights[name].to(torch.int8)}))
+
+
+def test_a_weight_that_stands_in_two_files_is_refused(tmp_path):
+    folder, _, weights = saved(build("baseline"), tmp_path / "a")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save_file({"model.norm.weight": weights.pop("model.norm.weight")}, folder / "b.safetensors")
+    index = dict.fromkeys(weights, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert "b.safetensors: model.norm.weight stands in a.safetensors too" in refused(hf.load, folder)
+
+
+def test_a_head_of_its_own_is_read_whatever_config_json_says_and_one_of_gpt2_is_refused(tmp_path):
+    model = build("baseline", tie_embeddings=False)
+    folder, config, _ = saved(model, tmp_path / "a")
+    (folder / "config.json").write_text(json.dumps(config | dict(tie_word_embeddings=True)))
+    with pytest.warns(UserWarning, match="ties head and embedding, but two different ones are stored"):
+        assert torch.equal(hf.load(folder)(tokens(2, 12)), model(tokens(2, 12)))
+    with pytest.warns(UserWarning):
+        assert hf.config_of(folder)[1]["tie_embeddings"] is False
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(theirs(tokens(2, 12)).logits, model(tokens(2, 12)), atol=1e-4, rtol=0)
+
+    folder, _, weights = saved(build("gpt2"), tmp_path / "b")
+    save_file(weights | {"lm_head.weight": weights["transformer.wte.weight"].clone()}, folder / "model.safetensors")
+    hf.load(folder)
+    save_file(weights | {"lm_head.weight": torch.ones(97, 64)}, folder / "model.safetensors")
+    assert "lm_head.weight is not the embedding" in refused(hf.load, folder)
+
+
+def test_end_tokens_are_those_of_generation_config_or_else_of_config_or_else_of_the_model_type(tmp_path):
+    folder, config, _ = saved(tiny("llama"), tmp_path / "a")
+
+    def ends(generation, **keys):
+        del config["eos_token_id"]
+        (folder / "config.json").write_text(json.dumps(config | keys))
+        config["eos_token_id"] = None
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        return hf.end_ids(folder)
+
+    assert ends(dict(eos_token_id=[7, 8]), eos_token_id=9) == [7, 8]
+    assert ends(dict(temperature=0.6), eos_token_id=9) == [9]
+    assert ends({}) == [2]
+    assert ends({}, eos_token_id=None) == []
+    assert "generation_config.json: eos_token_id=x must be a token's id" in refused(ends, dict(eos_token_id="x"))
+    (folder / "generation_config.json").unlink()
+    assert hf.end_ids(folder) == [2]
+
+
+def test_a_saved_folder_keeps_the_tokenizer_and_the_end_tokens_of_the_one_that_it_came_from(tmp_path):
+    folder, config, _ = saved(build("baseline"), tmp_path / "a")
+    files = {
+        "tokenizer.json": '{"model":  {}}',
+        "tokenizer_config.json": '{"chat_template": "x"}',
+        "chat_template.jinja": "{{ messages }}",
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6], "bos_token_id": 4, "top_k": 20}')
+    (folder / "adapter_model.safetensors").write_text("of another model")
+    hf.save(hf.load(folder), tmp_path / "b", folder)
+    for name, text in files.items():
+        assert (tmp_path / "b" / name).read_text() == text
+    assert json.loads((tmp_path / "b/generation_config.json").read_text())["top_k"] == 20
+    again = json.loads((tmp_path / "b/config.json").read_text())
+    assert again == config | dict(bos_token_id=4, eos_token_id=[5, 6])
+    assert not (tmp_path / "b/adapter_model.safetensors").exists()
+    (folder / "generation_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | dict(eos_token_id=6)))
+    hf.save(hf.load(folder), tmp_path / "c", folder)
+    assert hf.end_ids(tmp_path / "c") == [6]
 
 
 def test_pickles_as_config_or_tokenizer_are_not_run(tmp_path):

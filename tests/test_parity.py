@@ -19,7 +19,11 @@ ROPES = {
     "plain": {"rope_type": "default", "rope_theta": 1e6},
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
     "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
-}
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+}  # fmt: skip
 
 
 def qwen3(rope="plain", tie=True):
@@ -40,11 +44,11 @@ def llama(rope="plain", tie=False, kv=2):
     return transformers.LlamaForCausalLM(config)
 
 
-def mistral():
+def mistral(window=None):
     config = transformers.MistralConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, rope_parameters=ROPES["plain"],
-        sliding_window=None, attn_implementation="eager", initializer_range=0.2,
+        sliding_window=window, attn_implementation="eager", initializer_range=0.2,
     )  # fmt: skip
     return transformers.MistralForCausalLM(config)
 
@@ -118,7 +122,9 @@ ORACLES = {
         qwen3_next,
         dict(rope="yarn", tie=True, layer_types=["full_attention", "linear_attention"] * 2, rotary=0.5),
     ),
+    "deepseek_v3 llama3": (deepseek_v3, dict(rope="llama3")),
     "llama": (llama, {}),
+    "llama3": (llama, dict(rope="llama3")),
     "llama yarn tied, without groups": (llama, dict(rope="yarn", tie=True, kv=4)),
     "qwen3 moe": (qwen3_moe, {}),
     "qwen3 moe, weights as they are, tied": (qwen3_moe, dict(normalize=False, tie_word_embeddings=True)),
@@ -200,12 +206,18 @@ def test_a_mistral_without_a_window_is_read_as_the_llama_that_it_is(tmp_path):
     theirs.save_pretrained(tmp_path)
     torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 50)), theirs(tokens(1, 50)).logits, atol=1e-4, rtol=0)
     config = json.loads((tmp_path / "config.json").read_text())
-    for window, said in ((dict(sliding_window=64), 64), ({}, 4096)):  # left out, it is transformers' default
-        del config["sliding_window"]
-        (tmp_path / "config.json").write_text(json.dumps(config | window))
+    del config["sliding_window"]  # left out, it is 4096
+    for change, said in ((dict(sliding_window=255), 255), (dict(max_position_embeddings=4097), 4096)):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=f"sliding_window={said} is not supported, only None"):
             hf.load(tmp_path)
-        config["sliding_window"] = None
+
+
+def test_a_window_as_long_as_the_longest_text_hides_nothing(tmp_path):
+    torch.manual_seed(0)
+    mistral(window=256).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 256)), theirs(tokens(1, 256)).logits, atol=1e-4, rtol=0)
 
 
 def test_a_config_without_key_heads_has_as_many_as_query_heads(tmp_path):

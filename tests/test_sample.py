@@ -3,14 +3,18 @@
 import contextlib
 import io
 import json
+import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import generate
 import sample
-from data.tokenizers import CHAT_TOKENS, load_tokenizer
+from data import tokenizer_json
+from data.tokenizers import CHAT_TOKENS, PATTERNS, load_tokenizer
+from tests.test_tokenizers import save_hugging_face
 from tests.tiny import module
 from training import checkpoint
 from training import load as load_module
@@ -129,6 +133,24 @@ def test_a_stop_text_ends_the_sample_before_it_and_never_shows_a_part_of_it():
     assert cut(list("END of it"), ["END"]) == ""
 
 
+def test_where_a_text_stops_does_not_depend_on_how_it_comes_in_pieces():
+    def cut(pieces, stops, begin):
+        return "".join(sample.until_stop(iter(pieces), stops, begin))
+
+    assert cut(["ab", "c"], ["abc", "b"], 0) == cut(["abc"], ["abc", "b"], 0) == "a"
+    assert cut(["ab"], ["b", "ab"], 0) == cut(["a", "b"], ["b", "ab"], 0) == ""
+    draw = random.Random(0)
+    for _ in range(3000):
+        text = "".join(draw.choices("abc", k=8))
+        stops = ["".join(draw.choices("abc", k=draw.randint(1, 4))) for _ in range(3)]
+        begin = draw.choice([0, 0, 2])
+        pieces = []
+        while sum(map(len, pieces)) < len(text):
+            shown = sum(map(len, pieces))
+            pieces.append(text[shown : shown + draw.randint(0, 4)])
+        assert cut(pieces, stops, begin) == cut(list(text), stops, begin), (text, stops, pieces)
+
+
 def test_a_stop_text_works_from_the_command_line_for_every_sample(run, capsys):
     arguments = (run[0], "--prompt", "q", "--num_samples", 2, "--max_new_tokens", 60, "--temperature", 1.0)
     free = text_of(capsys, *arguments)
@@ -239,6 +261,98 @@ def test_a_prompt_begins_with_what_the_folders_own_tokenizer_puts_before_it(in_s
     assert load(arguments.path, tokenizer=arguments.tokenizer)[2] == [tokenizer.special_tokens["<s>"]]
     file.write_text(json.dumps(written | {"post_processor": None}))
     assert load(arguments.path, tokenizer=arguments.tokenizer)[2] == []
+
+
+def published(folder, kind, vocab_size):
+    """Writes a tiny Llama as the Hub has it: keys of older transformers, an index, other files beside the weights."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, max_position_embeddings=512,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    llama3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+    contents = dict(
+        architectures=["LlamaForCausalLM"], attention_bias=False, bos_token_id=1, eos_token_id=2, hidden_act="silu",
+        hidden_size=32, initializer_range=0.02, intermediate_size=64, max_position_embeddings=512, model_type="llama",
+        num_attention_heads=4, num_hidden_layers=2, num_key_value_heads=2, pretraining_tp=1, rms_norm_eps=1e-6,
+        rope_scaling=llama3 | {"rope_type": "llama3"}, tie_word_embeddings=False, torch_dtype="bfloat16",
+        transformers_version="4.31.0", use_cache=True, vocab_size=vocab_size,
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(contents))
+    (folder / "generation_config.json").unlink()
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    (folder / "consolidated.safetensors").write_bytes(b"of the same weights, by other names")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80 a pickle")
+    kind(folder)
+    return folder
+
+
+def as_llama3(folder):
+    """Writes a tokenizer.json with the post_processor of Llama 3, whose tokens end with <|eot_id|>."""
+    file = save_hugging_face(folder, PATTERNS["newer"], added=["<|begin_of_text|>", "<|eot_id|>"])
+    d = json.loads(file.read_text())
+    before = tokenizer_json.before_text({"<|begin_of_text|>": 600})
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    d["post_processor"] = {"type": "Sequence", "processors": [byte_level, before]}
+    d["decoder"] = byte_level
+    file.write_text(json.dumps(d))
+    names = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+def as_llama2(folder):
+    """Writes a sentencepiece model, and its translation to a tokenizer.json that cannot be read here."""
+    import sentencepiece
+
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(Path(__file__).read_text().splitlines()), model_writer=out, vocab_size=700,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(out.getvalue())
+    names = dict(tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", unk_token="<unk>", legacy=False)
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"add_bos_token": True}))
+    transformers = pytest.importorskip("transformers")
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # with tokenizer.json
+
+
+@pytest.mark.parametrize("kind, vocab_size, begin", [(as_llama3, 602, 600), (as_llama2, 700, 1)])
+def test_a_published_llama_says_what_it_says_in_transformers(kind, vocab_size, begin, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    folder = published(tmp_path / "llama", kind, vocab_size)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("def test", return_tensors="pt").input_ids
+    assert prompt[0, 0] == begin
+
+    # 1. the same text, up to the id that config.json says
+    ids = theirs.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=-1)[0].tolist()
+    new = ids[prompt.size(1) :]
+    end = next(token for token in new[3:] if token not in new[:3] and token != begin)
+    contents = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(contents | dict(eos_token_id=[end])))
+    arguments = ("--prompt", "def test", "--temperature", 0, "--max_new_tokens", 30)
+    text = text_of(capsys, folder, *arguments)
+    want = tokenizer.decode(ids[: ids.index(end, prompt.size(1))], skip_special_tokens=True)
+    assert text == want + "\n"
+
+    # 2. a saved folder says it too, there and here
+    text_of(capsys, folder, "--save_pretrained", tmp_path / "again")
+    assert text_of(capsys, tmp_path / "again", *arguments) == text
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert again.generation_config.eos_token_id in (end, [end])
+    same = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert same("def test").input_ids == prompt[0].tolist()
+    torch.testing.assert_close(again(prompt).logits, theirs(prompt).logits)
+
+
+def test_a_folder_of_2019_without_a_model_type_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(n_ctx=64, n_embd=32, n_head=2, n_layer=2, vocab_size=320)))
+    assert "model_type=None; these can be read: " in error_of(tmp_path)
 
 
 def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):

@@ -9,6 +9,7 @@ import pickle
 import random
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ import regex
 import tiktoken
 
 from data import bpe_training as trainer
+from data import tokenizer_json
 from data import tokenizers as ours
 from data.tokenizers import (
     CHAT_TOKENS,
@@ -137,7 +139,8 @@ def test_a_lone_surrogate_is_an_error(tok):
 
 
 def test_special_tokens_are_one_id_on_request_and_plain_text_otherwise(tok):
-    assert set(tok.special_tokens) >= {EOT, *CHAT_TOKENS} and tok.eot_id == tok.special_tokens[EOT]
+    assert set(tok.special_tokens) >= {*CHAT_TOKENS}
+    assert tok.eot_id == tok.special_tokens["<s>" if tok.kind == "sentencepiece" else EOT]
     for token, i in tok.special_tokens.items():
         if set(token) <= set(TEXT):
             assert i not in tok.encode(f"a{token}b") and tok.decode(tok.encode(f"a{token}b")) == f"a{token}b"
@@ -341,6 +344,7 @@ def test_an_unknown_name_lists_the_known_ones():
 
 
 QWEN = PATTERNS["qwen"]
+REGEX = ("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex")  # where it stands in a tokenizer.json
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", PATTERNS["newer"], QWEN, r"\w+", r"\p{N}{1,2}|[a-z]+ "])
@@ -358,7 +362,12 @@ def test_a_tokenizer_json_gives_the_ids_of_its_own_package(tmp_path, pattern):
         ids = tok.encode(text, special=True)
         assert ids == hf.encode(text, add_special_tokens=False).ids
         assert tok.decode(ids) == (unicodedata.normalize("NFC", text) if pattern == QWEN else text)
-    assert tok.special_tokens == {"<first>": 0, EOT: 600, "<a>": 601, "<a><b>": 602} and tok.vocab_size == 603
+    hf.encode_special_tokens = True  # of transformers' split_special_tokens: those that are special are text
+    for text in (MIXED, "<a><b><a>x <b><first>"):
+        assert tok.encode(text) == hf.encode(text, add_special_tokens=False).ids
+    added = {"<a><b>": 602} if pattern == QWEN else {}
+    assert tok.added_tokens == added and tok.vocab_size == 603
+    assert tok.special_tokens | added == {"<first>": 0, EOT: 600, "<a>": 601, "<a><b>": 602}
     assert 601 not in tok.encode("<a>") and tok.decode(tok.encode("<a>")) == "<a>"
 
 
@@ -394,6 +403,171 @@ def test_a_tokenizer_json_of_another_kind_is_refused_by_what_it_is(tmp_path, pro
         load_tokenizer(str(path))
 
 
+# What others add to byte-level BPE: (spelling, whether it is special, whether it is looked for in normalised text).
+ADDED = {
+    "runs of spaces of GPT-NeoX, Pythia and OLMo": [(" " * n, False, True) for n in range(24, 1, -1)],
+    "words of a fine-tuned GPT-2": [("<gene>", False, True), ("COVID-19", False, True), ("\u00e9t\u00e9", False, True)],
+    "thoughts of Qwen3": [("<think>", False, False), ("<|im_end|>", True, False), ("<|im_end|> ", False, False)],
+    "a word that merges make": [(" self", False, False)],
+}
+
+
+@pytest.mark.parametrize("nfc", [False, True])
+@pytest.mark.parametrize("what", ADDED)
+def test_added_tokens_that_are_not_special_are_found_in_every_text_as_by_their_own_package(what, nfc, tmp_path):
+    import tokenizers
+
+    def edit(d):
+        if nfc:
+            d["normalizer"] = {"type": "NFC"}
+
+    path = save_hugging_face(tmp_path, "gpt2", added=[EOT], edit=edit)
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    for content, special, normalized in ADDED[what]:
+        theirs.add_tokens([tokenizers.AddedToken(content, special=special, normalized=normalized)])
+    theirs.save(str(path))
+    tok = load_tokenizer(str(path))
+    again = tokenizers.Tokenizer.from_str(json.dumps(tok.to_hf()["tokenizer.json"]))
+    theirs.encode_special_tokens = True
+    again.encode_special_tokens = True
+    samples = [
+        "if x:\n        return 1",
+        "a  b",
+        "a   COVID-19 <gene>A",
+        "e\u0301te\u0301  \u00e9t\u00e9",
+        "<think>\nhm",
+    ]
+    for text in (*samples, "x<|im_end|> <|im_end|>y", f"a{EOT} b", TEXT, MIXED):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert tok.encode(text) == again.encode(text, add_special_tokens=False).ids == ids
+        assert tokenizer_from_dict(json.loads(json.dumps(tok.to_dict()))).encode(text) == ids
+        if not nfc:
+            assert tok.decode(ids) == text and tok.token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_digits_that_are_words_of_their_own_are_cut_as_by_the_package(tmp_path):
+    import tokenizers
+
+    def edit(d):
+        steps = [{"type": "Digits", "individual_digits": True}, d["pre_tokenizer"]]
+        d["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+
+    path = save_hugging_face(tmp_path, "gpt2", edit=edit)
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    tok = load_tokenizer(str(path))
+    for text in (TEXT, MIXED, "a  12   b3 \u00bd\u0663 '5s it's 1 \n 2\n\n3", *map(random_text, range(10))):
+        assert tok.encode(text, special=True) == theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    "tokens, config, begin, prefix",
+    [
+        ([EOT, "<s>"], dict(bos_token="<s>"), EOT, []),
+        (["<s>", "</s>"], dict(bos_token="<s>", eos_token="</s>"), "<s>", []),
+        (["<s>", "</s>"], dict(eos_token={"content": "</s>", "__type": "AddedToken"}), "</s>", []),
+        (["<s>", "</s>"], dict(bos_token="<s>", add_bos_token=True), "<s>", []),
+        (["<s>", "</s>"], dict(bos_token="</s>", add_bos_token=False), "<s>", [600]),
+    ],
+)
+def test_a_document_begins_with_a_token_of_the_folder_and_a_prompt_with_what_transformers_puts_there(
+    tokens, config, begin, prefix, tmp_path
+):
+    from transformers import AutoTokenizer
+
+    def edit(d):
+        if prefix:
+            d["post_processor"] = tokenizer_json.before_text({"<s>": 600})
+
+    path = save_hugging_face(tmp_path, "gpt2", added=tokens, edit=edit)
+    config = dict(tokenizer_class="PreTrainedTokenizerFast") | config
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tok = load_tokenizer(str(path))
+    assert tok.eot_id == tok.special_tokens[begin] and tok.vocab_size == 600 + len(tokens)  # none was added
+    assert tokenizer_json.begin_ids(path, tok) == prefix
+    assert AutoTokenizer.from_pretrained(tmp_path)("a").input_ids == prefix + tok.encode("a")
+    files = tok.to_hf(prefix)
+    assert files["generation_config.json"]["bos_token_id"] == tok.eot_id
+    assert files["tokenizer_config.json"]["eos_token"] == begin
+
+
+def test_without_a_token_to_begin_documents_with_one_is_added(tmp_path):
+    path = save_hugging_face(tmp_path, "gpt2", added=["<a>"])
+    assert load_tokenizer(str(path)).special_tokens == {"<first>": 0, "<a>": 600, EOT: 601}
+
+
+MALFORMED = {  # where a tokenizer.json is wrong, what stands there, and what is said
+    ("added_tokens",): ({}, "added_tokens is '{}' and must be a list"),
+    ("added_tokens", 1): ("x", r"added_tokens\[1\] is 'x' and must be an object"),
+    ("added_tokens", 1, "content"): (None, r"added_tokens\[1\] has no content"),
+    ("added_tokens", 1, "id"): (10**9, r"added_tokens\[1\]: id is '1000000000' and must be a whole number from 0 to"),
+    ("added_tokens", 1, "special"): ("no", r"added_tokens\[1\]: special is 'no' and must be true or false"),
+    ("model",): (None, "has no model"),
+    ("model", "type"): (5, "model: type is '5' and must be a text"),
+    ("model", "vocab"): ([], r"model: vocab is '\[\]' and must be an object"),
+    ("model", "vocab", "a"): (-1, "model: vocab: a is '-1' and must be a whole number"),
+    ("model", "merges"): ({}, "model: merges is '{}' and must be a list"),
+    ("model", "merges", 3): (["a", 5], r"model: merges\[3\]\[1\] is '5' and must be a text"),
+    ("normalizer",): ("NFC", "normalizer is 'NFC' and must be an object"),
+    ("pre_tokenizer", "use_regex"): (1, "pre_tokenizer: use_regex is '1' and must be true or false"),
+    ("pre_tokenizer", "pretokenizers"): ([5], r"pre_tokenizer: pretokenizers\[0\] is '5' and must be an object"),
+    ("post_processor",): ({"single": [{"SpecialToken": {"id": "<s>"}}]}, "post_processor: special_tokens has no '<s>'"),
+}
+
+
+@pytest.mark.parametrize("keys", MALFORMED)
+def test_a_malformed_tokenizer_json_is_refused_with_its_file_and_its_key(keys, tmp_path):
+    value, words = MALFORMED[keys]
+    path = save_hugging_face(tmp_path, "gpt2", edit=set_in(*keys, value=value))
+    with pytest.raises(ValueError, match=f"tokenizer.json:? {words}"):
+        load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("text", ["[1]", "5", "null", '"kind"', "[" * 100_000])
+def test_a_tokenizers_file_that_holds_no_object_is_refused_by_its_name(text, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name} is "):
+            load_tokenizer(str(tmp_path / "tokenizer.json"))
+        save_hugging_face(tmp_path, "gpt2")
+
+
+def test_a_malformed_tokenizer_of_ours_is_refused_by_what_is_wrong(bpe):
+    d = bpe.to_dict()
+    for change, words in (
+        (dict(kind="unigram"), "kind is 'unigram', and must be byte or char"),
+        (dict(kind=["bpe"]), r"kind is \"\['bpe'\]\" and must be a text"),
+        (dict(ranks=5), "ranks is '5' and must be a text"),
+        (dict(nfc="no"), "nfc is 'no' and must be true or false"),
+        (dict(special_tokens={EOT: "1"}), "special_tokens: .* is '1' and must be a whole number"),
+        (dict(eot="<s>"), "bpe has no token '<s>', which is to begin its documents"),
+        (dict(chars="ab"), "has chars, which no bpe tokenizer has"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tokenizer_from_dict(d | change)
+    del d["pattern"]
+    with pytest.raises(ValueError, match="x.json has no pattern"):
+        tokenizer_from_dict(d, "x.json")
+
+
+@pytest.mark.parametrize(
+    "pattern, words",
+    [
+        ("(", "its regex .* is none .Parsing error"),
+        ("a{9}" * 600, "its regex has 4816 characters: no more than 4096"),
+        (r"(?:a{1000}){1000}", "its regex .* is none"),
+        (r"(?:(?=a)a|(?=a)a)*b|[\s\S]", "tiktoken's engine gave up at 'aaa.*BacktrackLimitExceeded"),
+        (r"(?:(?=a)a)*(?:(?=a)a)*b|[\s\S]", "its regex takes .* s for 'a' (300|1000) times: it is not read"),
+        (r"(?=a)|\w", "tiktoken's engine gave up at"),
+    ],
+)
+def test_a_foreign_regex_that_is_none_or_takes_for_ever_or_panics_is_one_error(pattern, words, tmp_path):
+    path = save_hugging_face(tmp_path, PATTERNS["newer"], edit=set_in(*REGEX, value=pattern))
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=words):
+        load_tokenizer(str(path))
+    assert time.perf_counter() - start < 20
+
+
 @pytest.mark.parametrize("name", ["gpt2", "newer", "qwen", "r50k_base", "cl100k_base", "o200k_base"])
 def test_a_written_tokenizer_json_gives_the_ids_of_tiktoken_for_any_ranks(name, monkeypatch):
     import tiktoken_ext.openai_public as public
@@ -425,7 +599,7 @@ def test_a_sentencepiece_model_gives_its_own_ids(sentencepiece_model):
     for text in (TEXT, MIXED, "</s> is text", *map(random_text, range(5))):
         assert tok.encode(text) == sp.encode(text)
         assert tok.decode(sp.encode(text)) == text
-    assert tok.special_tokens == {"<s>": 1, "</s>": 2, EOT: 700, "<think>": 701}
+    assert tok.special_tokens == {"<s>": 1, "</s>": 2, "<think>": 700} and tok.eot_id == 1
     assert tok.encode("a</s>b", special=True) == [*sp.encode("a"), 2, *sp.encode("b")]
 
 

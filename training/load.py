@@ -1,13 +1,12 @@
 """A trained model and its tokenizer, from a run's folder, a checkpoint's, or a Hugging Face folder."""
 
-import json
 from pathlib import Path
 
 import torch
 
 import hf
 from data.shards import PUBLISHED, read_meta
-from data.tokenizer_json import ids_before_text
+from data.tokenizer_json import begin_ids
 from data.tokenizers import load_tokenizer, tokenizer_from_dict
 from training import checkpoint
 from training.knobs import find_device
@@ -54,9 +53,9 @@ def load(
 
 
 def is_from_hugging_face(path: Path) -> bool:
-    """Returns whether a folder has a config.json that names a model_type, which those of our runs do not."""
+    """Returns whether a folder has a config.json, and none of our runs."""
     file = path / "config.json"
-    return file.exists() and "model_type" in json.loads(file.read_text())
+    return file.exists() and "knobs" not in hf.read_json(file)
 
 
 def find_tokenizer(path: Path, name: str | None) -> tuple:
@@ -65,10 +64,15 @@ def find_tokenizer(path: Path, name: str | None) -> tuple:
         tokenizer = load_tokenizer(name)
         prefix = [] if is_from_hugging_face(path) else [tokenizer.eot_id]
         return tokenizer, prefix
-    file = path / "tokenizer.json"
-    if file.exists():
-        tokenizer = load_tokenizer(str(file))
-        return tokenizer, ids_before_text(json.loads(file.read_text("utf-8")))
+    for file in (path / "tokenizer.json", path / "tokenizer.model"):
+        if file.exists():
+            try:
+                tokenizer = load_tokenizer(str(file))
+            except ValueError:
+                if file.name == "tokenizer.json" and (path / "tokenizer.model").exists():
+                    continue  # sentencepiece's, as of Llama 2, of which tokenizer.json is a translation
+                raise
+            return tokenizer, begin_ids(file, tokenizer)
     for folder in (path, path.resolve().parent):  # of a run, and of a checkpoint in it
         file = folder / "data.json"
         if not file.exists():
@@ -91,9 +95,12 @@ def hide_padding(model, tokenizer) -> None:
     model.logits = lambda x: logits(x)[..., : tokenizer.vocab_size]
 
 
-def stop_tokens(tokenizer) -> set[int]:
-    """Returns the ids that end a text: that of the next document, and that of the end of a turn in a chat."""
+def stop_tokens(tokenizer, path: Path | None = None) -> set[int]:
+    """Returns the ids that end a text: that of the next document, that of the end of a turn in a chat, and those that
+    the Hugging Face folder of this path names."""
     ids = {tokenizer.eot_id}
+    if path is not None and is_from_hugging_face(path):
+        ids |= set(hf.end_ids(path))
     if "<|im_end|>" in tokenizer.special_tokens:
         ids.add(tokenizer.special_tokens["<|im_end|>"])
     return ids
