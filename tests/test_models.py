@@ -1,6 +1,7 @@
 """The contract of a model file, over every model_*.py."""
 
 import ast
+import copy
 import dataclasses
 import re
 import shutil
@@ -350,6 +351,19 @@ def test_bf16_is_close_to_fp32(name):
     want, got = model(x), model.bfloat16()(x)
     assert got.dtype == torch.bfloat16
     assert F.cosine_similarity(got.float(), want, dim=-1).min() > 0.999
+
+
+@each_model
+def test_norms_of_a_bf16_model_round_once(name):
+    """A product in bf16 would be a second rounding, and 1 + weight in bf16 would lose what is below 1/256."""
+    model = build(name).bfloat16()
+    norms = [part for part in model.modules() if type(part).__name__ in ("RMSNorm", "LayerNorm")]
+    assert len(norms) >= 5
+    for norm in norms:
+        x = torch.randn(50, len(norm.weight)).bfloat16()
+        exact = copy.deepcopy(norm).double()(x.double())
+        assert norm(x).dtype == torch.bfloat16
+        assert (norm(x) == exact.bfloat16()).float().mean() > 0.99  # the sum of squares is in fp32
 
 
 @each_model

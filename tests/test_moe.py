@@ -217,6 +217,7 @@ def test_exactly_the_named_layers_have_experts(options, want):
         (dict(n_group=0), "n_group=0"),
         (dict(moe_layers=[1, 2]), r"moe_layers=\[1, 2\] are not all from 0 to 1"),
         (dict(moe_layers=[-1]), r"moe_layers=\[-1\]"),
+        (dict(moe_layers=[[1]]), r"moe_layers=\[\[1\]\] are not all numbers of layers"),
         (dict(n_dense_layer=2), "lower n_dense_layer=2"),
         (dict(moe_every=0), "moe_every=0"),
         (dict(router_score="tanh"), "router_score='tanh' is unknown: try softmax or sigmoid"),
@@ -433,7 +434,7 @@ def test_buffers_keep_their_dtype_in_a_cast_and_begin_at_zero_off_the_meta_devic
 def test_metrics_are_those_of_the_counts():
     model = build("moe", n_layer=3, balance_loss=0.5, z_loss=0.1).train()
     assert model.metrics() == {}
-    x, y = tokens(2, 16), tokens(2, 16, seed=2)
+    x, y = tokens(3, 16), tokens(1, 16, seed=2)  # each counts by its size
     for _ in range(2):  # the second step's balance is that of the first one's load
         (_, a), (_, b) = routed(model, x), routed(model, y)
         model.after_step()
@@ -443,8 +444,9 @@ def test_metrics_are_those_of_the_counts():
         share = load / load.sum()
         assert got[f"load_entropy_{i + 1}"] == pytest.approx(-torch.xlogy(share, share).sum().item(), rel=1e-5)
         violations.append((load.max() / load.mean() - 1).item())
-        z += sum(out[0].logsumexp(-1).square().mean().item() for out in (p, q)) / 4
-        balance += sum(6 * (share * out[1].mean((0, 1))).sum().item() for out in (p, q)) / 4
+        for out, part in ((p, 3 / 4), (q, 1 / 4)):
+            z += part * out[0].logsumexp(-1).square().mean().item() / 2
+            balance += part * 6 * (share * out[1].mean((0, 1))).sum().item() / 2
     assert len(got) == 6 and got["expert_load"] == model.expert_load.tolist()
     assert got["load_violation"] == pytest.approx(max(violations), rel=1e-5)
     assert got["z_loss"] == pytest.approx(z, rel=1e-5) and got["balance_loss"] == pytest.approx(balance, rel=1e-5)
