@@ -327,6 +327,7 @@ def test_a_real_comparison_trains_both_variants_and_measures_their_speed(setting
     ([3.8, 4.0, 4.2], "+1.0000 ± 0.1291: worse"),
     ([2.9, 3.1, 3.0], "+0.0000 ± 0.0816: no difference seen"),
     ([2.8, 2.8, 2.82], "-0.1933 ± 0.0581: better"),  # 3.3 standard errors: by Student's t of 4 degrees 2.78 are needed
+    ([2.8, 2.88, 2.82], "-0.1667 ± 0.0625: no difference seen"),  # 2.67, which would do for 5 degrees
     ([2.8, 2.9, 2.82], "-0.1600 ± 0.0653: no difference seen"),  # 2.45
     ([2.0], "-1.0000 (one seed)"),
     ([2.0, 2.1, math.inf], "diverged"),

@@ -197,6 +197,17 @@ def test_a_weight_near_one_is_not_lost_in_bf16_where_the_kernel_falls_back_to_it
     assert torch.equal(kernels._norm_around_one(norm, x), norm(x))
 
 
+@pytest.mark.parametrize("eot_id", [-1, EOT])
+def test_attention_with_a_scale_of_its_own_keeps_it(eot_id):
+    yarn = dict(rope_scaling="yarn", rope_factor=40.0, rope_original=16)
+    model = build("mla", eot_id=eot_id, **FITTING["mla"], **yarn)
+    x = tokens(1, 12)
+    with torch.no_grad():
+        want = model(x)
+        assert kernels.install(model).swapped["flash_attention"] == 2
+        torch.testing.assert_close(model(x), want, atol=1e-4, rtol=0)
+
+
 def test_heads_that_the_kernel_does_not_take_falls_back_to_the_same_attention():
     model = build("mla", eot_id=EOT).train()  # keys of 16 + 8, values of 16
     before = losses_and_gradients(model)

@@ -30,6 +30,7 @@ ROUTERS = {
     "DeepSeek-V3": V3,
     "gated shared expert": dict(n_shared_expert=1, shared_gate=True, router_score="sigmoid", normalize_gates=False),
     "all experts": dict(n_expert_per_token=6),
+    "groups of one expert": dict(router_score="sigmoid", n_group=6, n_group_per_token=3),
 }
 
 
@@ -486,6 +487,12 @@ def test_autocast_keeps_the_router_in_fp32_and_the_experts_in_its_own_dtype():
         got = moe(x)[0]
     assert seen == [(torch.float32,) * 2, (torch.bfloat16,) * 2]
     assert F.cosine_similarity(got.float().flatten(), want.flatten(), dim=0) > 0.999
+
+
+def test_the_router_of_a_bf16_model_scores_in_fp32():
+    router, x = layer().bfloat16().router, inputs(2, 16, 32, dtype=torch.bfloat16)
+    want = (x.float() @ router.weight.float().T).softmax(dim=-1)
+    torch.testing.assert_close(router.score(x)[1], want)
 
 
 def test_muon_takes_each_expert_by_itself_and_leaves_the_router_to_adamw():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hf
+import model_baseline
 from tests.tiny import tokens
 
 transformers = pytest.importorskip("transformers")
@@ -25,7 +26,7 @@ ROPES = {
 def qwen3(rope="plain", tie=True):
     config = transformers.Qwen3Config(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=256, rope_parameters=ROPES[rope],
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=256, rope_parameters=ROPES[rope], rms_norm_eps=1e-3,
         tie_word_embeddings=tie, attn_implementation="eager", initializer_range=0.2,
     )  # fmt: skip
     return transformers.Qwen3ForCausalLM(config)
@@ -211,6 +212,15 @@ def test_greedy_generation_equals_that_of_transformers(pair):
     options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     want = theirs.double().generate(x, attention_mask=torch.ones_like(x), **options)
     assert torch.equal(hf.load(folder, dtype=torch.float64).generate(x, 20, temperature=0), want)
+
+
+def test_yarns_magnitude_is_that_of_transformers_also_where_nothing_is_stretched():
+    config = transformers.Qwen3Config(head_dim=64, max_position_embeddings=64)
+    for factor in (0.5, 1.0, 4.0):
+        config.rope_parameters = ROPES["yarn"] | {"factor": factor}
+        want = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")[1]
+        ours = model_baseline.GPTConfig(rope_scaling="yarn", rope_factor=factor, rope_original=64)
+        assert model_baseline.yarn(torch.ones(32), ours)[1] == pytest.approx(want)
 
 
 def test_a_mistral_without_a_window_is_read_as_the_llama_that_it_is(tmp_path):
