@@ -27,6 +27,7 @@ LIMITS = {
     "top_k": (0, math.inf),
     "top_p": (1e-9, 1),
     "repetition_penalty": (1e-9, math.inf),
+    "seed": (0, 2**32 - 1),
 }
 
 
