@@ -132,7 +132,7 @@ def pick_token(logits, idx, temperature=1.0, top_k=0, top_p=1.0, repetition_pena
         said = logits.gather(1, idx)  # (B, T)
         said = torch.where(said > 0, said / repetition_penalty, said * repetition_penalty)
         logits = logits.scatter(1, idx, said)
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so little that logits divided by it are not finite
         return logits.argmax(dim=-1)
 
     # 2. probabilities (B, V), the likeliest first, and whose they are
