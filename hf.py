@@ -83,6 +83,8 @@ def read_folder(folder):
     hf = read_config(folder)
     architecture = READABLE[hf["model_type"]]
     try:
+        if has_window(architecture.defaults | hf):
+            architecture = WINDOWED.get(hf["model_type"], architecture)
         fields = config_from_hf(hf, architecture)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
@@ -308,7 +310,7 @@ def architecture_of(model):
     """Returns the first architecture that computes what the model does; raises with what each of them lacks."""
     variant = variant_of(model)
     complaints = []
-    for architecture in ARCHITECTURES.values():
+    for architecture in [QWEN3_WINDOW, *ARCHITECTURES.values()]:
         if architecture.variant == variant:
             lacking = what_it_lacks(architecture, model)
             if not lacking:
@@ -566,13 +568,13 @@ KINDS = {  # what a value must be: its test, and its keys; null is as good as no
         "n_head n_embd n_inner kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim num_experts "
         "num_local_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size "
         "decoder_sparse_step full_attention_interval linear_num_key_heads linear_num_value_heads linear_key_head_dim "
-        "linear_value_head_dim linear_conv_kernel_dim",
+        "linear_value_head_dim linear_conv_kernel_dim no_rope_layer_interval",
     ),
     "a whole number from 1 to 2^31": (
         lambda value: is_whole(value, 1, 2**31),
         "vocab_size max_position_embeddings n_positions original_max_position_embeddings",
     ),
-    "a whole number from 0": (is_id, "first_k_dense_replace sliding_window"),
+    "a whole number from 0": (is_id, "first_k_dense_replace sliding_window max_window_layers"),
     "a number above 0 and up to 10^12": (
         lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e12,
         "rope_theta factor rms_norm_eps layer_norm_epsilon partial_rotary_factor",
@@ -588,7 +590,7 @@ KINDS = {  # what a value must be: its test, and its keys; null is as good as no
     ),
     "a list of whole numbers": (
         lambda value: isinstance(value, list) and all(is_id(item) for item in value),
-        "mlp_only_layers",
+        "mlp_only_layers no_rope_layers",
     ),
     "a token's id or a list of them": (
         lambda value: is_id(value) or isinstance(value, list) and all(is_id(item) for item in value),
@@ -611,8 +613,8 @@ def config_from_hf(hf, architecture):
         hf["num_key_value_heads"] = hf.get("num_attention_heads")
     if hf.get("head_dim") is None and hf.get("hidden_size") is not None:
         hf["head_dim"] = hf["hidden_size"] // needed(hf, "num_attention_heads")
-    if hf.get("sliding_window") is not None and hf["sliding_window"] >= needed(hf, "max_position_embeddings"):
-        hf |= dict(sliding_window=None, use_sliding_window=False)  # a window of the longest text hides nothing
+    if hf.get("sliding_window") is not None and not has_window(hf):
+        hf |= dict(sliding_window=None, use_sliding_window=False)
     hf |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     for theirs, value in (FIXED | architecture.fixed).items():
         if theirs not in architecture.fields.values():
@@ -623,6 +625,14 @@ def config_from_hf(hf, architecture):
     if "rope_theta" in architecture.fields:
         fields |= rope_from_hf(rope, hf, architecture)
     return fields | architecture.fields_from_hf(hf)
+
+
+def has_window(hf):
+    """Returns whether a config.json has a window that hides something of the longest text."""
+    window = hf.get("sliding_window")
+    if window is None or not hf.get("use_sliding_window", True):
+        return False
+    return window < needed(hf, "max_position_embeddings")
 
 
 def config_to_hf(config, architecture):
@@ -665,8 +675,8 @@ def rope_from_hf(rope, hf, architecture):
         check_keys(rope, ROPE_KEYS)
         return {}
     if scaling not in architecture.rope:
-        known = ", ".join(architecture.rope)
-        raise ValueError(f"config.json: rope_type={scaling!r} is not supported, only default, {known}")
+        known = ", ".join(["default", *architecture.rope])
+        raise ValueError(f"config.json: rope_type={scaling!r} is not supported, only {known}")
     only = architecture.rope[scaling]
     check_keys(rope, ROPE_KEYS | only.keys())
     for key, value in only.items():
@@ -759,7 +769,7 @@ QWEN3 = Architecture(
     },
     fixed={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
     needs={"qk_norm": True, "scale_embeddings": False, "logit_softcap": 0.0},
-    defaults=DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128},
+    defaults=DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
 )
 
 
@@ -999,7 +1009,13 @@ QWEN2_MOE = Architecture(
 )
 
 
-LETTERS = {"full_attention": "a", "linear_attention": "d"}
+def letters_of(kinds, letters, n_layer):
+    """Returns our layer_pattern for layer_types: {their kind: our letter}."""
+    unknown = set(kinds) - letters.keys()
+    if unknown or len(kinds) != n_layer:
+        known = " or ".join(letters)
+        raise ValueError(f"config.json: layer_types={str(kinds)[:60]} does not say {known} of each of {n_layer} layers")
+    return "".join(letters[kind] for kind in kinds)
 
 
 def qwen3_next_from_hf(hf):
@@ -1010,11 +1026,7 @@ def qwen3_next_from_hf(hf):
     if kinds is None:
         interval = needed({"full_attention_interval": 4} | hf, "full_attention_interval")
         return dict(layer_pattern="d" * min(interval - 1, n_layer) + "a")
-    unknown = set(kinds) - LETTERS.keys()
-    if unknown or len(kinds) != n_layer:
-        known = " or ".join(LETTERS)
-        raise ValueError(f"config.json: layer_types={str(kinds)[:60]} does not say {known} of each of {n_layer} layers")
-    return dict(layer_pattern="".join(LETTERS[kind] for kind in kinds))
+    return dict(layer_pattern=letters_of(kinds, {"full_attention": "a", "linear_attention": "d"}, n_layer))
 
 
 def qwen3_next_to_hf(config):
@@ -1065,8 +1077,118 @@ QWEN3_NEXT = Architecture(
     fields_to_hf=qwen3_next_to_hf,
 )
 
-ARCHITECTURES = {a.model_type: a for a in (QWEN3, LLAMA, GPT2, DEEPSEEK_V3, QWEN3_MOE, QWEN2_MOE, QWEN3_NEXT)}
+
+def window_from_hf(hf):
+    """Returns our fields of local layers, those that layer_types names, or else all from max_window_layers on."""
+    n_layer = hf["num_hidden_layers"]
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        n_full = min(needed({"max_window_layers": 28} | hf, "max_window_layers"), n_layer)
+        kinds = ["full_attention"] * n_full + ["sliding_attention"] * (n_layer - n_full)
+    pattern = letters_of(kinds, {"full_attention": "a", "sliding_attention": "l"}, n_layer)
+    return dict(layer_pattern=pattern, window=hf["sliding_window"], local_rope_theta=hf["rope_theta"])
+
+
+def window_to_hf(config):
+    kinds = ["sliding_attention" if letter in "lm" else "full_attention" for letter in config.layer_pattern]
+    if "l" in config.layer_pattern and config.local_rope_theta != config.rope_theta:
+        thetas = f"local_rope_theta={config.local_rope_theta} beside rope_theta={config.rope_theta}"
+        raise ValueError(f"this model cannot be saved: qwen3 and smollm3 have no {thetas}")
+    return dict(layer_types=kinds, sliding_window=config.window)
+
+
+def qwen3_window_to_hf(config):
+    if config.layer_pattern.strip("al"):
+        raise ValueError(
+            f"this model cannot be saved: qwen3 has no layer_pattern={config.layer_pattern}: a and l alone"
+        )
+    return window_to_hf(config)
+
+
+WINDOW_NEEDS = {"n_global_token": 0, "attention_sink": False, "attention_softcap": 0.0, "rope_scaling": "none"}
+
+QWEN3_WINDOW = replace(
+    QWEN3,
+    variant="sliding",
+    fixed=QWEN3.fixed | {"use_sliding_window": True},
+    needs=QWEN3.needs | WINDOW_NEEDS,
+    rope={},  # theirs would stretch local layers too
+    fields_from_hf=window_from_hf,
+    fields_to_hf=qwen3_window_to_hf,
+)
+
+MISTRAL_WINDOW = replace(  # every layer is local; it is saved as the SmolLM3 that computes the same
+    MISTRAL,
+    variant="sliding",
+    fixed={"hidden_act": "silu"},
+    needs=MISTRAL.needs | WINDOW_NEEDS,
+    rope={},
+    fields_from_hf=lambda hf: window_from_hf(hf | dict(layer_types=None, max_window_layers=0)),
+)
+
+
+def smollm3_from_hf(hf):
+    n_layer = hf["num_hidden_layers"]
+    # 1. which layers have positions: those with a 1, or where nothing is said all but every fourth one
+    positions = hf.get("no_rope_layers")
+    if positions is None:
+        interval = needed({"no_rope_layer_interval": 4} | hf, "no_rope_layer_interval")
+        positions = [min((layer + 1) % interval, 1) for layer in range(n_layer)]
+    if len(positions) != n_layer or set(positions) - {0, 1}:
+        raise ValueError(f"config.json: no_rope_layers={positions} does not say 1 or 0 of each of {n_layer} layers")
+
+    # 2. which are local: where nothing is said, those without positions
+    kinds = hf.get("layer_types")
+    if has_window(hf):
+        if kinds is None:
+            kinds = ["full_attention" if one else "sliding_attention" for one in positions]
+        fields = window_from_hf(hf | dict(layer_types=kinds))
+    else:
+        if kinds is None:
+            kinds = ["full_attention"] * n_layer
+        fields = dict(layer_pattern=letters_of(kinds, {"full_attention": "a"}, n_layer))
+
+    # 3. both in one letter
+    without_positions = {"a": "n", "l": "m"}
+    letters = []
+    for letter, one in zip(fields["layer_pattern"], positions):
+        letters.append(letter if one else without_positions[letter])
+    return fields | dict(layer_pattern="".join(letters))
+
+
+def smollm3_to_hf(config):
+    hf = window_to_hf(config)
+    if "sliding_attention" not in hf["layer_types"]:
+        hf["sliding_window"] = None
+    positions = [int(letter in "al") for letter in config.layer_pattern]
+    hf["use_sliding_window"] = hf["sliding_window"] is not None
+    return hf | dict(no_rope_layers=positions, pad_token_id=None)  # left out, it would be 128,004
+
+
+SMOLLM3 = replace(
+    LLAMA,
+    model_type="smollm3",
+    class_name="SmolLM3ForCausalLM",
+    variant="sliding",
+    needs=LLAMA.needs | WINDOW_NEEDS,
+    rope={},
+    defaults=DEFAULTS
+    | {
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "rope_theta": 2000000.0,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
+    fields_from_hf=smollm3_from_hf,
+    fields_to_hf=smollm3_to_hf,
+)
+
+ARCHITECTURES = {a.model_type: a for a in (QWEN3, LLAMA, GPT2, DEEPSEEK_V3, QWEN3_MOE, QWEN2_MOE, QWEN3_NEXT, SMOLLM3)}
 READABLE = ARCHITECTURES | {MISTRAL.model_type: MISTRAL}
+WINDOWED = {a.model_type: a for a in (QWEN3_WINDOW, MISTRAL_WINDOW)}  # read in place of those where a window hides keys
 
 # What the tests compared with transformers: digests() of the variants. After a change of one, and with
 # tests/test_parity.py green, `python -m tests.proved` writes this table.
@@ -1101,6 +1223,12 @@ PROVED = {
         "chunked_delta_rule": "2694dc38", "GatedDelta": "25225dae", "unit": "1d84f0a6", "MLP": "0a66f93c",
         "Block": "15a28f55", "GPT": "4acd9451", "GPT.__init__": "d3993ff1", "GPT.forward": "310d397b",
         "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985",
+    },
+    "sliding": {
+        "RMSNorm": "085bf01a", "rope_cos_sin": "f74705c1", "yarn": "9d35e18a", "llama3": "e180a3c7",
+        "apply_rope": "3e7688fa", "near_or_global": "9b2029d4", "Attention": "ec30f574", "MLP": "0a66f93c",
+        "Block": "e7decd53", "mask_of_each_letter": "c36d7035", "GPT": "4acd9451", "GPT.__init__": "d3993ff1",
+        "GPT.forward": "a9fa2b56", "GPT.positions_and_mask": "63175474", "GPT.logits": "7bf98985",
     },
 }
 # fmt: on

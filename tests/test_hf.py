@@ -29,6 +29,7 @@ from tests.tiny import EOT, MODELS, ROOT, build, tokens
 OPTIONS = {
     "llama": dict(qk_norm=False),
     "qwen2_moe": dict(qk_norm=False, n_shared_expert=2, shared_gate=True),
+    "smollm3": dict(qk_norm=False),
 }
 each_architecture = pytest.mark.parametrize("model_type", hf.ARCHITECTURES)
 
@@ -123,6 +124,7 @@ AT_DEFAULTS = {
     "qwen3_moe": dict(normalize_gates=False, n_head=4, n_kv_head=4, tie_embeddings=False),
     "qwen2_moe": dict(normalize_gates=False, n_head=16, n_kv_head=16, tie_embeddings=False),
     "qwen3_next": dict(head_dim=256, tie_embeddings=False),
+    "smollm3": dict(layer_pattern="an", rope_theta=2e6, n_kv_head=4),
 }
 
 
@@ -295,7 +297,7 @@ ALTERED = {  # what a config.json says, and the words of the refusal
     "qwen3": [
         (dict(attention_bias=True), "attention_bias=True"),
         (dict(quantization_config=dict(quant_method="gptq", bits=4)), "quantization_config=.*gptq.*not supported"),
-        (dict(use_sliding_window=True, sliding_window=63), "use_sliding_window=True"),
+        (dict(use_sliding_window=True), "use_sliding_window=True"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'.*only 'silu'"),
         (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "rope_type='longrope'.*only default, linear, yarn"),
@@ -338,6 +340,14 @@ ALTERED = {  # what a config.json says, and the words of the refusal
         (dict(mlp_only_layers=None), r"mlp_only_layers=None.*only \[0, 1\]"),
         (dict(layer_types=["linear_attention", "chunked_attention"]), "layer_types=.*chunked_attention"),
         (dict(layer_types=["full_attention"]), "layer_types=.*of each of 2 layers"),
+    ],
+    "smollm3": [
+        (dict(no_rope_layers=[1]), r"no_rope_layers=\[1\] does not say 1 or 0 of each of 2 layers"),
+        (dict(no_rope_layers=[1, 2]), r"no_rope_layers=\[1, 2\] does not say 1 or 0"),
+        (dict(layer_types=["full_attention"]), "layer_types=.*of each of 2 layers"),
+        (dict(use_sliding_window=False), "layer_types=.*does not say full_attention of each"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope_type='yarn' is not supported, only default"),
+        (dict(attention_bias=True), "attention_bias=True"),
     ],
 }
 
@@ -390,6 +400,10 @@ def test_a_trained_length_that_is_left_out_is_the_longest_text_and_one_beside_ro
         ("hybrid", dict(output_gate="head")),
         ("hybrid", dict(qkv_gates="v")),
         ("hybrid", dict(qk_norm=False)),
+        ("sliding", dict(n_global_token=1)),
+        ("sliding", dict(attention_softcap=5.0)),
+        ("sliding", dict(local_rope_theta=500.0)),
+        ("sliding", dict(layer_pattern="lm")),
     ],
 )
 def test_a_model_that_transformers_cannot_compute_is_refused_by_name(name, options, tmp_path):

@@ -54,6 +54,25 @@ def mistral(window=None):
     return transformers.MistralForCausalLM(config)
 
 
+def qwen3_window(**options):
+    config = transformers.Qwen3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, rope_parameters=ROPES["plain"],
+        use_sliding_window=True, sliding_window=9, attn_implementation="eager", initializer_range=0.2, **options,
+    )  # fmt: skip
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def smollm3(window=9, **options):
+    config = transformers.SmolLM3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, rope_parameters=ROPES["plain"], pad_token_id=None,
+        use_sliding_window=window is not None, sliding_window=window, attn_implementation="eager",
+        initializer_range=0.2, **options,
+    )  # fmt: skip
+    return transformers.SmolLM3ForCausalLM(config)
+
+
 def qwen3_next(rope="plain", tie=False, layer_types=None, rotary=0.25):
     config = transformers.Qwen3NextConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
@@ -124,6 +143,20 @@ ORACLES = {
         dict(rope="yarn", tie=True, layer_types=["full_attention", "linear_attention"] * 2, rotary=0.5),
     ),
     "deepseek_v3 llama3": (deepseek_v3, dict(rope="llama3")),
+    "qwen3 with a window, by layers": (
+        qwen3_window,
+        dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    ),
+    "qwen3 with a window, from the second layer on": (
+        qwen3_window,
+        dict(max_window_layers=1, tie_word_embeddings=True),
+    ),
+    "smollm3": (smollm3, dict(window=None)),
+    "smollm3 with a window where there are no positions": (smollm3, dict(no_rope_layers=[0, 1, 0, 1])),
+    "smollm3 with windows anywhere": (
+        smollm3,
+        dict(no_rope_layers=[1, 1, 0, 0], layer_types=["sliding_attention", "full_attention"] * 2),
+    ),
     "llama": (llama, {}),
     "llama3": (llama, dict(rope="llama3")),
     "llama yarn tied, without groups": (llama, dict(rope="yarn", tie=True, kv=4)),
@@ -236,10 +269,23 @@ def test_a_mistral_without_a_window_is_read_as_the_llama_that_it_is(tmp_path):
     torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 50)), theirs(tokens(1, 50)).logits, atol=1e-4, rtol=0)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["sliding_window"]  # left out, it is 4096
-    for change, said in ((dict(sliding_window=255), 255), (dict(max_position_embeddings=4097), 4096)):
+    for change, window in ((dict(sliding_window=255), 255), (dict(max_position_embeddings=4097), 4096)):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=f"sliding_window={said} is not supported, only None"):
-            hf.load(tmp_path)
+        variant, fields = hf.config_of(tmp_path)
+        assert (variant, fields["layer_pattern"], fields["window"]) == ("sliding", "ll", window)
+
+
+def test_a_mistral_with_a_window_is_read_and_saved_as_a_smollm3_of_local_layers(tmp_path):
+    torch.manual_seed(0)
+    theirs = mistral(window=9).eval().double()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = hf.load(tmp_path / "theirs", dtype=torch.float64)
+    want = theirs(tokens(2, 50)).logits
+    torch.testing.assert_close(ours(tokens(2, 50)), want, atol=1e-5, rtol=0)
+    hf.save(ours, tmp_path / "ours")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    assert type(back).__name__ == "SmolLM3ForCausalLM"
+    torch.testing.assert_close(back.double()(tokens(2, 50)).logits, want, atol=1e-5, rtol=0)
 
 
 def test_a_window_as_long_as_the_longest_text_hides_nothing(tmp_path):
