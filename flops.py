@@ -166,6 +166,13 @@ class Counter(TorchDispatchMode):
                 self.follow(tensor.untyped_storage())
         return out
 
+    def attending(self, attend, *args):
+        """Calls a module's attend, whose products are those of causal attention however it multiplies."""
+        self.in_attention = True
+        out = attend(*args)
+        self.in_attention = False
+        return out
+
     def add(self, path, between_tokens, flops, backward):
         index = re.match(r"blocks\.(\d+)", path)
         if index:
@@ -278,6 +285,9 @@ def run_once(model, config, T, batch, dtype, recompute):
         to_fake(gpt)
         idx = torch.zeros(batch, T, dtype=torch.long)
         counter = Counter(gpt, times)
+        for module in gpt.modules():
+            if hasattr(module, "attend"):
+                module.attend = partial(counter.attending, module.attend)
         for p in gpt.parameters():
             p.register_post_accumulate_grad_hook(drop_gradient)
         for index, block in enumerate(gpt.blocks):
@@ -379,10 +389,11 @@ def optimizer_cost(model: str, config, optimizer: str = "muon") -> tuple[int, in
 
 def decode_flops(model: str, config, context: int) -> dict[str, float]:
     """Returns {component: FLOPs} of one token that is decoded with context tokens in the cache, itself among them."""
-    if context > LONGEST_RUN:  # linear in the context
-        near = decode_flops(model, config, LONGEST_RUN // 2)
-        far = decode_flops(model, config, LONGEST_RUN)
-        steps = context / (LONGEST_RUN // 2) - 1
+    longest = max(LONGEST_RUN, 4 * getattr(config, "window", 0))
+    if context > longest:  # linear in the context, from where all windows are full
+        near = decode_flops(model, config, longest // 2)
+        far = decode_flops(model, config, longest)
+        steps = context / (longest // 2) - 1
         return {row: whole(near[row] + steps * (far[row] - near[row])) for row in near}
     gpt = on_meta(model, config).eval()
     times = with_one_block_of_each_kind(gpt)

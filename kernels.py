@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 from torch.library import custom_op
+from torch.utils._pytree import tree_leaves
 
 try:
     import triton
@@ -1057,6 +1058,39 @@ def _positions_and_mask(self, idx):
     return positions, mask[:, None]
 
 
+def _positions_and_starts(self, idx, cache=None):
+    """Returns each token's position, and {letter of a layer: the first key that each token sees (B, T)}.
+
+    As a local layer's query sees the keys of its document that are in its window, one start says both. Of a full layer
+    without documents it is None.
+    """
+    T = idx.size(1)
+    if cache is not None or T == 1 or T > self.config.block_size:
+        return type(self).positions_and_mask(self, idx, cache)
+    positions = torch.arange(T, device=idx.device)
+    near = (positions - self.config.window + 1).clamp(min=0).int().expand(idx.shape)  # (B, T)
+    start = None
+    if self.config.eot_id >= 0:
+        positions, start = _positions_and_start(self, idx)
+        near = torch.maximum(near, start)
+    return positions, dict(a=start, n=start, l=near, m=near)
+
+
+def _positions_and_masks(self, idx):
+    """Returns the masks that _positions_and_starts stands for."""
+    positions, starts = _positions_and_starts(self, idx)
+    place = torch.arange(idx.size(1))
+    masks = {}
+    for letter, start in starts.items():
+        masks[letter] = None
+        if start is not None:
+            seen = (place >= start[:, :, None]) & (place <= place[:, None])  # (B, T, T)
+            masks[letter] = seen[:, None]
+    if self.config.eot_id < 0:  # the same for all rows
+        masks["l"] = masks["m"] = masks["l"][:1]
+    return positions, masks
+
+
 def _experts(self, x, chosen, gates):
     return moe(x, self.w_gate.weight, self.w_up.weight, self.w_down.weight, chosen, gates)
 
@@ -1168,9 +1202,8 @@ def results(module, method, weights, inputs):
     weights = {f"module.{name}": leaf(x) for name, x in weights.items()}
     inputs = tuple(leaf(x) for x in inputs)
     torch.default_generator.manual_seed(0)  # what a method draws: torch.manual_seed would reset the GPUs' numbers too
-    outputs = functional_call(Method(module, method), weights, inputs)
-    if torch.is_tensor(outputs):
-        outputs = [outputs]
+    outputs = tree_leaves(functional_call(Method(module, method), weights, inputs))
+    outputs = [y for y in outputs if y is not None]  # None for a mask that hides nothing but what comes later
     moving = [y for y in outputs if y.requires_grad]
     if not moving:
         return outputs
@@ -1284,7 +1317,10 @@ def positions_inputs(model, module):
 NORM = [Candidate("rms_norm", _norm), Candidate("rms_norm", _norm_around_one)]
 ROTATE = [Candidate("norm_rope", _norm_and_rotate), Candidate("rope", _norm_then_rotate), Candidate("rope", _rotate)]
 ATTEND = [Candidate("flash_attention", _attend, twin=_attend_by_mask)]
-POSITIONS = [Candidate("document_starts", _positions_and_start, twin=_positions_and_mask)]
+POSITIONS = [
+    Candidate("document_starts", _positions_and_start, twin=_positions_and_mask),
+    Candidate("window_starts", _positions_and_starts, twin=_positions_and_masks),
+]
 SEAMS = [
     Seam("RMSNorm", "forward", norm_inputs, NORM),
     Seam("MLP", "forward", mlp_inputs, [Candidate("swiglu", _mlp)]),
@@ -1334,9 +1370,9 @@ def install(model: torch.nn.Module, seams: Sequence[Seam] = SEAMS) -> Installed:
                 taken.append((module, seam, candidate))
                 if candidate.method is _norm_and_rotate:
                     rotated |= {module.q_norm, module.k_norm}
-        # 2. with documents, starts in place of the mask, if all that take the mask are methods from here
+        # 2. with documents or windows, starts in place of the mask, if all that take the mask are methods from here
         attending = [module for module, seam, _ in taken if seam.method == "attend"]
-        if attending and model.config.eot_id >= 0:
+        if attending and (model.config.eot_id >= 0 or hasattr(model.config, "window")):
             candidate, why = DOCUMENTS.choose(model, model)
             if len(attending) < sum(hasattr(module, "attend") for module in modules):
                 candidate = None

@@ -83,7 +83,9 @@ def check_report(installed, model):
     assert swapped["moe"] == parts["MoE"]
     assert swapped["gated_delta_rule"] == parts["GatedDelta"]
     assert swapped["linear_cross_entropy"] == 1
-    assert swapped["document_starts"] == (model.config.eot_id >= 0)
+    has_window = hasattr(model.config, "window")
+    assert swapped["document_starts"] == (model.config.eot_id >= 0 and not has_window)
+    assert swapped["window_starts"] == has_window
 
 
 @each_model

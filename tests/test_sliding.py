@@ -192,6 +192,12 @@ def test_a_local_layer_costs_the_keys_that_its_queries_see(T, n_global):
     assert decoded == key * (T + min(T, c.window + n_global))
 
 
+def test_decoding_far_beyond_a_long_window_costs_the_window():
+    c = build("sliding", window=1500, n_global_token=3, block_size=20000).config
+    key = 4 * c.n_head * c.head_dim
+    assert flops.decode_flops("sliding", c, 20000)["attn between tokens"] == key * (20000 + 1500 + 3)
+
+
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 
