@@ -166,7 +166,7 @@ def apply_rope(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
-def near_or_global(place, key_place, doc_start, window, n_global_token):
+def near_or_global(place, key_place, doc_start, config):
     """Returns the mask of a local layer (B, 1, T, S), for queries at place (T,) and keys at key_place (S,) or (B, S).
 
     doc_start (B, T): the place where the document of each query begins. With window 2 and 1 global token, x is seen:
@@ -177,8 +177,8 @@ def near_or_global(place, key_place, doc_start, window, n_global_token):
     key_place = key_place[..., None, :]  # (1, S) or (B, 1, S)
     place = place[:, None]  # (T, 1)
     doc_start = doc_start[:, :, None]  # (B, T, 1)
-    near = key_place > place - window
-    is_global = key_place < doc_start + n_global_token
+    near = key_place > place - config.window
+    is_global = key_place < doc_start + config.n_global_token
     seen = (doc_start <= key_place) & (key_place <= place) & (near | is_global)  # (B, T, S)
     return seen[:, None]
 
@@ -308,14 +308,12 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, max_len, pad=None, static=False, device=None, dtype=None):
-        self.window = config.window
-        self.n_global_token = config.n_global_token
+        self.config = copy.copy(config)  # a window that is set later is that of other caches
         self.n_ring = min(config.window, max_len)  # R
         self.n_prefix = min(config.n_global_token, max_len - self.n_ring)  # P: none where nothing leaves the window
-        self.letters = config.layer_pattern
         self.k = []
         self.v = []
-        for letter in self.letters:
+        for letter in config.layer_pattern:
             slots = max_len
             if letter in "lm":
                 slots = self.n_prefix + self.n_ring
@@ -349,16 +347,16 @@ class KVCache:
         if self.has_documents:
             self.doc_start.index_copy_(1, place, self.new_doc_start(idx, place))
         doc_start = self.doc_start.index_select(1, place)  # (B, T)
-        seen = near_or_global(place, self.local_places(place), doc_start, self.window, self.n_global_token)
+        near = near_or_global(place, self.local_places(place), doc_start, self.config)
         # The first tokens attend by is_causal, whose first query sees key 0 alone; a single query sees every key.
         needs_no_mask = first or T == 1
         if needs_no_mask and not self.has_documents and not self.static:
-            return place, mask_of_each_letter(None, seen)
+            return place, mask_of_each_letter(None, near)
         causal = self.places[: self.n_keys()] <= place[:, None]  # (T, S)
         if not self.has_documents:
-            return place, mask_of_each_letter(causal, seen)
+            return place, mask_of_each_letter(causal, near)
         same = doc_start[:, :, None] == self.doc_start[:, None, : self.n_keys()]  # (B, T, S)
-        return place - doc_start, mask_of_each_letter((same & causal)[:, None], seen)
+        return place - doc_start, mask_of_each_letter((same & causal)[:, None], near)
 
     def new_doc_start(self, idx, place):
         """Returns for the newest tokens idx (B, T) the places (B, T) where their documents begin."""
@@ -391,7 +389,7 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Writes k, v (B, G, T, D) of the newest tokens; returns those that they may see (B, G, S, D)."""
-        if self.letters[layer] in "lm":
+        if self.config.layer_pattern[layer] in "lm":
             return self.append_to_ring(self.k[layer], k), self.append_to_ring(self.v[layer], v)
         place = self.last_places(k.size(2))
         self.k[layer].index_copy_(2, place, k.type_as(self.k[layer]))
@@ -433,7 +431,8 @@ class KVCache:
         """Forgets all tokens but the first `length`."""
         if not 0 <= length <= self.length:
             raise ValueError(f"a cache of {int(self.length)} tokens cannot be rewound to {length}")
-        overwritten = self.n_prefix > 0 or self.length > self.n_ring
+        has_ring = "l" in self.config.layer_pattern or "m" in self.config.layer_pattern
+        overwritten = has_ring and (self.n_prefix > 0 or self.length > self.n_ring)
         if overwritten and 0 < length < self.length:
             ring = f"the state of the last {self.n_ring} tokens in a ring"
             raise ValueError(f"{ring} cannot be rewound from {int(self.length)} to {length}: only to 0")
@@ -457,8 +456,8 @@ class KVCache:
         return sum(x.nbytes for x in self.k + self.v if x.size(2) == self.max_len) // self.doc_start.numel()
 
 
-def mask_of_each_letter(full, local):
-    return dict(a=full, n=full, l=local, m=local)
+def mask_of_each_letter(full, near):
+    return dict(a=full, n=full, l=near, m=near)
 
 
 class GPT(nn.Module):
@@ -530,16 +529,14 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}: give fewer")
         place = torch.arange(T, device=idx.device)
-        window = self.config.window
-        n_global_token = self.config.n_global_token
         if self.config.eot_id < 0:
-            doc_start = place.new_zeros(1, T)
-            return place, mask_of_each_letter(None, near_or_global(place, place, doc_start, window, n_global_token))
+            near = near_or_global(place, place, place.new_zeros(1, T), self.config)  # (1, 1, T, T)
+            return place, mask_of_each_letter(None, near)
         doc_start = torch.where(idx == self.config.eot_id, place, 0).cummax(dim=1).values  # (B, T)
         same = doc_start[:, :, None] == doc_start[:, None, :]  # (B, T, T)
         causal = place <= place[:, None]  # (T, T)
-        local = near_or_global(place, place, doc_start, window, n_global_token)  # (B, 1, T, T)
-        return place - doc_start, mask_of_each_letter((same & causal)[:, None], local)
+        near = near_or_global(place, place, doc_start, self.config)  # (B, 1, T, T)
+        return place - doc_start, mask_of_each_letter((same & causal)[:, None], near)
 
     def logits(self, x):
         """Returns the scores (..., V) of all tokens for hidden states x (..., C)."""

@@ -55,6 +55,11 @@ DIAGRAMS = {
         "idea": "a head may write nothing",
         "gate": ["× sigmoid gate"],
     },
+    "sliding": {
+        "idea": "most layers see the last W tokens alone",
+        "mix": ["softmax over the last W"],
+        "cache": ["k, v of W tokens in most layers"],
+    },
     "hybrid": {
         "idea": "a memory of one size at any length",
         "project": ["q, k, v, convolved"],
@@ -244,6 +249,7 @@ H   query heads
 G   key/value heads, at most H
 E   experts in a layer
 K   experts that a token passes through
+W   window, its own token included
 c   latent: R numbers for all heads
 M   state: a matrix for each head
 """

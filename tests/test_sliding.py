@@ -146,6 +146,9 @@ def test_a_ring_is_rewound_while_nothing_is_overwritten_and_refuses_with_the_num
         cache.rewind(7)
     cache.rewind(8)
     assert cache.length == 8
+    full = build("sliding", layer_pattern="an", window=6).new_cache(1, 12)  # has no ring
+    full.advance(x)
+    full.rewind(7)
 
 
 # ---- sinks and softcap -----------------------------------------------------------------------------------------------
