@@ -1226,9 +1226,9 @@ PROVED = {
     },
     "sliding": {
         "RMSNorm": "085bf01a", "rope_cos_sin": "f74705c1", "yarn": "9d35e18a", "llama3": "e180a3c7",
-        "apply_rope": "3e7688fa", "near_or_global": "9b2029d4", "Attention": "ec30f574", "MLP": "0a66f93c",
-        "Block": "e7decd53", "mask_of_each_letter": "c36d7035", "GPT": "4acd9451", "GPT.__init__": "d3993ff1",
-        "GPT.forward": "a9fa2b56", "GPT.positions_and_mask": "63175474", "GPT.logits": "7bf98985",
+        "apply_rope": "3e7688fa", "near_or_global": "5df5cbf7", "Attention": "ec30f574", "MLP": "0a66f93c",
+        "Block": "e7decd53", "mask_of_each_letter": "59eec78f", "GPT": "4acd9451", "GPT.__init__": "d3993ff1",
+        "GPT.forward": "a9fa2b56", "GPT.positions_and_mask": "ec2990b8", "GPT.logits": "7bf98985",
     },
 }
 # fmt: on

@@ -212,6 +212,34 @@ MUTANTS = [
         "self.scale = N**-0.5",
         "test_parity.py -k 'deepseek_v3 and logits'",
     ),
+    Mutant(
+        "a window of one more",
+        "model_sliding.py",
+        "near = key_place > place - config.window",
+        "near = key_place >= place - config.window",
+        "test_sliding.py -k sees_its_window",
+    ),
+    Mutant(
+        "a long chunk overwrites what it sees",
+        "model_sliding.py",
+        "if T > 1:  # a copy",
+        "if T > 99:  # a copy",
+        "test_sliding.py -k cached",
+    ),
+    Mutant(
+        "a first token seen twice, in its slot and in the ring",
+        "model_sliding.py",
+        "torch.where(prefix <= last - self.n_ring, prefix, -1)",
+        "torch.where(prefix <= last, prefix, -1)",
+        "test_sliding.py -k many_documents",
+    ),
+    Mutant(
+        "a stretched local layer",
+        "model_sliding.py",
+        'if letter == "l":',
+        'if letter == "x":',
+        "test_sliding.py -k gemma_3",
+    ),
     # ---- experts ----
     Mutant(
         "sigmoid shares not of sum 1",

@@ -71,7 +71,11 @@ def test_a_built_model_takes_another_window_and_equals_one_built_with_it(eot_id)
     x = tokens(2, 20)
     x[0, 8] = EOT
     assert (model(x) - other(x)).abs().max() > 1e-3
+    narrow = model(x)
+    cache = model.new_cache(2, 20)
+    model(x[:, :9], cache=cache)
     model.config.window = 7
+    torch.testing.assert_close(model(x[:, 9:], cache=cache), narrow[:, 9:], atol=1e-9, rtol=0)  # it has no wider ring
     assert torch.equal(model(x), other(x))
     assert torch.equal(run_in_pieces(model, x, [9, 1, 10]), run_in_pieces(other, x, [9, 1, 10]))
     assert model.blocks[0].attn.keys_seen(20) == other.blocks[0].attn.keys_seen(20)
