@@ -408,7 +408,7 @@ ADDED = {
     "runs of spaces of GPT-NeoX, Pythia and OLMo": [(" " * n, False, True) for n in range(24, 1, -1)],
     "words of a fine-tuned GPT-2": [("<gene>", False, True), ("COVID-19", False, True), ("\u00e9t\u00e9", False, True)],
     "thoughts of Qwen3": [("<think>", False, False), ("<|im_end|>", True, False), ("<|im_end|> ", False, False)],
-    "a word that merges make": [(" self", False, False)],
+    "a word that merges make": [("self", False, False)],
 }
 
 
