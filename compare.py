@@ -6,8 +6,8 @@
     python compare.py --budgets 2e12,5e12,1e13 --sizes n_embd=96:n_inner=256,n_embd=144:n_inner=384,n_embd=192
 
 A variant is a model with knobs of its own: moe, or moe:balance_loss=0:bias_rate=0.001. All get the same data in the
-same order, the same evaluation, and each the learning rate that suited it best with the first seed. The runs are those
-of train.py, one folder each: a comparison that was killed goes on where it was, and one with more seeds, rates or
+same order, the same evaluation, and each the learning rate that suits it, found with seeds of its own. The runs are
+those of train.py, one folder each: a comparison that was killed goes on where it was, and one with more rates or
 variants keeps what is finished. Further arguments (config files, --knob=value) go to every run; without a config file
 they have that of config/compare_cpu.py. What can fail is tried before anything trains, and the plan is printed.
 """
@@ -20,6 +20,7 @@ import math
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import traceback
@@ -33,10 +34,11 @@ import torch
 from tqdm import tqdm
 
 import flops
-from benchmarks import comparison, timing
+from benchmarks import comparison, timing, verdicts
 from configurator import resolve
 from data.shards import Shards
 from training import run_folder
+from training.disk import read_json
 from training.knobs import check
 from training.signals import DIVERGED
 
@@ -46,6 +48,11 @@ MORE_RATES = 2  # at most, beyond the ends of the sweep
 EVALUATIONS = 5  # of a run
 MATCHES = ("flops", "flops_per_token", "parameters")
 OWN_KNOBS = ("--seed", "--max_steps", "--out_dir")  # what the comparison sets for each run
+NOT_COMPARED = (
+    "eot_id",
+    "out_dir",
+    "data",
+)  # of finished runs: a folder may have moved, and the data have a fingerprint
 FROM_LENGTH = ("max_steps", "eval_every", "save_every")
 
 
@@ -72,8 +79,20 @@ class Run(NamedTuple):
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
+def number(text):
+    """Returns a finite number above 0; argparse names the option of another one."""
+    x = float(text)
+    if not 0 < x < math.inf:
+        raise ValueError(text)
+    return x
+
+
 def numbers(text):
-    return [float(x) for x in text.split(",")]
+    return [number(x) for x in text.split(",")]
+
+
+def folder(text):
+    return str(Path(text).expanduser())
 
 
 def yes_or_no(text):
@@ -94,15 +113,24 @@ def parse_arguments(argv):
     add("--match_optimizer", type=yes_or_no, nargs="?", default=True, const=True, metavar="False",
         help="count the optimizer's FLOPs of each step, too (%(default)s)")  # fmt: skip
     add("--knob", help="which knob to solve (default: a width that the variant has)")
-    add("--budget", type=float, default=1e13, help="training FLOPs of a run; with another match, of the first variant")
+    add("--budget", type=number, default=1e13, help="training FLOPs of a run; with another match, of the first variant")
     add("--budgets", type=numbers, help="several budgets: curves of loss against size at each (isoflop)")
     add("--sizes", help="the sizes for --budgets, with commas: KNOB=VALUE:KNOB=VALUE,...")
-    add("--seeds", type=int, default=3, help="runs at the best learning rate, each with another seed")
+    add(
+        "--seeds",
+        type=int,
+        default=3,
+        help="runs at the best learning rate, each with another seed; a third as many try each of the rates before",
+    )
     add("--lrs", type=numbers, default="0.5,1,2", help="the learning rates to try, as multiples of the config's")
     add("--data", help="a folder that data/prepare.py made (default: the config's)")
-    add("--out_dir", default="out/compare", help="the runs, one folder each")
+    add("--out_dir", type=folder, default="out/compare", help="the runs, one folder each")
     add("--jobs", type=int, default=1, help="runs at once: each gets its share of the cores, and one of the GPUs")
-    add("--results", help="where the result goes: FILE.json, FILE.md and FILE.png (default: OUT_DIR/comparison)")
+    add(
+        "--results",
+        type=folder,
+        help="where the result goes: FILE.json, FILE.md and FILE.png (default: OUT_DIR/comparison)",
+    )
     add("--title", default="Variants at equal compute")
     add("--rounds", type=int, default=5, help="of measuring the speed; 0: leave it out")
     args, more = parser.parse_known_args(argv)
@@ -112,8 +140,10 @@ def parse_arguments(argv):
         args.more = [str(ROOT / "config/compare_cpu.py"), *more]
     if args.results is None:
         args.results = f"{args.out_dir}/comparison"
-    if args.seeds < 1 or args.jobs < 1 or min(args.lrs) <= 0:
-        parser.error(f"--seeds {args.seeds} --jobs {args.jobs} --lrs {args.lrs}: give numbers above 0")
+    if args.seeds < 1 or args.jobs < 1:
+        parser.error(f"--seeds {args.seeds} --jobs {args.jobs}: give numbers above 0")
+    args.sweep_seeds = verdicts.sweep_seeds(len(args.lrs), args.seeds)
+    args.compared_seeds = range(args.sweep_seeds + 1, args.sweep_seeds + args.seeds + 1)
     if bool(args.budgets) != bool(args.sizes):
         parser.error("--budgets and --sizes go together")
     fixed = [word for word in args.more if word.partition("=")[0] in OWN_KNOBS]
@@ -216,6 +246,10 @@ def make_run(args, variant, lr, seed):
     return Run(variant, lr, seed, Path(args.out_dir) / name / f"{variant.steps}steps_lr{lr:g}_seed{seed}")
 
 
+def runs_at(args, variant, lr, seeds):
+    return [make_run(args, variant, lr, seed) for seed in seeds]
+
+
 def differences(variant: Variant, first: Variant) -> str:
     """Returns the knobs that are not as in the first variant, with its value where it has such a knob."""
     found = []
@@ -232,7 +266,8 @@ def print_plan(args, planned, sweeps, step_seconds):
     say = partial(print, file=sys.stderr)
     first = planned[0]
     rates = ", ".join(f"{lr:g}" for lr in args.lrs)
-    say(f"learning rates {rates} x the config's, and the best with {args.seeds} seeds in all:")
+    seeds = f"with {args.sweep_seeds} seed(s), and the best of them " if args.sweep_seeds else ""
+    say(f"learning rate(s) {rates} x the config's, {seeds}with {args.seeds} seed(s), which are compared:")
     seconds = 0.0
     for variant, sweep in zip(planned, sweeps):
         size = f"{parameters(variant):,} parameters, {variant.steps:,} steps = {variant.tokens:,} tokens"
@@ -244,7 +279,7 @@ def print_plan(args, planned, sweeps, step_seconds):
             # An evaluated token costs a third of a trained one.
             evaluated = variant.config["eval_tokens"] / (3 * variant.config["batch_tokens"])
             steps = variant.steps + EVALUATIONS * evaluated
-            seconds += step_seconds[variant.name] * steps * (len(left) + args.seeds - 1)
+            seconds += step_seconds[variant.name] * steps * (len(left) + args.seeds)
     if step_seconds:
         minutes = max(seconds / args.jobs / 60, 0.1)
         say(f"about {minutes:.1f} minutes with --jobs {args.jobs}; more where the best rate lies at an end of a sweep")
@@ -294,11 +329,14 @@ def is_finished(run: Run) -> bool:
     """Returns whether it was done before. ValueError where another run stands in its folder."""
     if not run_folder.exists(run.folder):
         return False
-    saved = json.loads((run.folder / "config.json").read_text())
+    saved = read_json(run.folder / "config.json", model=str, model_config=dict, knobs=dict)
     saved = {"model": saved["model"], **saved["model_config"], **saved["knobs"]}
     want = json.loads(json.dumps(run.variant.config | options(run)))
-    differ = [f"{k}={v!r}, not {want.get(k)!r}" for k, v in saved.items() if k != "eot_id" and v != want.get(k)]
-    manifest = json.loads((run.folder / "manifest.json").read_text())
+    differ = []
+    for key, value in saved.items():
+        if key not in NOT_COMPARED and value != want.get(key):
+            differ.append(f"{key}={value!r}, not {want.get(key)!r}")
+    manifest = read_json(run.folder / "manifest.json", data_fingerprint=str)
     if manifest["data_fingerprint"] != run.variant.data_fingerprint:
         differ.append("its data was another")
     if differ:
@@ -385,16 +423,22 @@ def loss_of(run):
     return math.inf if loss is None else loss
 
 
+def mean_losses(sweep):
+    """Returns {learning rate: mean loss over its seeds}."""
+    losses = {}
+    for run in sweep:
+        losses.setdefault(run.lr, []).append(loss_of(run))
+    return {lr: statistics.mean(found) for lr, found in losses.items()}
+
+
 def beyond(args, sweep):
-    """Returns [a further run] of a variant that learns best at an end of its sweep, which is thus no end any more."""
-    rates = sorted(run.lr for run in sweep)
-    best = min(sweep, key=loss_of).lr
-    if len(args.lrs) < 2 or len(sweep) >= len(args.lrs) + MORE_RATES or best not in (rates[0], rates[-1]):
+    """Returns the further runs of a variant that learns best at an end of its sweep, which is thus no end any more."""
+    losses = mean_losses(sweep)
+    if not verdicts.is_at_the_edge(losses) or len(losses) >= len(args.lrs) + MORE_RATES:
         return []
-    neighbour = rates[1] if best == rates[0] else rates[-2]
-    further = make_run(args, sweep[0].variant, best * best / neighbour, 1)
-    sweep.append(further)
-    return [further]
+    further = runs_at(args, sweep[0].variant, verdicts.rate_beyond(losses), range(1, args.sweep_seeds + 1))
+    sweep.extend(further)
+    return further
 
 
 # ---- what came of them -----------------------------------------------------------------------------------------------
@@ -404,12 +448,15 @@ def curve(run):
     return [(row["tokens"], row["val_loss"]) for row in rows]
 
 
+def none_if_infinite(loss):
+    """Returns None for the loss of a run that diverged, since JSON has no infinity."""
+    return loss if math.isfinite(loss) else None
+
+
 def outcome(variant: Variant, sweep: list[Run], repeats: list[Run]) -> dict:
-    """Returns a variant's row of the result: what it is and costs, and its runs at the best learning rate."""
+    """Returns a variant's row of the result: what it is and costs, and its runs at its learning rate."""
     model = variant.config["model"]
     c = gpt_config(variant.config)
-    best = min(sweep, key=loss_of)
-    runs = [best, *repeats]
     device, _ = timing.device_and_dtype(variant.config["device"])
     _, dtype = timing.device_and_dtype(device)
     size = 2 if dtype == "bfloat16" else 4  # as sample.py decodes
@@ -425,14 +472,15 @@ def outcome(variant: Variant, sweep: list[Run], repeats: list[Run]) -> dict:
         "optimizer_flops": variant.optimizer_flops,
         "cache_bytes_per_token": flops.cache_bytes_per_token(model, c, size),
         "state_bytes": flops.state_bytes(model, c, size),
-        "sweep": {f"{run.lr:g}": loss_of(run) for run in sweep},
-        "lr": best.lr,
-        "loss": [loss_of(run) for run in runs],
-        "bits_per_byte": [final(run)["val_bits_per_byte"] for run in runs],
+        "sweep": {f"{lr:g}": none_if_infinite(loss) for lr, loss in mean_losses(sweep).items()},
+        "sweep_seeds": len({run.seed for run in sweep}),
+        "lr": repeats[0].lr,
+        "loss": [none_if_infinite(loss_of(run)) for run in repeats],
+        "bits_per_byte": [final(run)["val_bits_per_byte"] for run in repeats],
         "memory_gb": max(
-            row["memory_gb"] for run in runs for row in run_folder.read_metrics(run.folder) if "ms" in row
+            row["memory_gb"] for run in repeats for row in run_folder.read_metrics(run.folder) if "ms" in row
         ),
-        "curves": [curve(run) for run in runs],
+        "curves": [curve(run) for run in repeats],
     }
 
 
@@ -485,24 +533,23 @@ def compare(args) -> dict:
     """Does all runs; returns what came of them, for `comparison.markdown` and `comparison.plot`."""
     # 1. plan, and try what can fail
     planned = plan_all(args)
-    sweeps = [[make_run(args, variant, lr, 1) for lr in args.lrs] for variant in planned]
-    folders = [str(run.folder) for sweep in sweeps for run in sweep]
+    sweeps = []
+    for variant in planned:
+        sweeps.append([run for lr in args.lrs for run in runs_at(args, variant, lr, range(1, args.sweep_seeds + 1))])
+    possible = [[run for lr in args.lrs for run in runs_at(args, v, lr, args.compared_seeds)] for v in planned]
+    folders = [str(run.folder) for runs in sweeps + possible for run in runs]
     twice = sorted({folder for folder in folders if folders.count(folder) > 1})
     if twice:
         raise ValueError(f"planned twice: {', '.join(twice)}: give each variant, budget and rate once")
-    repeats = [
-        make_run(args, variant, lr, s) for variant in planned for lr in args.lrs for s in range(2, args.seeds + 1)
-    ]
-    for run in repeats:
-        is_finished(run)  # refuses a folder of another comparison
     step_seconds = {}
-    for variant, sweep in zip(planned, sweeps):
-        if not all(is_finished(run) for run in sweep):
+    for variant, sweep, repeats in zip(planned, sweeps, possible):
+        finished = [is_finished(run) for run in sweep + repeats]  # refuses a folder of another comparison
+        if not all(finished[: len(sweep)]) or sum(finished[len(sweep) :]) < args.seeds:
             step_seconds[variant.name] = rehearse(variant, args.jobs)
     print_plan(args, planned, sweeps, step_seconds)
 
-    # 2. find each variant's learning rate, then repeat the best with other seeds
-    total = sum(variant.budget for variant in planned) * (len(args.lrs) + args.seeds - 1)
+    # 2. find each variant's learning rate, then repeat it with other seeds
+    total = sum(variant.budget for variant in planned) * (len(args.lrs) * args.sweep_seeds + args.seeds)
     with tqdm(total=total, unit="FLOP", unit_scale=True, smoothing=0) as bar:
         new = [run for sweep in sweeps for run in sweep]
         while new:
@@ -510,9 +557,9 @@ def compare(args) -> dict:
             new = [run for sweep in sweeps for run in beyond(args, sweep)]
             bar.total += sum(run.variant.budget for run in new)
         repeats = []
-        for sweep in sweeps:
-            best = min(sweep, key=loss_of)
-            repeats.append([make_run(args, best.variant, best.lr, seed) for seed in range(2, args.seeds + 1)])
+        for variant, sweep in zip(planned, sweeps):
+            lr = verdicts.best_rate(mean_losses(sweep)) if sweep else args.lrs[0]
+            repeats.append(runs_at(args, variant, lr, args.compared_seeds))
         train_all([run for runs in repeats for run in runs], args.jobs, bar)
 
     # 3. say what came of it
@@ -552,7 +599,7 @@ def main(argv: list[str] | None = None) -> None:
         print("stopped: the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     json_file, markdown_file, picture = results
-    json_file.write_text(json.dumps(result, indent=1) + "\n")
+    json_file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     markdown_file.write_text(comparison.markdown(result))
     comparison.plot(result, picture)
     print(comparison.markdown(result))

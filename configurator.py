@@ -28,7 +28,8 @@ SIMPLE = (bool, int, float, str, list, dict, tuple, type(None))
 RANGES = {  # where the numbers lie that can be meant, by knob; [ and ] belong to it, ( and ) do not
     "[1, inf)": "block_size n_layer n_head n_kv_head head_dim n_embd n_inner n_expert n_expert_per_token "
     "n_expert_inner max_steps batch_tokens micro_batch muon_steps max_skipped eval_every save_every log_every timeout",
-    "[0, inf)": "vocab_size seed warmup_steps lr_batch_tokens min_lr weight_decay grad_clip eval_tokens keep_last "
+    "[0, 4294967295]": "seed",  # 32 bits, which every generator takes
+    "[0, inf)": "vocab_size warmup_steps lr_batch_tokens min_lr weight_decay grad_clip eval_tokens keep_last "
     "keep_every minutes norm_eps logit_softcap init_std n_shared_expert n_dense_layer q_rank balance_loss z_loss "
     "bias_rate",
     "(0, inf)": "learning_rate rope_theta rope_factor",
@@ -183,6 +184,7 @@ class Namespace(dict):
         self.given = {}  # {name: value}, as config files have set them
         self.file_of = {}  # {name: the config file that set it last}
         self.where_present = set()  # names set for those models alone that have such a knob
+        self.seen = {}  # {name: value}, what a file finds as its globals
         self.choose_model()
 
     def choose_model(self):
@@ -200,14 +202,16 @@ class Namespace(dict):
         if start and choice["model"] == start["model"]:
             for key, value in start.items():
                 self.knobs[key] = dataclasses.replace(self.knobs[key], default=value)
-        # update does not come by __setitem__, so none of this counts as set by a file.
-        self.update({key: knob.default for key, knob in self.knobs.items()})
-        self.update(self.given)
-        self.update(choice)
+        defaults = {key: knob.default for key, knob in self.knobs.items()}
+        self.seen = defaults | self.given | choice
+        self.update(self.seen)  # update does not come by __setitem__, so none of this counts as set by a file
 
     def __setitem__(self, name, value):
         super().__setitem__(name, value)
-        if name.startswith("_") or callable(value) or isinstance(value, ModuleType):
+        is_value = not (callable(value) or isinstance(value, ModuleType))
+        if name in self.knobs and not is_value:
+            fail(f"{name} in {self.path} is {type_with_article(value)}, which no knob takes: give its value")
+        if name.startswith("_") or not is_value:
             return  # a file's helpers
         if name == "where_present" and isinstance(value, dict):
             for key, of_some_models in value.items():
@@ -215,6 +219,7 @@ class Namespace(dict):
             self.where_present.update(value)
             return
         self.given[name] = value
+        self.seen[name] = value
         self.file_of[name] = self.path
         self.where_present.discard(name)
         if name in ("model", "init_from"):
@@ -234,6 +239,23 @@ class Namespace(dict):
                 if frame.filename == path:
                     place = f"{path} line {frame.lineno}"
             fail(f"{place}: {type(error).__name__}: {error}")
+        self.check_that_nothing_is_lost()
+
+    def check_that_nothing_is_lost(self):
+        """Ends the program where a knob's global is not what was assigned to it at the file's top level.
+
+        Python tells nobody of what `global` in a function, := in a comprehension, globals() and del do to it.
+        """
+        for key in self.knobs:
+            if key not in self:
+                fail(f"{key} is deleted in {self.path}: give it a value")
+            if self[key] != self.seen[key]:
+                fail(f"{key}={self[key]!r} in {self.path} is not assigned at the file's top level: do that")
+
+
+def type_with_article(value):
+    name = "module" if isinstance(value, ModuleType) else type(value).__name__
+    return "a class" if isinstance(value, type) else f"a {name}"
 
 
 def sort_arguments(argv):
@@ -284,10 +306,15 @@ def check(key, value, knob, given_as):
     for interval, names in RANGES.items():
         if key in names.split() and isinstance(value, int | float) and not lies_in(value, interval):
             low = interval[1:].split(",")[0]
-            hint = (
-                f"try {low} or more" if interval.endswith("inf)") and interval[0] == "[" else f"it lies in {interval}"
-            )
+            hint = f"it lies in {interval}"
+            if interval[0] == "[" and interval.endswith("inf)"):
+                hint = f"try {low} or more"
             fail(f"{given_as}: {hint}")
+
+
+def shortened(text):
+    """Returns a text that fits into a line of an error."""
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def lies_in(number, interval):
@@ -356,12 +383,14 @@ def configure(
             fail(f"unknown config key {key!r}{place}; {hint}")
         knob = knobs[key]
         if key in options:
-            given_as = f"{key}={value}"
+            given_as = f"{key}={shortened(value)}"
             value = parse(value, knob.kinds)
         else:
-            given_as = f"{key}={value!r}{place}"
+            given_as = f"{key}={shortened(repr(value))}{place}"
         if type(value) is int and "float" in knob.kinds and "int" not in knob.kinds:
-            value = float(value)
+            value = float(value) if abs(value) < sys.float_info.max else math.inf
+        if isinstance(value, str) and value.startswith("~"):
+            value = os.path.expanduser(value)  # a shell does so in front of an argument alone
         check(key, value, knob, given_as)
         values[key] = value
         if is_loud and value != knob.default:

@@ -18,8 +18,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.shards import Shards, eval_batches
+from data.text import print_any_text
 from data.tokenizers import tokenizer_from_dict
 from evals import sandbox
+from evals.judge import judge
 from evals.scorer import Scorer, evaluate_harness, evaluate_task
 from evals.tasks import find, load_task
 from training.checkpoint import CheckpointError
@@ -40,6 +42,7 @@ def parse_arguments(argv):
     add("--num_fewshot", type=int, help="solved questions before each: the first of the file, not scored")
     add("--limit", type=int, default=0, help="questions of each task; 0: all")
     add("--allow_code_execution", action="store_true", help="run what the model writes (humaneval), within limits")
+    add("--sandbox", default="full", choices=["full", "weak"], help="weak: with what this system has of it, if not all")
     add("--harness", type=lambda s: s.split(","), default=[], metavar="NAME,...", help="tasks of the package lm_eval")
     add("--batch_size", type=int, default=8, help="sequences at once: lower it if memory runs out")
     add("--device", default="auto", help="cuda, mps, cpu or auto")
@@ -74,12 +77,15 @@ def losses(model, tokenizer, folder, args) -> dict:
     """Returns {split: loss_report} of the folder of shards."""
     device = str(model.embed.weight.device)
     block_size = args.block_size or model.config.block_size
-    bytes_of = bytes_of_tokens(tokenizer, model.config.vocab_size)
     splits = ("train", "val") if args.split == "both" else (args.split,)
     reports = {}
     for split in splits:
         shards = Shards(folder, split)
         check_tokenizer(shards, tokenizer)
+        if shards.vocab_size > model.config.vocab_size:
+            sizes = f"{shards.vocab_size} tokens, and the model {model.config.vocab_size}"
+            raise ValueError(f"{shards.folder} has a vocabulary of {sizes}: they do not belong together")
+        bytes_of = bytes_of_tokens(tokenizer, model.config.vocab_size, shards)
         batches = eval_batches(shards, block_size, args.eval_tokens, args.batch_size, device=device)
         batches = tqdm(batches, f"{split}, batches", leave=False, disable=None)
         reports[split] = loss_report(loss_sums(model, batches, bytes_of))
@@ -87,7 +93,11 @@ def losses(model, tokenizer, folder, args) -> dict:
 
 
 def check_tokenizer(shards, tokenizer):
-    """Raises ValueError where shards were made with another tokenizer than the model's."""
+    """Raises ValueError where shards were made with another tokenizer than the model's, as far as that is known."""
+    if tokenizer is None:
+        if shards.meta["tokenizer"]:
+            raise ValueError(f"{shards.folder} has a tokenizer, and the model's is not known: name it with --tokenizer")
+        return
     same = shards.vocab_size == tokenizer.vocab_size
     if shards.meta["tokenizer"]:
         same = same and tokenizer_from_dict(shards.meta["tokenizer"]).fingerprint == tokenizer.fingerprint
@@ -103,10 +113,12 @@ def load_tasks(args) -> dict:
     for spec in args.tasks:
         name, path = find(spec, args.task_dir)
         task, questions = load_task(name, path, args.num_fewshot or 0, args.limit)
-        if task.runs_code and not args.allow_code_execution:
+        if task.case and not args.allow_code_execution:
             raise ValueError(f"{name} runs the programs that the model writes: allow it with --allow_code_execution")
-        if task.runs_code and not sandbox.passes("pass"):
-            raise ValueError(f"{name}: no program can run here within its limits (see evals/sandbox.py)")
+        if task.case:
+            judge([], weak=args.sandbox == "weak")  # raises where no program can run
+            for part in sandbox.missing():
+                print(f"warning: {name} runs programs without {part}", file=sys.stderr)
         tasks[name] = task, questions
     return tasks
 
@@ -119,19 +131,22 @@ def evaluate(args) -> dict:
     tasks = load_tasks(args)
 
     # 2. loss
-    model, tokenizer, prefix = load(args.path, args.device, args.dtype, args.tokenizer)
+    needs_text = bool(tasks or args.harness)
+    model, tokenizer, prefix = load(args.path, args.device, args.dtype, args.tokenizer, needs_text)
     weight = model.embed.weight
     report = {"path": str(args.path), "device": str(weight.device), "dtype": str(weight.dtype)}
-    if args.data or not (tasks or args.harness):
+    if args.data or not needs_text:
         report["data"] = data_of(args)
         report["loss"] = losses(model, tokenizer, report["data"], args)
         print_losses(report["loss"])
 
     # 3. tasks
+    if not needs_text:
+        return report
     hide_padding(model, tokenizer)
     scorer = Scorer(model, tokenizer, prefix, stop_tokens(tokenizer, args.path), args.batch_size)
     for name, (task, questions) in tasks.items():
-        results = evaluate_task(scorer, task, questions)
+        results = evaluate_task(scorer, task, questions, weak_sandbox=args.sandbox == "weak")
         print_scores(name, results)
         report.setdefault("tasks", {})[name] = results
     if args.harness:
@@ -162,6 +177,7 @@ def print_scores(name, results):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    print_any_text()
     try:
         report = evaluate(args)
         if args.json:

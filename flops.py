@@ -494,28 +494,32 @@ def memory(
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
-# Dense peak in FLOP/s without sparsity and bytes/s of memory, from the makers' data sheets: words of the device's name,
-# bf16 or fp16, fp32, memory. The longest that fits counts: "H100 PCIe" before "H100".
+# Dense peak in FLOP/s without sparsity and bytes/s of memory, from the makers' data sheets: the device's whole name
+# without its maker, bf16 or fp16, fp32, memory. A slice of a GPU (MIG), a laptop's or a Ti is another device.
 GPUS = [
     ("B200", 2250e12, 1100e12, 8.0e12),
     ("H200", 989e12, 494e12, 4.8e12),
-    ("H100", 989e12, 494e12, 3.35e12),
+    ("H200 NVL", 835e12, 417e12, 4.8e12),
+    ("H100 | H100 80GB HBM3", 989e12, 494e12, 3.35e12),
+    ("H100 NVL", 835e12, 417e12, 3.9e12),
     ("H100 PCIe", 756e12, 378e12, 2.0e12),
-    ("A100.*80GB", 312e12, 156e12, 2.0e12),
-    ("A100", 312e12, 156e12, 1.555e12),
+    ("A100 80GB | A100 80GB PCIe | A100-SXM4-80GB", 312e12, 156e12, 2.0e12),
+    ("A100 | A100-SXM4-40GB | A100-PCIE-40GB", 312e12, 156e12, 1.555e12),
     ("L40S", 362e12, 183e12, 0.864e12),
     ("L4", 121e12, 60e12, 0.3e12),
     ("A10G", 70e12, 35e12, 0.6e12),
     ("RTX 4090", 165e12, 82.6e12, 1.008e12),
     ("RTX 3090", 71e12, 35.6e12, 0.936e12),
-    ("V100", 125e12, 15.7e12, 0.9e12),
+    ("V100 | V100-SXM2-16GB | V100-SXM2-32GB", 125e12, 15.7e12, 0.9e12),
+    ("V100-PCIE-16GB | V100-PCIE-32GB", 112e12, 14e12, 0.9e12),
     ("T4", 65e12, 8.1e12, 0.3e12),
 ]
 
 
 def known_gpu(device_name):
-    rows = [row for row in GPUS if re.search(rf"\b{row[0]}\b", device_name)]
-    return max(rows, key=lambda row: len(row[0]), default=None)
+    name = re.sub("NVIDIA |Tesla |GeForce ", "", device_name)
+    rows = [row for row in GPUS if name in row[0].split(" | ")]
+    return rows[0] if rows else None
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
@@ -795,7 +799,7 @@ def main(argv=None):
         fail(f"--mfu {args.mfu}: a share of the peak is above 0 and at most 1: 0.3 to 0.5 is usual")
     gpu = args.device or gpu_here()
     if gpu and not known_gpu(gpu):
-        fail(f"--device {gpu} is not known here: try one of {', '.join(row[0].replace('.*', ' ') for row in GPUS)}")
+        fail(f"--device {gpu} is not known here: try one of {', '.join(row[0].split(' | ')[0] for row in GPUS)}")
     if args.match:
         argv = matched(args, argv)
     knobs, _, config = built(argv)

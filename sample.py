@@ -16,6 +16,7 @@ import torch
 
 import generate
 import hf
+from data.text import print_any_text, read_text
 from data.tokenizers import stream_text
 from training.checkpoint import CheckpointError
 from training.load import hide_padding, is_from_hugging_face, load, stop_tokens
@@ -27,6 +28,7 @@ LIMITS = {
     "top_k": (0, math.inf),
     "top_p": (1e-9, 1),
     "repetition_penalty": (1e-9, math.inf),
+    "seed": (0, 2**32 - 1),
 }
 
 
@@ -159,9 +161,9 @@ def run(args):
     # 1. the prompt, before the minutes that a large model may take to load
     text = args.prompt
     if args.prompt_file == "-":
-        text = sys.stdin.read()
+        text = read_text(sys.stdin.buffer.read(), "standard input")
     elif args.prompt_file:
-        text = Path(args.prompt_file).read_text("utf-8")
+        text = read_text(args.prompt_file)
 
     # 2. the model
     model, tokenizer, prefix = load(args.path, args.device, args.dtype, args.tokenizer)
@@ -196,6 +198,7 @@ def run(args):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    print_any_text()
     try:
         run(args)
     except (OSError, ValueError, CheckpointError) as error:

@@ -29,10 +29,11 @@ from tqdm import tqdm
 import flops
 import muon
 from configurator import configure
-from data.shards import Loader, Shards, eval_batches
+from data.shards import Loader, Shards, check_evaluation, eval_batches
+from data.text import print_any_text
 from data.tokenizers import tokenizer_from_dict
 from distributed import processes
-from training import checkpoint, load, metrics, pictures, run_folder, saving
+from training import checkpoint, load, metrics, output, pictures, run_folder, saving
 from training.calibration import count_steps
 from training.knobs import check, find_device, find_dtype, minutes_or_steps, why_not_compiled, windows_of_a_step
 from training.loss import bytes_of_tokens, loss_report, loss_sums
@@ -100,6 +101,7 @@ cpu_offload = False  # fsdp: weights and optimizer state in the CPU's memory: sl
 timeout = 30  # seconds that a process waits for another, once a step is done: raise it for a slow disk
 resume: bool | Literal["auto"] = False  # go on from the newest whole checkpoint of the run in out_dir; auto: or begin
 overwrite = False  # delete the run that is in out_dir
+print_any_text()
 try:
     config = configure(globals(), starting_from=load.config_to_start_from)
 except (OSError, ValueError) as error:
@@ -109,6 +111,7 @@ except (OSError, ValueError) as error:
 # One process is the case W = 1: no group is opened, and what all processes would agree on is agreed at once.
 rank, world_size = processes.launched()
 main = rank == 0
+output.outlast_readers()
 say = tqdm.write if main else lambda *_: None
 try:
     check(config, world_size)
@@ -151,16 +154,19 @@ try:
     windows = windows_of_a_step(batch_tokens, block_size, world_size)
     loader = Loader(train_data, block_size, windows, seed, rank, world_size, micro_batch, device,
                     document_start_probability, mask_document_crossing)  # fmt: skip
+    check_evaluation(val_data, block_size)
+    tokenizer = None
+    if train_data.meta["tokenizer"]:
+        tokenizer = tokenizer_from_dict(train_data.meta["tokenizer"])
 except (OSError, ValueError) as error:
     processes.fail(error)
-tokenizer = None
-if train_data.meta["tokenizer"]:
-    tokenizer = tokenizer_from_dict(train_data.meta["tokenizer"])
 if vocab_size == 0:
     vocab_size = math.ceil(train_data.vocab_size / 64) * 64
 if vocab_size < train_data.vocab_size:
     processes.fail(f"vocab_size={vocab_size} is smaller than that of {data}, {train_data.vocab_size}: try 0")
-bytes_of = bytes_of_tokens(tokenizer, vocab_size)
+if config["eot_id"] >= vocab_size:
+    processes.fail(f"eot_id={config['eot_id']} is no token of a vocabulary of {vocab_size}: try 0 to {vocab_size - 1}")
+bytes_of = bytes_of_tokens(tokenizer, vocab_size, val_data)
 # What a resumed run must find again: the data order is a function of the seed and the tokens drawn before.
 identity = {
     "data": data,
@@ -226,6 +232,12 @@ out = Path(out_dir)
 step = 0
 tokens = 0  # seen in training
 skipped = 0  # steps whose gradient was not finite
+skipped_in_a_row = 0
+recent_losses = deque(maxlen=100)  # by which spikes are known
+recent_norms = deque(maxlen=100)
+launcher = "python" if parallel == "none" else "torchrun ..."
+arguments = [word for word in sys.argv if word.split("=")[0] not in ("--resume", "--overwrite")]
+go_on = f"{launcher} {shlex.join([*arguments, '--resume'])}"
 machine = {"processes": world_size, "device": device_name, "torch": torch.__version__}
 try:
     already_there = bool(resume and checkpoint.folders(out)) or run_folder.exists(out)
@@ -256,6 +268,9 @@ try:
         step = state["step"]
         tokens = state["tokens"]
         skipped = state["skipped"]
+        skipped_in_a_row = state.get("skipped_in_a_row", 0)  # checkpoints of earlier versions lack these
+        recent_losses.extend(state.get("recent_losses", []))
+        recent_norms.extend(state.get("recent_norms", []))
         loader.go_on(step, tokens // block_size)
         if tokens != step * batch_tokens:
             say(f"{step} steps had {tokens:,} tokens, and the batch is another now: {max_steps - step} steps are left, "
@@ -276,9 +291,13 @@ try:
         facts = {"seed": seed, **identity, "hardware": hardware, **work, "optimizer": muon.group_table(opt)}
         run_folder.describe(out, saved_config, train_data.meta, facts)
         log = metrics.Log(out, step, config, wandb, tensorboard)
+        album = pictures.Album(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters", run_folder.metrics_of(out))
+        run_folder.write_state(out, "running", step, max_steps, go_on)
 except (OSError, ValueError, checkpoint.CheckpointError) as error:
     processes.fail(error)
-saver = saving.Saver(out, raw_model, opt, saved_config, keep_last, keep_every, say)
+saver = saving.Saver(out, lock, raw_model, opt, saved_config, keep_last, keep_every, say)
+if path:
+    saver.repair(path)
 accumulation = len(range(loader.first, loader.last, micro_batch))
 say(f"a step is {windows} windows of {block_size} = {accumulation} x {min(micro_batch, loader.last - loader.first)} on "
     f"each process; {max_steps} steps are {max_steps * windows / loader.windows_per_epoch:.2f} epochs")  # fmt: skip
@@ -289,16 +308,17 @@ def save():
     changed = train_data.changed() + val_data.changed()
     if changed:  # what was read since may be anything, and so may the weights
         processes.fail(f"{changed[0]} was written to while this run read it: restore it, and go on with --resume")
-    trainer = {"tokens": tokens, "skipped": skipped, "scaler": scaler.state_dict(), "identity": identity,
-               "machine": machine}  # fmt: skip
+    trainer = {"tokens": tokens, "skipped": skipped, "skipped_in_a_row": skipped_in_a_row,
+               "recent_losses": [*recent_losses], "recent_norms": [*recent_norms],
+               "scaler": scaler.state_dict(), "identity": identity, "machine": machine}  # fmt: skip
     is_last = step >= max_steps or stop > 0
     saver.save(step, trainer, wait=is_last or not async_save, must=is_last)
 
 
-def draw():
-    """Draws the run's pictures, from metrics.jsonl."""
-    if main and step > 0:
-        pictures.plot(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters")
+def note(row):
+    """Adds a row to metrics.jsonl and to the pictures, on process 0."""
+    log.write(row)
+    album.add(row)
 
 
 def evaluate():
@@ -307,9 +327,9 @@ def evaluate():
     batches = eval_batches(val_data, block_size, eval_tokens, micro_batch, rank, world_size, device)
     if parallel == "fsdp":  # a forward is everybody's
         batches = fsdp.in_step(raw_model, batches, block_size, device)
-    sums = loss_sums(raw_model, batches, bytes_of, autocast)
-    raw_model.train()
     try:
+        sums = loss_sums(raw_model, batches, bytes_of, autocast)
+        raw_model.train()
         return loss_report(processes.all_sum(sums, device))
     except ValueError as error:
         processes.fail(error)
@@ -321,9 +341,6 @@ stop = 0  # signals that any process got
 bar = tqdm(
     total=max_steps, initial=step, disable=not (main and sys.stderr.isatty()), dynamic_ncols=True, smoothing=0.05
 )
-recent_losses = deque(maxlen=100)
-recent_norms = deque(maxlen=100)
-skipped_in_a_row = 0
 saved_at = step
 evaluated_at = step if path and saving.was_evaluated(path) else -1
 begin = time.perf_counter()
@@ -343,26 +360,28 @@ while True:
         say(metrics.evaluation_line(step, report))
         if main:
             bits = report["bits_per_byte"]
-            log.write(dict(step=step, val_loss=report["loss"], val_bits_per_byte=bits, tokens=tokens))
+            note(dict(step=step, val_loss=report["loss"], val_bits_per_byte=bits, tokens=tokens))
         if step > 0:
             saver.note_evaluation(step, report["loss"], tokens)
         evaluated_at = step
-    if save_is_due or evaluation_is_due:
-        draw()
+    if main and (save_is_due or evaluation_is_due):
+        album.draw()
     if step >= max_steps:
         break
 
     # 2. agree on what all processes must know: the number of targets, and whether to stop
     started = time.perf_counter()
-    batches = list(loader.batches(step))
+    try:
+        batches = list(loader.batches(step))
+    except (OSError, ValueError) as error:  # a token that the vocabulary does not have
+        processes.fail(error)
     own_targets = 0
     if some_are_ignored:
         own_targets = sum((y >= 0).sum().item() for _, y in batches)
-    targets, stop = processes.all_sum([own_targets, len(signals.received)], device)
+    targets, stop = processes.all_sum([own_targets, signals.count()], device)
     if stop:
         if step != saved_at:
             save()
-            draw()
         break
 
     # 3. gradient: the mean over all targets of the step, whatever micro-batch or process they are in. A mean of the
@@ -423,12 +442,14 @@ while True:
     if step % log_every == 0 or step == max_steps:
         say(metrics.step_line(row, max_steps, clock.seconds_left(max_steps - step)))
     if main:
-        log.write(row | metrics.of_model(raw_model, with_tables=step % log_every == 0))
+        note(row | metrics.of_model(raw_model, with_tables=step % log_every == 0))
     if clock.steps == 1:
         processes.set_timeout(timeout)  # the first step, which compiles, is done everywhere
     if skipped_in_a_row >= max_skipped:
         saver.finish()
         last_good = checkpoint.newest(out, say)
+        if main:
+            run_folder.write_state(out, "diverged", step, max_steps, go_on)
         advice = "try a lower learning_rate, or dtype=bfloat16 or float32"
         processes.fail(f"{skipped_in_a_row} steps in a row without a finite gradient: stopped. Last good checkpoint "
                        f"is {last_good}: {advice}", DIVERGED)  # fmt: skip
@@ -437,10 +458,10 @@ saver.finish(must=True)
 bar.close()
 if main:
     log.close()
+    album.finish()
+    run_folder.write_state(out, "stopped" if stop else "finished", step, max_steps, go_on)
 if stop:
-    launcher = "python" if parallel == "none" else "torchrun ..."
-    command = [word for word in sys.argv if word.split("=")[0] not in ("--resume", "--overwrite")] + ["--resume"]
     reason = signals.received[0] if signals.received else "signal"
-    say(f"{reason}: stopped after step {step}; go on with  {launcher} {shlex.join(command)}")
+    say(f"{reason}: stopped after step {step}; go on with  {go_on}")
 say(f"{time.perf_counter() - begin:.0f} s; see {out}/loss.png, and sample with  python sample.py {out}")
 processes.finish()

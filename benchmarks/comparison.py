@@ -1,4 +1,4 @@
-"""What came of a comparison: verdicts with error bars, tables and pictures, all drawn from one JSON file.
+"""What came of a comparison: tables and pictures, all drawn from one JSON file.
 
 A result is the dictionary that compare.py writes: title, command, machine, match, and under "variants" a row for each
 variant, with the losses of its seeds, its learning-rate sweep, its costs and its measured times.
@@ -11,12 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import timing
-
-# Student's t for two-sided 5 %, with 1, 2, 3... degrees of freedom; beyond the table it is close to the last one.
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+from benchmarks.verdicts import is_at_the_edge, rates_of, verdicts
 
 
-# ---- is it better? ---------------------------------------------------------------------------------------------------
+# ---- the tables ------------------------------------------------------------------------------------------------------
 def standard_error(values: list[float]) -> float | None:
     """Returns the standard error of the mean; None of a single value."""
     if len(values) < 2:
@@ -24,33 +22,10 @@ def standard_error(values: list[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def verdict(row: dict, first: dict) -> str:
-    """Says how a variant's loss differs from the first one's, ± standard error.
-
-    It is a win where chance alone would give such a difference once in 20 times or less: by Student's t for two means
-    of few seeds, which asks for more than two standard errors.
-    """
-    if math.inf in row["loss"] + first["loss"]:
-        return "diverged"
-    if row is first:
-        return "-"
-    difference = statistics.mean(row["loss"]) - statistics.mean(first["loss"])
-    if len(row["loss"]) < 2 or len(first["loss"]) < 2:
-        return f"{difference:+.4f} (one seed)"
-    error = math.hypot(standard_error(row["loss"]), standard_error(first["loss"]))
-    freedom = len(row["loss"]) + len(first["loss"]) - 2
-    word = "no difference seen"
-    if abs(difference) > error * T95[min(freedom, len(T95)) - 1]:
-        word = "better" if difference < 0 else "worse"
-    return f"{difference:+.4f} ± {error:.4f}: {word}"
-
-
-# ---- the tables ------------------------------------------------------------------------------------------------------
-def mean_and_error(values: list, digits: int = 4) -> str:
+def mean_and_error(values: list, digits: int = 4, missing: str = "diverged") -> str:
+    """missing: what is said where a value is None."""
     if None in values:
-        return "n/a"
-    if math.inf in values:
-        return "diverged"
+        return missing
     mean = f"{statistics.mean(values):.{digits}f}"
     if len(values) < 2:
         return mean
@@ -77,12 +52,21 @@ def what_is_equal(result):
         + (", with the optimizer's" if optimizer else ""),
         "parameters": "all have the same tokens and, by their width, the same parameters",
     }
-    rates = min(len(row["sweep"]) for row in rows)
     evaluated = f"{config['eval_tokens']:,}" if config["eval_tokens"] else "all"
     return (
-        f"{len(rows[0]['loss'])} seed(s); {equal[result['match']]}, the same data in the same order, and each the "
-        f"learning rate that suited it best at the first seed, of {rates} or more. Mean ± standard error over seeds; "
-        f"{evaluated} validation tokens.\n"
+        f"{len(rows[0]['loss'])} seed(s); {equal[result['match']]}, and the same data in the same order. "
+        f"Mean ± standard error over seeds; {evaluated} validation tokens. {how_they_are_tuned(rows)}Better or worse "
+        f"is said where chance would say it in at most one of 20 tables of equal variants (benchmarks/verdicts.py).\n"
+    )
+
+
+def how_they_are_tuned(rows):
+    if not rows[0]["sweep"]:
+        return ""
+    rates = min(len(row["sweep"]) for row in rows)
+    return (
+        f"Each learns at the rate that was best of {rates} or more at {rows[0]['sweep_seeds']} other seed(s); what a "
+        f"rate between them would gain, by a parabola, is in the differences from {rows[0]['name']}. "
     )
 
 
@@ -92,14 +76,13 @@ def loss_table(rows):
         f"| variant | validation loss | bits per byte | against {first['name']} | learning rate |",
         "|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row, verdict in zip(rows, verdicts(rows)):
         rate = f"{row['lr'] * row['config']['learning_rate']:g}"
-        swept = [float(x) for x in row["sweep"]]
-        if len(swept) > 1 and row["lr"] in (min(swept), max(swept)):
+        if is_at_the_edge(rates_of(row)):
             rate += ", at the edge"
         loss = mean_and_error(row["loss"])
-        bits = mean_and_error(row["bits_per_byte"])
-        lines.append(f"| {row['name']} | {loss} | {bits} | {verdict(row, first)} | {rate} |")
+        bits = mean_and_error(row["bits_per_byte"], missing="n/a")
+        lines.append(f"| {row['name']} | {loss} | {bits} | {verdict} | {rate} |")
     return lines
 
 
@@ -154,7 +137,7 @@ def best_sizes(rows: list[dict]) -> dict:
     """
     found = {}
     for key in dict.fromkeys((row["model"], row["budget"]) for row in rows):
-        own = [row for row in rows if (row["model"], row["budget"]) == key]
+        own = [row for row in rows if (row["model"], row["budget"]) == key and None not in row["loss"]]
         x = [math.log(row["parameters"]) for row in own]
         y = [statistics.mean(row["loss"]) for row in own]
         parabola = None
@@ -217,10 +200,12 @@ def plot(result: dict, path: Path) -> None:
         axes[0].plot(tokens * flops_per_token, loss, marker=".", label=row["name"])
         if row.get("train_seconds"):
             axes[1].plot(tokens * statistics.median(row["train_seconds"]) / batch, loss, marker=".")
+        if None in row["loss"]:  # it diverged
+            continue
         last = statistics.mean(row["loss"])
         error = standard_error(row["loss"]) or 0.0
         axes[2].errorbar(row["cache_bytes_per_token"], last, yerr=error, marker="o", capsize=3)
-    name_points(axes[2], result["variants"])
+    name_points(axes[2], [row for row in result["variants"] if None not in row["loss"]])
     axes[0].set(xlabel="training FLOPs", ylabel="validation loss")
     axes[1].set(xlabel="seconds of training, at the speed measured in turn", ylabel="validation loss")
     axes[2].set(xlabel="cache bytes a token", ylabel="validation loss")

@@ -4,7 +4,8 @@ Writes data/NAME/{train_000000.bin, ..., val_000000.bin, ..., meta.json}, which 
 begins with the tokenizer's eot token, and goes to train or validation by a hash of its content, so that more files or
 another order never move it across; a text that is one document is cut, and its last part validates. mqar is no text:
 its documents are drawn (data/synthetic.py). All is written in a folder beside and takes the place of an earlier one
-when it is whole; where nothing has changed nothing is done.
+when it is whole; where nothing has changed nothing is done. A folder of another tool's token files, nanoGPT's or
+build-nanogpt's, becomes shards of the same tokens (data/token_files.py).
 """
 
 import argparse
@@ -12,21 +13,16 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from typing import NamedTuple
 
 if __name__ == "__main__":  # this folder on the path would shadow the installed package `tokenizers`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -34,14 +30,18 @@ if __name__ == "__main__":  # this folder on the path would shadow the installed
 import numpy as np
 from tqdm import tqdm
 
-from data.bpe import end_with_parent
-from data.shards import Shards, write_shard
-from data.sources import KINDS, NAMED, Named, Skipped, find_text
+from data import token_files
+from data.bpe import EOT
+from data.bpe_training import end_with_parent
+from data.shards import PUBLISHED, Shards, read_meta, write_shard
+from data.sources import KINDS, NAMED, Named, Skipped, find_text, identity_of
+from data.successor import successor
 from data.synthetic import MQAR
+from data.text import print_any_text
 from data.tokenizers import CHAT_TOKENS, load_tokenizer, tokenizer_from_dict, train_bpe
 
 CHUNK = 1 << 20  # characters that a worker gets at a time
-TEXT_OPTIONS = "tokenizer", "add_tokens", "max_doc_tokens", "max_tokens", "skip_bad", "input", "workers"
+TEXT_OPTIONS = "tokenizer", "add_tokens", "max_doc_tokens", "max_tokens", "split_at_eot", "skip_bad", "input", "workers"
 MQAR_OPTIONS = *MQAR._fields, "documents", "seed"
 worker = {}  # a worker process's settings
 
@@ -49,18 +49,36 @@ worker = {}  # a worker process's settings
 # ---- documents to train and validation ------------------------------------------------------------------------------
 
 
-def content_hash(text):
-    """Returns a number in [0, 2**64) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+def measure(document):
+    """Returns a number in [0, 2**64) that depends on the text alone, and how many characters it has."""
+    digest = hashlib.sha256()
+    length = 0
+    for part in document:
+        digest.update(part.encode())
+        length += len(part)
+    return int.from_bytes(digest.digest()[:8], "big"), length
 
 
-def split_documents(read_all: Callable, val_fraction: float) -> Callable[[], Iterator[tuple[str, str]]]:
-    """Returns a function that gives every document as (split, text).
+def stretch(parts, begin, end):
+    """Yields of a text that comes in parts what lies from one character to another."""
+    place = 0
+    for part in parts:
+        wanted = part[max(begin - place, 0) : end - place]
+        if wanted:
+            yield wanted
+        place += len(part)
+        if place >= end:
+            return
+
+
+def split_documents(read_all: Callable, val_fraction: float) -> Callable[[], Iterator[tuple[str, Iterable[str]]]]:
+    """Returns a function that gives every document as (split, the parts of its text).
 
     Where there are few, none might fall into one of the splits: those with the smallest and the largest hash then make
     sure that validation and train have one. A single one is cut at val_fraction from its end.
     """
-    first = [content_hash(text) for text in islice(filter(None, read_all()), 1000)]
+    hashes = (number for number, length in map(measure, read_all()) if length)
+    first = list(islice(hashes, 1000))
     if not first:
         raise ValueError("found no documents, so there is nothing to write")
     limit = val_fraction * 2**64
@@ -69,16 +87,20 @@ def split_documents(read_all: Callable, val_fraction: float) -> Callable[[], Ite
         limit = min(limit, max(first))
 
     def documents():
-        for text in filter(None, read_all()):
+        for document in read_all():
+            number, length = measure(document)
+            if not length:
+                continue
             if len(first) == 1:
-                cut = int(len(text) * (1 - val_fraction))
-                for split, part in (("train", text[:cut]), ("val", text[cut:])):
-                    if part:
-                        yield split, part
-            elif content_hash(text) < limit:
-                yield "val", text
+                cut = int(length * (1 - val_fraction))
+                if cut > 0:
+                    yield "train", stretch(document, 0, cut)
+                if cut < length:
+                    yield "val", stretch(document, cut, length)
+            elif number < limit:
+                yield "val", document
             else:
-                yield "train", text
+                yield "train", document
 
     return documents
 
@@ -86,29 +108,30 @@ def split_documents(read_all: Callable, val_fraction: float) -> Callable[[], Ite
 # ---- text to tokens, in worker processes ----------------------------------------------------------------------------
 
 
-def pieces(text):
-    """Yields a long document in parts that tokenize alike: cut where a word begins, as every split pattern does."""
-    start = 0
-    while len(text) - start > 2 * CHUNK:
-        end = start + CHUNK
-        word = re.compile(r"(?<=\S) (?=[^\W\d_])").search(text, end, end + CHUNK)
-        if word:
-            end = word.start()
-        yield text[start:end]
-        start = end
-    yield text[start:]
+def pieces(parts):
+    """Yields a document in pieces that tokenize alike: cut where a word begins, as every split pattern does."""
+    word = re.compile(r"(?<=\S) (?=[^\W\d_])")
+    text = ""
+    for part in parts:
+        text += part
+        while len(text) > 2 * CHUNK:
+            found = word.search(text, CHUNK, 2 * CHUNK)
+            end = found.start() if found else CHUNK
+            yield text[:end]
+            text = text[end:]
+    yield text
 
 
 def chunks(documents, max_characters):
     """Yields lists of (split, whether a document begins, text) with about CHUNK characters in each."""
     chunk = []
     size = 0
-    for split, text in documents:
+    for split, parts in documents:
         if max_characters is None:
-            parts = pieces(text)
+            cut = pieces(parts)
         else:
-            parts = [text[:max_characters]]  # in one, because a worker cuts what it gets to max_doc_tokens
-        for i, piece in enumerate(parts):
+            cut = ["".join(stretch(parts, 0, max_characters))]  # in one: a worker cuts what it gets to max_doc_tokens
+        for i, piece in enumerate(cut):
             chunk.append((split, i == 0, piece))
             size += len(piece)
             if size >= CHUNK:
@@ -119,26 +142,50 @@ def chunks(documents, max_characters):
         yield chunk
 
 
+class Encoded(NamedTuple):
+    """What comes of a chunk of text."""
+
+    tokens: dict[str, np.ndarray]  # of each split
+    bytes: dict[str, np.ndarray]  # of each split: of the text, and of what its tokens stand for before they are cut
+    changed: list[tuple[str, str]]  # where a text and what its tokens give back differ, if they do
+
+
 def start_worker(tokenizer, max_doc_tokens):
     """Makes this process ready for `encode`; it may be the only one."""
-    worker.update(tokenizer=tokenizer_from_dict(tokenizer), max_doc_tokens=max_doc_tokens)
+    worker["tokenizer"] = tokenizer_from_dict(tokenizer)
+    worker["token_bytes"] = worker["tokenizer"].token_bytes()
+    worker["is_lossy"] = tokenizer["kind"] == "sentencepiece" or tokenizer.get("nfc", False)
+    worker["max_doc_tokens"] = max_doc_tokens
     if parent_process():
         end_with_parent()
 
 
 def encode(chunk):
-    """Returns a chunk's tokens: ({split: (n,) uint32}, bytes of its text)."""
+    """Returns a chunk's tokens, and what was lost on the way to them."""
     tokenizer = worker["tokenizer"]
-    parts = {"train": [], "val": []}
-    size = 0
+    tokens = {"train": [], "val": []}
+    sizes = {"train": np.zeros(2, np.int64), "val": np.zeros(2, np.int64)}
+    changed = []
     for split, begins, text in chunk:
         ids = tokenizer.encode(text)
+        if worker["is_lossy"]:
+            back = tokenizer.decode(ids)
+            if back != text:
+                changed.append(difference(text, back))
         if begins:
             ids = [tokenizer.eot_id, *ids]
-        parts[split].append(np.array(ids[: worker["max_doc_tokens"]], np.uint32))
-        size += len(text.encode())
-    tokens = {split: np.concatenate(arrays) for split, arrays in parts.items() if arrays}
-    return tokens, size
+        array = np.array(ids, np.uint32)
+        sizes[split] += len(text.encode()), worker["token_bytes"][array].sum()
+        tokens[split].append(array[: worker["max_doc_tokens"]])
+    whole = {split: np.concatenate(arrays) for split, arrays in tokens.items() if arrays}
+    return Encoded(whole, sizes, changed)
+
+
+def difference(text, back):
+    """Returns the first place where two texts differ, as it looks in each."""
+    same = len(os.path.commonprefix([text, back]))
+    around = slice(max(same - 10, 0), same + 10)
+    return text[around], back[around]
 
 
 def encode_all(all_chunks, workers, tokenizer, max_doc_tokens):
@@ -163,7 +210,7 @@ def encode_all(all_chunks, workers, tokenizer, max_doc_tokens):
 
 
 class Writer:
-    """One split's tokens on their way into shards of shard_tokens; counts documents and bytes of text."""
+    """One split's tokens on their way into shards of shard_tokens; counts documents, and the bytes they stand for."""
 
     def __init__(self, folder, split, vocab, token_bytes, shard_tokens):
         self.folder = folder
@@ -201,21 +248,20 @@ class Writer:
             self.filled = 0
 
 
-def read_meta(out: Path) -> dict | None:
+def earlier_meta(out: Path) -> dict | None:
     """Returns meta.json of a folder that was written here, None where there is nothing; refuses any other folder."""
     names = sorted(os.listdir(out)) if out.exists() else []
     if not names:
         return None
     foreign = [name for name in names if not re.fullmatch(r"(train|val)_\d{6}\.bin|meta\.json", name)]
-    try:
-        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-        ours = not foreign and "request" in meta
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
+    advice = "move it away or choose another folder with --out"
+    meta = {}
+    if not foreign and "meta.json" in names:
+        meta = read_meta(out / "meta.json", advice)
+    if "request" not in meta:
+        held = ", ".join((foreign or names)[:3])
         raise ValueError(
-            f"{out} holds {', '.join((foreign or names)[:3])}, not only what prepare.py wrote, and all of it would be "
-            f"replaced: move it away or choose another folder with --out"
+            f"{out} holds {held}, not only what prepare.py wrote, and all of it would be replaced: {advice}"
         )
     return meta
 
@@ -227,83 +273,24 @@ def is_whole(out, meta):
         return False
 
 
-@contextmanager
-def lock(folder: Path, out: Path):
-    """Keeps other processes from writing `out` by way of `folder` until the block ends."""
-    busy = f"another prepare.py is writing {out}: wait for it or choose another --out"
-    if fcntl:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it back even if we are killed
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ValueError(busy) from None
-        try:
-            yield
-        finally:
-            os.close(descriptor)
-        return
-
-    # Without fcntl a file beside is the lock. It stays where this process is killed, and the user then deletes it.
-    path = folder.with_suffix(".lock")
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        raise ValueError(f"{busy}; if none is running, delete {path}") from None
-    try:
-        yield
-    finally:
-        path.unlink()
-
-
-def sync_folder(folder):
-    """Waits until what a folder lists is on the disk. Windows has no way to ask for that, and opens no folders."""
-    if fcntl:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def successor(out: Path):
-    """Makes a locked folder beside `out`, which takes its place when the block ends without an error."""
-    partial = out.with_name(f".{out.name}.partial")
-    old = out.with_name(f".{out.name}.old")
-    partial.mkdir(parents=True, exist_ok=True)
-    with lock(partial, out):
-        try:
-            for path in partial.iterdir():  # of a run that was killed
-                path.unlink()
-            if old.exists() and out.exists():  # a run was killed after the renames below
-                shutil.rmtree(old)
-            elif old.exists():  # or between them
-                os.rename(old, out)
-            yield partial
-            sync_folder(partial)
-            if out.exists():
-                os.rename(out, old)
-            os.rename(partial, out)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
 # ---- from what the user asked for to the folder ---------------------------------------------------------------------
 
 
 def make_tokenizer(spec, add_tokens, documents, folder, workers):
     """Loads a tokenizer, or makes the ones that come from the text itself: char, and bpe:SIZE."""
     if spec == "char":
-        alphabet = set(chain.from_iterable(set(text) for _, text in documents()))
+        alphabet = set()
+        for _, parts in documents():
+            for text in parts:
+                alphabet.update(text)
         return load_tokenizer(spec, add_tokens, "".join(alphabet))
     if not re.fullmatch(r"bpe:\d+", spec):
         return load_tokenizer(spec, add_tokens)
     sample = folder / "sample.jsonl"
     room = 100_000_000  # characters: more text changes few merges
+    training_text = chain.from_iterable(pieces(parts) for split, parts in documents() if split == "train")
     with open(sample, "w", encoding="utf-8") as file:
-        for text in (text for split, text in documents() if split == "train"):
+        for text in training_text:
             file.write(json.dumps({"text": text[:room]}) + "\n")
             room -= len(text)
             if room <= 0:
@@ -331,16 +318,76 @@ def write_text(args, folder, text):
         longest = max(1, int(token_bytes.max()))  # bytes, so a token never has more characters
         max_characters = args.max_doc_tokens * longest
     work = chunks(documents(), max_characters)
+    sizes = {split: np.zeros(2, np.int64) for split in writers}  # of text, and of what its tokens stand for
+    n_changed = 0
+    examples = []
     with tqdm(total=text.size, unit="B", unit_scale=True, disable=None) as bar:
-        for encoded, text_bytes in encode_all(work, workers, tokenizer, args.max_doc_tokens):
-            for split, tokens in encoded.items():
+        for encoded in encode_all(work, workers, tokenizer, args.max_doc_tokens):
+            for split, tokens in encoded.tokens.items():
                 if args.max_tokens and split == "train":
                     tokens = tokens[: args.max_tokens - train.tokens]
                 writers[split].add(tokens)
-            bar.update(text_bytes)
+                sizes[split] += encoded.bytes[split]
+            n_changed += len(encoded.changed)
+            examples = examples or encoded.changed[:1]
+            bar.update(sum(of_text for of_text, _ in encoded.bytes.values()))
             if train.tokens == args.max_tokens:
                 break
-    write_meta(args, folder, writers, tokenizer, tokenizer.fingerprint, {"tokenizer": tokenizer.to_dict()})
+
+    # What was cut off a document or the end has no part in the tokens, so the text behind them is a share of it.
+    text_bytes = {}
+    for split, (of_text, of_tokens) in sizes.items():
+        text_bytes[split] = round(writers[split].bytes * of_text / max(of_tokens, 1))
+    more = {"tokenizer": tokenizer.to_dict(), "text_bytes": text_bytes}
+    write_meta(args, folder, writers, tokenizer, tokenizer.fingerprint, more)
+    if examples:
+        warn_of_loss(tokenizer, n_changed, examples[0], sizes["train"] + sizes["val"])
+    if text.with_marker:
+        names = sorted(map(str, text.with_marker))
+        print(f"{names[0]} spells out {EOT}, which stays text: --split_at_eot begins a document there", file=sys.stderr)
+
+
+def warn_of_loss(tokenizer, n_changed, example, sizes):
+    """Says that a tokenizer does not give all text back, with an example, and what can be done."""
+    text, back = example
+    of_text, of_tokens = sizes
+    advice = "it is NFC that it normalises to: give it text in NFC"
+    if tokenizer.kind == "sentencepiece":
+        advice = "train it with normalization_rule_name=identity, remove_extra_whitespaces=false and byte_fallback=true"
+    print(
+        f"WARNING: {tokenizer.name} loses text: {n_changed:,} pieces of it come back changed, {of_text:,} bytes as "
+        f"{of_tokens:,}; the first has {text!r}, and gives back {back!r}. Bits per byte will count the bytes of the "
+        f"text; to lose none, {advice}",
+        file=sys.stderr,
+    )
+
+
+class Vocabulary(NamedTuple):
+    """What there is to know of ids whose tokenizer is not here."""
+
+    vocab_size: int
+    eot_id: int
+
+
+def write_tokens(args, folder):
+    """Writes the same of other tools' token files: those of the tokenizer that is named, else GPT-2's."""
+    if args.tokenizer:
+        vocab = load_tokenizer(args.tokenizer)
+        meaning = vocab.fingerprint
+        more = {"tokenizer": vocab.to_dict()}
+        token_bytes = vocab.token_bytes()
+    else:
+        vocab = Vocabulary(*PUBLISHED[2])
+        meaning = "GPT-2"
+        more = {"tokenizer": None}
+        token_bytes = np.zeros(vocab.vocab_size, np.int64)
+    writers = {}
+    for split, paths in args.token_files.items():
+        writers[split] = Writer(folder, split, vocab, token_bytes, args.shard_tokens)
+        for path in tqdm(paths, split, unit="file", disable=None):
+            for tokens in token_files.read(path, vocab.vocab_size):
+                writers[split].add(tokens)
+    write_meta(args, folder, writers, vocab, meaning, more)
 
 
 def write_mqar(args, folder, task):
@@ -378,7 +425,7 @@ def write_meta(args, folder, writers, vocab, fingerprint, more):
 
 def request_hash(args, identity):
     """Returns a hash of all that decides the result; a tokenizer's file, like the text's, is known by size and time."""
-    file = Path(re.sub(r"^bpe:|(?<=\.tiktoken):\w+$", "", args.tokenizer))
+    file = Path(re.sub(r"^bpe:|(?<=\.tiktoken):\w+$", "", args.tokenizer or ""))
     stamp = None
     if file.is_file():
         stat = file.stat()
@@ -390,8 +437,9 @@ def request_hash(args, identity):
         args.shard_tokens,
         args.add_tokens,
         args.skip_bad,
+        args.split_at_eot,
     ]
-    version = 2  # one more, when the same request comes to give other tokens
+    version = 3  # one more, when the same request comes to give other tokens
     request = json.dumps([version, identity, args.tokenizer, stamp, options])
     return hashlib.sha256(request.encode()).hexdigest()
 
@@ -419,7 +467,7 @@ def prepare(args) -> None:
     # 1. Check what was asked for, and fill in what a named set decides.
     source = args.source[0]
     named = NAMED.get(source, Named("", val_fraction=0.05))
-    if not args.tokenizer:
+    if not args.tokenizer and not args.token_files:
         args.tokenizer = named.tokenizer
     if args.val_fraction is None:
         args.val_fraction = named.val_fraction
@@ -433,20 +481,24 @@ def prepare(args) -> None:
         args.out = Path(__file__).with_name(folder_name(source))
     out = Path(args.out).resolve()
 
-    # 2. Find the documents.
+    # 2. Find what is to be written.
     skipped = Skipped() if args.skip_bad else None
-    is_mqar = args.source == ["mqar"]
-    if is_mqar:
+    if args.source == ["mqar"]:
         task = mqar_task(args)
         identity = ["mqar", *task, args.documents, args.seed]
+        write = partial(write_mqar, args, task=task)
+    elif args.token_files:
+        identity = identity_of(chain(*args.token_files.values()))
+        write = partial(write_tokens, args)
     else:
-        text = find_text(args.source, args.input, skipped)
+        text = find_text(args.source, args.input, skipped, args.split_at_eot)
         identity = text.identity
+        write = partial(write_text, args, text=text)
 
-    # 3. Write them, unless what is there was made of the same.
+    # 3. Write it, unless what is there was made of the same.
     args.request = request_hash(args, identity)
     start = time.time()
-    meta = read_meta(out)
+    meta = earlier_meta(out)
     if meta and not chosen and meta.get("origin", args.origin) != args.origin:
         made_of = " ".join(meta["origin"])
         raise ValueError(f"{out} was made of {made_of}: choose another folder with --out, or this one to replace it")
@@ -455,17 +507,14 @@ def prepare(args) -> None:
     else:
         try:
             with successor(out) as folder:
-                if is_mqar:
-                    write_mqar(args, folder, task)
-                else:
-                    write_text(args, folder, text)
+                write(folder)
         finally:
             if skipped is not None and skipped.count:
                 print(skipped, file=sys.stderr)
         print(f"took {time.time() - start:.1f} s")
 
     # 4. Say what is there.
-    meta = read_meta(out)
+    meta = earlier_meta(out)
     for split in ("train", "val"):
         sizes = ", ".join(f"{meta[what][split]:,} {what}" for what in ("documents", "bytes", "tokens"))
         print(f"{out} {split}: {sizes}, vocabulary {meta['vocab_size']:,}")
@@ -488,7 +537,7 @@ def main(argv: list[str] | None = None) -> None:
     text = parser.add_argument_group("of text alone")
     mqar = parser.add_argument_group("of mqar alone")
     kinds = ", ".join(KINDS)
-    add("source", nargs="+", metavar="NAME|FILES", help=f"a name below; {kinds}, also .gz; folders; - is stdin")
+    add("source", nargs="+", metavar="NAME|FILES", help=f"a name below; {kinds}, also .gz; folders; - for stdin")
     add("--out", help="folder to write (default: data/NAME)")
     add("--val_fraction", type=float, help="share of the documents that validates")
     add("--shard_tokens", type=positive, default=100_000_000, help="tokens in a file")
@@ -497,6 +546,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--add_tokens", type=lambda s: CHAT_TOKENS if s == "chat" else s.split(","), default=[], help="A,B,... or chat")
     add("--max_doc_tokens", type=positive, help="cut documents to this many tokens, eot included")
     add("--max_tokens", type=positive, help="stop when train has this many, for sets without end")
+    add("--split_at_eot", action="store_true", help=f"a document ends where a .txt spells out {EOT}")
     add("--skip_bad", action="store_true", help="leave out files and lines that cannot be read, and count them")
     add("--input", help="a local copy (file or folder) of a named set")
     add("--workers", type=positive, help="processes (default: by the size of the text and the cores)")
@@ -508,8 +558,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--documents", type=int, default=100_000, help="of train and validation (default: 100,000)")
     add("--seed", type=int, default=1)
     args = parser.parse_args(argv)
+    print_any_text()
     try:
-        meaningless = TEXT_OPTIONS if args.source == ["mqar"] else MQAR_OPTIONS
+        args.token_files = None
+        meaningless = MQAR_OPTIONS
+        if args.source == ["mqar"]:
+            meaningless = TEXT_OPTIONS
+        elif len(args.source) == 1 and args.source[0] not in NAMED and os.path.isdir(args.source[0]):
+            args.token_files = token_files.find(Path(args.source[0]))
+        if args.token_files:
+            meaningless = [key for key in (*TEXT_OPTIONS, *MQAR_OPTIONS, "val_fraction") if key != "tokenizer"]
         for key in meaningless:
             if getattr(args, key) != parser.get_default(key):
                 raise ValueError(f"--{key} means nothing to {' '.join(args.source)}: leave it out")

@@ -10,7 +10,6 @@ step is reached at once, and the number of ranks and micro_batch change nothing.
 """
 
 import hashlib
-import json
 import mmap
 import os
 import re
@@ -21,6 +20,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np  # torch is imported where tensors are made: prepare.py and its workers start without it
+
+from data.text import read_json
 
 HEADER_BYTES = 256 * 4
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: (version, type of a token)
@@ -52,9 +53,10 @@ def open_shard(path: Path) -> tuple[mmap.mmap, np.ndarray]:
         if size < HEADER_BYTES:
             raise ValueError(f"{path}: {size} bytes, less than the header's {HEADER_BYTES} (empty or truncated)")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    magic, version, count = (int(n) for n in np.frombuffer(mapped, "<i4", 3))
+    magic, version, count = np.frombuffer(mapped, "<i4", 3).tolist()
     if magic not in FORMATS:
-        raise ValueError(f"{path}: bad magic {magic} (expected 20240520 or 20240801; not a token shard?)")
+        advice = f"make shards of it, if it is nanoGPT's, with  python data/prepare.py {path.parent} --out data/NAME"
+        raise ValueError(f"{path}: bad magic {magic} (expected 20240520 or 20240801; not a token shard?): {advice}")
     expected, dtype = FORMATS[magic]
     if version != expected:
         raise ValueError(f"{path}: version {version}, but shards with magic {magic} have version {expected}")
@@ -83,13 +85,15 @@ def give_back(mapped, begin, size):
         mapped.madvise(mmap.MADV_DONTNEED, first, min(begin + size + around, len(mapped)) - first)
 
 
-def shards_of_split(folder: Path, split: str) -> list[Path]:
-    """Returns the files of a split, in order: those with its name as a whole word of theirs.
+def files_of_split(folder: Path, split: str, endings: tuple = (".bin",)) -> list[Path]:
+    """Returns the token files of a split, in order: those with its name as a whole word of theirs.
 
     fineweb_train_000001.bin is train's, and pretrain_val_0.bin is val's. ValueError where a name has both words.
     """
     found = []
-    for path in sorted(folder.glob("*.bin")):
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in endings or path.name.startswith("."):
+            continue
         words = re.split(r"[^a-zA-Z]+", path.stem)
         splits = [name for name in ("train", "val") if name in words]
         if len(splits) > 1:
@@ -99,26 +103,84 @@ def shards_of_split(folder: Path, split: str) -> list[Path]:
     return found
 
 
+# ---- meta.json -------------------------------------------------------------------------------------------------------
+
+
+def is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_of_each_split(value):
+    return isinstance(value, dict) and value.keys() == {"train", "val"} and all(map(is_count, value.values()))
+
+
+A_TEXT = "a text", lambda value: isinstance(value, str)
+A_NUMBER = "a whole number from 0", is_count
+OF_EACH_SPLIT = 'whole numbers {"train": ..., "val": ...}', is_of_each_split
+FIELDS = {  # of meta.json: what each must be, where it is there
+    "tokenizer": ("a tokenizer's fields or null", lambda value: value is None or isinstance(value, dict)),
+    "vocab_size": ("a whole number from 1", lambda value: is_count(value) and value > 0),
+    "eot_id": A_NUMBER,
+    "targets": ("two whole numbers", lambda value: isinstance(value, list) and [*map(is_count, value)] == [True, True]),
+    "document_tokens": ("a whole number from 1", lambda value: is_count(value) and value > 0),
+    "documents": OF_EACH_SPLIT,
+    "bytes": OF_EACH_SPLIT,
+    "text_bytes": OF_EACH_SPLIT,
+    "tokens": OF_EACH_SPLIT,
+    "fingerprint": A_TEXT,
+    "request": A_TEXT,
+    "origin": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)),
+}
+
+
+def read_meta(path: Path, advice: str = "prepare the data again") -> dict:
+    """Returns what data/prepare.py wrote about shards: in their meta.json, or a run's data.json, which is a copy.
+
+    ValueError names the file and the field that is not what it must be.
+    """
+    meta = read_json(path)
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path} holds no fields, but {type(meta).__name__}: {advice}")
+    for field in ("tokenizer", "vocab_size", "eot_id"):
+        if field not in meta:
+            raise ValueError(f"{path} has no field {field!r}: {advice}")
+    for field, (what, is_right) in FIELDS.items():
+        if field in meta and not is_right(meta[field]):
+            raise ValueError(f"{path}: {field!r} is {meta[field]!r:.60}, and not {what}: {advice}")
+    if meta["eot_id"] >= meta["vocab_size"]:
+        raise ValueError(f"{path}: 'eot_id' is {meta['eot_id']}, and 'vocab_size' {meta['vocab_size']}: {advice}")
+    return meta
+
+
+# ---- the reader ------------------------------------------------------------------------------------------------------
+
+
 class Shards:
     """The tokens of one split of a folder, memory-mapped. Files may be replaced (by rename) while they are in use."""
 
     def __init__(self, folder: str | Path, split: str):
-        self.folder, self.split = Path(folder), split
+        self.folder = Path(folder)
+        self.split = split
         if not self.folder.is_dir():
             command = f"python data/prepare.py {self.folder.name} --out {self.folder}"
             raise FileNotFoundError(f"{self.folder} not found: make it with  {command}")
-        self.paths = shards_of_split(self.folder, split)
+        self.paths = files_of_split(self.folder, split)
         if not self.paths:
-            here = ", ".join(path.name for path in sorted(self.folder.glob("*.bin"))[:3]) or "no .bin at all"
+            others = [path.name for path in sorted(self.folder.iterdir()) if path.suffix in (".bin", ".npy")]
+            here = ", ".join(others[:3]) or "no .bin at all"
+            source = f" {self.folder} --out data/NAME" if ".npy" in here else ""
             raise FileNotFoundError(
                 f"{self.folder} holds no .bin with {split} as a word of its name, such as {split}_000000.bin ({here}): "
-                "make it with  python data/prepare.py"
+                f"make it with  python data/prepare.py{source}"
             )
-        self._maps, self._tokens = zip(*map(open_shard, self.paths))
+        opened = [open_shard(path) for path in self.paths]
+        self._maps = [mapped for mapped, _ in opened]
+        self._tokens = [tokens for _, tokens in opened]
         self._stamps = [stamp(path) for path in self.paths]
         self._ends = np.cumsum([len(tokens) for tokens in self._tokens]).tolist()
         self.meta = self._read_meta()
-        self.vocab_size, self.eot_id = self.meta["vocab_size"], self.meta["eot_id"]
+        self.vocab_size = self.meta["vocab_size"]
+        self.eot_id = self.meta["eot_id"]
         self.targets = self.meta.get("targets")  # the first id that is learned and evaluated, the last + 1; None: all
         self.document_tokens = self.meta.get("document_tokens")  # in every document; None: they differ
 
@@ -127,12 +189,7 @@ class Shards:
         if not path.exists():  # published shards: known by the size of their tokens
             vocab_size, eot_id = PUBLISHED[self._tokens[0].itemsize]
             return {"tokenizer": None, "vocab_size": vocab_size, "eot_id": eot_id}
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            meta["tokenizer"], meta["vocab_size"], meta["eot_id"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not what data/prepare.py writes ({error!r}): prepare the data again") from error
-        return meta
+        return read_meta(path)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -147,7 +204,8 @@ class Shards:
     @cached_property
     def contents(self) -> str:
         """A hash of what the files do hold, whatever meta.json says: names, sizes, and 64 kB at 8 places of each."""
-        digest, part = hashlib.sha256(), 1 << 16
+        digest = hashlib.sha256()
+        part = 1 << 16
         for path, mapped in zip(self.paths, self._maps):
             digest.update(f"{path.name} {len(mapped)} ".encode())
             for begin in range(0, len(mapped), max(len(mapped) // 8, part)):
@@ -160,8 +218,12 @@ class Shards:
 
         One that was replaced by rename is not among them: the old file is still what is read.
         """
-        now = [stamp(path) for path in self.paths]
-        return [str(p) for p, a, b in zip(self.paths, self._stamps, now) if a[0] == b[0] and a != b]
+        found = []
+        for path, before in zip(self.paths, self._stamps):
+            now = stamp(path)
+            if now[0] == before[0] and now != before:
+                found.append(str(path))
+        return found
 
     def __len__(self):
         return self._ends[-1]
@@ -169,7 +231,8 @@ class Shards:
     def read(self, start: int, n: int) -> np.ndarray:
         """Tokens start to start + n of the stream, across shards: (n,) int64."""
         assert 0 <= start and start + n <= len(self), f"tokens {start} to {start + n} of {len(self)}"
-        out, done = np.empty(n, np.int64), 0
+        out = np.empty(n, np.int64)
+        done = 0
         while done < n:
             i = bisect_right(self._ends, start + done)
             tokens = self._tokens[i]
@@ -187,7 +250,8 @@ class Shards:
     @cached_property
     def document_starts(self) -> np.ndarray:
         """Where the documents begin, (D,) int64. Reads everything once, 8 bytes of memory a document."""
-        found, block = [], 1 << 22
+        found = []
+        block = 1 << 22
         for start in range(0, len(self), block):
             tokens = self.read(start, min(block, len(self) - start))
             found.append(start + np.flatnonzero(tokens == self.eot_id))
@@ -203,14 +267,19 @@ def shuffled(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
-    out, outside = index.astype(np.uint64), np.arange(len(index))
+    out = index.astype(np.uint64)
+    outside = np.arange(len(index))
     while len(outside):
-        left, right = out[outside] >> half, out[outside] & low
+        left = out[outside] >> half
+        right = out[outside] & low
         for key in keys:
             z = right + key  # wraps at 64 bits, like the products below
             z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ ((z ^ (z >> np.uint64(31))) & low)
+            z = z ^ (z >> np.uint64(31))
+            mixed = left ^ (z & low)
+            left = right
+            right = mixed
         out[outside] = left << half | right
         outside = outside[out[outside] >= n]
     return out.astype(np.int64)
@@ -251,10 +320,15 @@ class Loader:
         check_whole_documents(shards, block_size)
         if not 0 <= document_start_probability <= 1:
             raise ValueError(f"document_start_probability={document_start_probability} is not between 0 and 1")
-        self.shards, self.block_size, self.batch_windows, self.seed = shards, block_size, batch_windows, seed
-        self.first, self.last = batch_windows * rank // world_size, batch_windows * (rank + 1) // world_size
+        self.shards = shards
+        self.block_size = block_size
+        self.batch_windows = batch_windows
+        self.seed = seed
+        self.first = batch_windows * rank // world_size
+        self.last = batch_windows * (rank + 1) // world_size
         self.micro_batch = micro_batch or self.last - self.first
-        self.device, self.mask_document_crossing = device, mask_document_crossing
+        self.device = device
+        self.mask_document_crossing = mask_document_crossing
         # One window is left out, where there is more than one, so that the grid can begin at any of block_size places.
         self.windows_per_epoch = max(1, len(shards) // block_size - 1)
         self.phases = min(block_size, len(shards) - self.windows_per_epoch * block_size)
@@ -279,7 +353,8 @@ class Loader:
 
     def _draw(self, k, n, kind):
         """The k-th draws from range(n), all of it once before any comes again: (draws, a number for each epoch)."""
-        drawn, noise = np.empty_like(k), np.empty_like(k)
+        drawn = np.empty_like(k)
+        noise = np.empty_like(k)
         epochs = k // n
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
@@ -312,15 +387,18 @@ class Loader:
     def _load(self, step):
         starts = self.starts(step)
         ignored = self.shards.eot_id if self.mask_document_crossing else None
-        return [
-            make_batch(self.shards, starts[i : i + self.micro_batch], self.block_size, self.device, ignored)
-            for i in range(0, len(starts), self.micro_batch)
-        ]
+        loaded = []
+        for i in range(0, len(starts), self.micro_batch):
+            some = starts[i : i + self.micro_batch]
+            loaded.append(make_batch(self.shards, some, self.block_size, self.device, ignored))
+        return loaded
 
     def batches(self, step: int) -> Iterator[tuple]:
         """This rank's micro-batches (x, y) of a step, on the device."""
         if self._thread:
-            here = self._ahead[1] if self._ahead[0] == step else self._thread.submit(self._load, step)
+            ahead_of, here = self._ahead
+            if ahead_of != step:
+                here = self._thread.submit(self._load, step)
             self._ahead = step + 1, self._thread.submit(self._load, step + 1)
             loaded = here.result()
         else:
@@ -337,6 +415,14 @@ def check_whole_documents(shards, block_size):
         raise ValueError(f"{shards.folder}: {why}: try {' or '.join(map(str, near))}")
 
 
+def check_evaluation(shards: Shards, block_size: int) -> None:
+    """Raises ValueError where there is nothing to evaluate, or not in windows of that size."""
+    check_whole_documents(shards, block_size)
+    if len(shards) < 2:
+        few = f"the {shards.split} split has {len(shards)} token, and to predict one takes 2"
+        raise ValueError(f"{shards.folder}: {few}: prepare more text, or with another --val_fraction")
+
+
 def make_batch(shards, starts, block_size, device, ignored=None, targets=None):
     """Windows that begin at `starts` as (x, y), in pinned memory for a GPU; y past `targets` of the stream is -1."""
     import torch
@@ -345,7 +431,8 @@ def make_batch(shards, starts, block_size, device, ignored=None, targets=None):
     for row, start in zip(tokens, starts.tolist()):
         n = min(block_size + 1, len(shards) - start)
         row[:n] = shards.read(start, n)
-    x, y = np.ascontiguousarray(tokens[:, :-1]), tokens[:, 1:].copy()
+    x = np.ascontiguousarray(tokens[:, :-1])
+    y = tokens[:, 1:].copy()
     if ignored is not None:
         y[y == ignored] = -1
     if targets is not None:
@@ -353,8 +440,11 @@ def make_batch(shards, starts, block_size, device, ignored=None, targets=None):
     if shards.targets:
         first, end = shards.targets
         y[(y < first) | (y >= end)] = -1
-    x, y = torch.from_numpy(x), torch.from_numpy(y)
-    return (x.pin_memory(), y.pin_memory()) if torch.device(device).type == "cuda" else (x, y)
+    x = torch.from_numpy(x)
+    y = torch.from_numpy(y)
+    if torch.device(device).type == "cuda":
+        return x.pin_memory(), y.pin_memory()
+    return x, y
 
 
 def eval_batches(
@@ -366,15 +456,13 @@ def eval_batches(
     world_size: int = 1,
     device: str = "cpu",
 ) -> Iterator[tuple]:
-    """The first n_tokens targets of the split (0: all of them), each exactly once, the same at every call.
+    """Yields the first n_tokens targets of the split (0: all of them), each exactly once, the same at every call.
 
     The last window is filled up with targets of -1, so weigh a batch's loss by its targets that are not -1.
     Ranks get contiguous parts, whose numbers of batches may differ by one or be 0.
     """
-    check_whole_documents(shards, block_size)
+    check_evaluation(shards, block_size)
     targets = min(n_tokens or len(shards), len(shards) - 1)
-    if targets < 1:
-        raise ValueError(f"{shards.folder}: {len(shards)} {shards.split} tokens are too few to predict one")
     starts = np.arange(0, targets, block_size)
     starts = starts[len(starts) * rank // world_size : len(starts) * (rank + 1) // world_size]
     for i in range(0, len(starts), micro_batch):

@@ -1,37 +1,30 @@
 """Where text comes from: named sets (the table NAMED at the end), files and folders, standard input.
 
-find_text gives what the user named as documents, which are strings. A file is one document, but a .jsonl has one in
-the field "text" of each line; any file may be gzipped. Text is UTF-8, or UTF-16 that begins with a byte order mark.
+find_text gives what the user named as documents. A document is an iterable of the parts of its text, and gives them
+again each time: [text], or a File that is read in parts. A file is one document, but a .jsonl has one in the field
+"text" of each line, and a .txt may have many with <|endoftext|> between them; any file may be gzipped.
 """
 
-import codecs
 import difflib
-import gzip
 import hashlib
 import importlib.util
-import io
-import json
 import os
 import re
 import sys
 import sysconfig
 import urllib.request
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from data.tokenizers import EOT
+from data import text
+from data.bpe import EOT
+from data.text import Unreadable
 
 KINDS = (".txt", ".md", ".rst", ".jsonl", ".py")
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-
-
-class Unreadable(ValueError):
-    """Raised for a file, a document or a line that is not the text it should be; says which, and why."""
 
 
 class Skipped:
@@ -59,10 +52,11 @@ class Skipped:
 class Text(NamedTuple):
     identity: object  # what decides the documents: names, sizes and times of files, or a hash
     size: int | None  # in bytes, where it is known
-    documents: Callable[[], Iterator[str]]  # gives the documents, each time from the first
+    documents: Callable[[], Iterator[Iterable[str]]]  # gives the documents, each time from the first
+    with_marker: Iterable = ()  # the names of texts that were read whole, and in which EOT is spelled out
 
 
-def find_text(sources: list[str], copy: str | None, skipped: Skipped | None) -> Text:
+def find_text(sources: list[str], copy: str | None, skipped: Skipped | None, split_at_eot: bool) -> Text:
     """Returns what the user named. What cannot be read is added to `skipped`, or is an error where that is None."""
     name = sources[0]
     named = NAMED.get(name)
@@ -75,32 +69,54 @@ def find_text(sources: list[str], copy: str | None, skipped: Skipped | None) -> 
     if skipped is not None and (is_streamed or sources == ["-"]):
         raise ValueError("--skip_bad leaves out files, and lines of files, and there are none here: leave it out")
     if is_streamed:
+        if split_at_eot:
+            raise ValueError(f"--split_at_eot is for .txt files, and {name} comes as documents: leave it out")
         return Text(name, None, named.documents)
-    if sources == ["-"]:
-        data = sys.stdin.buffer.read()
-        return Text(hashlib.sha256(data).hexdigest(), len(data), lambda: iter([read_bytes(data, "standard input")]))
 
-    separator = None
+    separator = EOT if split_at_eot else None
+    with_marker = set()
+    if sources == ["-"]:
+        return standard_input(separator, with_marker)
     if copy:
         paths = find_files([copy])
-        separator = named.separator
+        separator = named.separator or separator
     elif named:
         paths = named.files()
     else:
         paths = find_files(sources)
 
-    # Files are known by path, size and time, so that a second run has nothing to read.
-    stats = [path.stat() for path in paths]
-    identity = [[os.path.abspath(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats)]
-    size = sum(stat.st_size for stat in stats)
+    size = sum(path.stat().st_size for path in paths)
 
     def documents():
         if skipped is not None:
             skipped.clear()
         for path in paths:
-            yield from read(path, separator, skipped)
+            yield from read(path, separator, skipped, with_marker)
 
-    return Text(identity, size, documents)
+    return Text(identity_of(paths), size, documents, with_marker)
+
+
+def identity_of(paths: Iterable[Path]) -> list:
+    """Returns what files are known by, so that a second run has nothing to read: path, size and time."""
+    identity = []
+    for path in paths:
+        stat = path.stat()
+        identity.append([os.path.abspath(path), stat.st_size, stat.st_mtime_ns])
+    return identity
+
+
+def standard_input(separator, with_marker):
+    data = sys.stdin.buffer.read()
+    name = "standard input"
+
+    def documents():
+        if separator:
+            for document in text.separated(data, separator, name):
+                yield [document]
+        else:
+            yield File(data, name, with_marker)
+
+    return Text(hashlib.sha256(data).hexdigest(), len(data), documents, with_marker)
 
 
 # ---- which files ----------------------------------------------------------------------------------------------------
@@ -173,24 +189,64 @@ def counts(left_out, most=10):
 # ---- how a file is read ---------------------------------------------------------------------------------------------
 
 
-def read(path: Path, separator: str | None = None, skipped: Skipped | None = None) -> Iterator[str]:
-    """Yields the documents of a file: one, or many with separators between them, or those of a .jsonl's lines."""
-    try:
-        if skipped is not None and path.suffix == ".gz":
-            unpack(path)
-        with open_utf8(path) as file:
-            if path.name.removesuffix(".gz").endswith(".jsonl"):
-                yield from read_lines(file, path, skipped)
-            elif separator:
-                yield from read_separated(file, path, separator, skipped)
-            else:
-                yield decode(file.read(), path)
-    except Unreadable as error:
+class File:
+    """A document that is a whole file, or bytes: read in parts, each time anew, as it may be larger than the memory."""
+
+    def __init__(self, source: Path | bytes, name: str | Path, with_marker: set):
+        self.source = source
+        self.name = name
+        self.with_marker = with_marker  # the names of texts in which EOT was seen spelled out
+
+    def __iter__(self):
+        end = ""
+        try:
+            for part in text.parts(self.source, self.name):
+                if EOT in end + part:
+                    self.with_marker.add(self.name)
+                end = part[-len(EOT) :]
+                yield part
+        except Unreadable as error:
+            leave_out(error, None)
+
+
+def read(path: Path, separator: str | None, skipped: Skipped | None, with_marker: set) -> Iterator[Iterable[str]]:
+    """Yields the documents of a file: those of a .jsonl's lines, of a .txt between separators, or one."""
+
+    def bad(error):
         leave_out(error, skipped)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        leave_out(f"{path}: a damaged gzip file: {error}", skipped)
-    except OSError as error:
-        leave_out(f"{path}: cannot be read: {error}", skipped)
+
+    name = path.name.removesuffix(".gz")
+    try:
+        if name.endswith(".jsonl"):
+            if skipped is not None:
+                check_whole(path)
+            for place, row in text.json_lines(path, bad):
+                try:
+                    document = text.text_field(row, place)
+                except Unreadable as error:
+                    bad(error)
+                else:
+                    yield [document]
+        elif separator and name.endswith(".txt"):
+            if skipped is not None:
+                check_whole(path)
+            for document in text.separated(path, separator, bad=bad):
+                yield [document]
+        else:
+            if skipped is not None:
+                for _ in text.parts(path):  # an error in the middle would come too late to leave it out
+                    pass
+            yield File(path, path, with_marker)
+    except Unreadable as error:
+        bad(error)
+
+
+def check_whole(path):
+    """Raises Unreadable where a gzip file has damage, which shows at its end, before any of its documents is used."""
+    if path.suffix == ".gz":
+        with text.open_utf8(path) as file:
+            while file.read(text.PART):
+                pass
 
 
 def leave_out(error, skipped):
@@ -198,115 +254,6 @@ def leave_out(error, skipped):
     if skipped is None:
         raise ValueError(f"{error}; or leave out what cannot be read with --skip_bad") from None
     skipped.add(error)
-
-
-def unpack(path):
-    """Reads a gzipped file to its end, where damage shows, so that none of a damaged file's documents are used."""
-    with gzip.open(path) as file:
-        while file.read(1 << 20):
-            pass
-
-
-@contextmanager
-def open_utf8(path):
-    """Opens a file, or what is gzipped in it, as bytes that are UTF-8 if they are text."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        yield as_utf8(file, path)
-
-
-def as_utf8(file, where):
-    """Returns an open file as one of UTF-8 without a byte order mark: the same, or a converted copy in memory."""
-    start = file.peek(4096)[:4096]
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        try:
-            return io.BytesIO(file.read().decode("utf-16").encode())
-        except UnicodeDecodeError as error:
-            raise Unreadable(f"{where}: not whole UTF-16 text: {error.reason} at offset {error.start}") from None
-    if start.startswith(codecs.BOM_UTF8):
-        file.read(len(codecs.BOM_UTF8))
-        return file
-
-    # Latin letters in UTF-16 are valid UTF-8, but each comes with a zero, before it (big-endian) or behind it; other
-    # alphabets have that at least in their spaces. In UTF-8 there are no zeros, or they are anywhere.
-    zeros_before = start[0::2].count(0)
-    zeros_behind = start[1::2].count(0)
-    if (zeros_before == 0) != (zeros_behind == 0) and zeros_before + zeros_behind > len(start) / 100:
-        encoding = "UTF-16BE" if zeros_before else "UTF-16LE"
-        raise Unreadable(
-            f"{where}: looks like {encoding} without a byte order mark: "
-            f"convert it, for example with  iconv -f {encoding} -t utf-8"
-        )
-    return file
-
-
-def read_bytes(data, where):
-    return decode(as_utf8(io.BufferedReader(io.BytesIO(data)), where).read(), where)
-
-
-def read_lines(file, path, skipped):
-    """Yields the texts of a .jsonl file."""
-    offset = file.tell()
-    for number, line in enumerate(file, 1):
-        try:
-            row = decode(line, path, offset)
-            text = text_field(row, f"{path}:{number}") if row.strip() else ""
-        except Unreadable as error:
-            leave_out(error, skipped)
-        else:
-            yield text
-        offset += len(line)
-
-
-def read_separated(file, path, separator, skipped):
-    """Yields the texts between separators."""
-    for offset, document in split_bytes(file, separator.encode()):
-        try:
-            text = decode(document, path, offset)
-        except Unreadable as error:
-            leave_out(error, skipped)
-        else:
-            yield text.strip()
-
-
-def split_bytes(file, separator):
-    """Yields what is between separators as (where it begins in the file, bytes), with one document in memory."""
-    offset = file.tell()
-    document = []  # the lines of it that were read
-    for line in file:
-        *ends, rest = line.split(separator)
-        for end in ends:
-            whole = b"".join([*document, end])
-            yield offset, whole
-            offset += len(whole) + len(separator)
-            document = []
-        document.append(rest)
-    yield offset, b"".join(document)
-
-
-def decode(data, where, offset=0):
-    """Returns UTF-8 as text. offset: where it begins in the file, for the error."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Unreadable(
-            f"{where}: not UTF-8 text: byte 0x{data[error.start]:02x} at offset {offset + error.start}: "
-            f"convert it, for example with  iconv -f latin1 -t utf-8"
-        ) from None
-
-
-def text_field(line, where):
-    """Returns the field "text" of a line of JSON."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise Unreadable(f"{where}: not a line of JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise Unreadable(f'{where}: needs a field "text" that is a string, found {type(row).__name__}')
-    if not isinstance(row.get("text"), str):
-        raise Unreadable(f'{where}: needs a field "text" that is a string, found {sorted(row)}')
-    # JSON can spell half of a surrogate pair, which is no text and which no tokenizer can take.
-    return row["text"].encode("utf-8", "replace").decode()
 
 
 # ---- the named sets -------------------------------------------------------------------------------------------------
@@ -331,7 +278,7 @@ def pysource():
 def shakespeare():
     try:
         with urllib.request.urlopen(SHAKESPEARE, timeout=60) as response:
-            return [decode(response.read(), SHAKESPEARE)]
+            return [[text.read_text(response.read(), SHAKESPEARE)]]
     except OSError as error:
         raise ValueError(f"cannot download {SHAKESPEARE} ({error}): give a local copy with --input") from None
 
@@ -346,8 +293,9 @@ def hub(path, **arguments):
             raise ValueError(
                 f"{path} is streamed from the hub: pip install datasets zstandard  (or give a local copy with --input)"
             ) from None
-        for row in datasets.load_dataset(path, split="train", streaming=True, **arguments):
-            yield row["text"]
+        rows = datasets.load_dataset(path, split="train", streaming=True, **arguments)
+        for number, row in enumerate(rows, 1):
+            yield [text.text_field(row, f"{path} row {number}")]
 
     return read_rows
 

@@ -38,7 +38,7 @@ class MQAR(NamedTuple):
 
     @property
     def targets(self) -> tuple[int, int]:
-        """The first answer's id, and the last one's + 1."""
+        """Returns the id of the first answer, and that of the last + 1."""
         return 1 + self.keys + self.values, self.vocab_size
 
     def check(self, documents: int, seed: int) -> None:
@@ -53,17 +53,22 @@ class MQAR(NamedTuple):
             raise ValueError(f"--documents={documents} --seed={seed}: try 3 or more documents and a seed of 0 or more")
 
     def documents(self, seed: int, split: str, n: int) -> Iterator[np.ndarray]:
-        """n documents in arrays (up to 4096, document_tokens) int64, a function of (sizes, seed, split) alone.
+        """Yields n documents in arrays (up to 4096, document_tokens) int64, a function of (sizes, seed, split) alone.
 
         Each array has a random stream of its own, so that more documents begin with the same ones. The streams of the
         splits differ; that a document comes twice is possible, but for 16 pairs of 32 keys less likely than 1e-20.
         """
         for block, start in enumerate(range(0, n, 4096)):
-            rng, rows = np.random.default_rng((seed, SPLITS.index(split), block)), 4096
-            keys = rng.random((rows, self.keys)).argsort(axis=1)[:, : self.pairs]
-            values = rng.integers(self.values, size=(rows, self.pairs))
-            asked = rng.random((rows, self.pairs)).argsort(axis=1)[:, : self.queries]
-            pairs = np.stack((1 + keys, 1 + self.keys + values), axis=2)  # (rows, pairs, 2)
-            queries = np.take_along_axis(pairs, asked[:, :, None], axis=1) + (0, self.values)  # (rows, queries, 2)
-            parts = np.full((rows, 1), self.eot_id), pairs.reshape(rows, -1), queries.reshape(rows, -1)
-            yield np.concatenate(parts, axis=1)[: n - start]
+            rng = np.random.default_rng((seed, SPLITS.index(split), block))
+            keys = rng.random((4096, self.keys)).argsort(axis=1)[:, : self.pairs]  # (4096, pairs), all different
+            values = rng.integers(self.values, size=keys.shape)
+            asked = rng.random(keys.shape).argsort(axis=1)[:, : self.queries]  # (4096, queries): which pairs
+
+            eot = np.full((4096, 1), self.eot_id)
+            pairs = np.stack((1 + keys, 1 + self.keys + values), axis=2)  # (4096, pairs, 2)
+            queries = np.take_along_axis(pairs, asked[:, :, None], axis=1)  # (4096, queries, 2)
+            queries[:, :, 1] += self.values  # an answer, where there was a value
+            told = pairs.reshape(4096, -1)  # (4096, 2 * pairs)
+            asked_for = queries.reshape(4096, -1)  # (4096, 2 * queries)
+            documents = np.hstack((eot, told, asked_for))
+            yield documents[: n - start]

@@ -7,9 +7,9 @@
     python data/tokenizers.py train FILES... --vocab_size 8192 --out bpe.json  # then load_tokenizer("bpe:bpe.json")
 
 BPE, as in GPT-2: a regex cuts text into words, a word begins as its bytes, and the adjacent pair that makes the token
-of lowest rank is merged, again and again. A token's id is its rank, and tiktoken's core does the work; data/bpe.py is
-the training. decode(encode(text)) == text, except for tokenizers that normalise by design: Qwen's (Unicode NFC) and
-most sentencepiece models.
+of lowest rank is merged, again and again. A token's id is its rank, and tiktoken's core does the work;
+data/bpe_training.py is the training. decode(encode(text)) == text, except for tokenizers that normalise by design:
+Qwen's (Unicode NFC) and most sentencepiece models.
 """
 
 import argparse
@@ -31,7 +31,9 @@ import numpy as np
 import regex
 
 from data import tokenizer_json
-from data.bpe import EOT, PATTERNS, alternatives, count_words, format_ranks, merge_words, parse_ranks
+from data.bpe import EOT, PATTERNS, alternatives, format_ranks, parse_ranks
+from data.bpe_training import count_words, merge_words
+from data.text import read_text
 
 MAX_PATTERN = 4096  # characters; those that are known have up to 600
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
@@ -73,7 +75,7 @@ class Tokenizer:
         tokens = self.special_tokens | self.added_tokens
         for token in add_tokens:
             if token not in tokens:
-                tokens[token] = max(*pieces, *tokens.values()) + 1
+                tokens[token] = max([*pieces, *tokens.values()]) + 1
                 self.special_tokens[token] = tokens[token]
         self._bytes = dict(pieces)
         for token, i in tokens.items():
@@ -254,7 +256,7 @@ def load_tokenizer(spec: str, add_tokens: Iterable[str] = (), chars: str | None 
     if ".tiktoken" in path.suffix:
         file, _, pattern = spec.partition(".tiktoken:")
         path = Path(file + ".tiktoken") if pattern else path
-        ranks = parse_ranks(path.read_text(encoding="utf-8"), path)
+        ranks = parse_ranks(read_text(path), path)
         pattern = pattern or ("qwen" if len(ranks) == 151_643 else None)
         if pattern not in PATTERNS:
             why = f"{path} has {len(ranks)} ranks (Qwen's 151643) and does not say how text is cut into words"

@@ -1,1 +1,1 @@
-"""Questions with known answers: their files, their scoring, and the sandbox for programs that a model wrote."""
+"""Questions with known answers: their files, their scoring, and the sandbox and judge of programs that models write."""

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 import generate
+from evals.judge import judge
 
 
 class Request(NamedTuple):
@@ -155,19 +156,27 @@ def text_before(text: str, stops: list[str]) -> str:
     return text[: min((place for place in places if place >= 0), default=None)]
 
 
-def evaluate_task(scorer: Scorer, task, questions: list) -> dict:
-    """Returns {metric: mean, metric_stderr: its standard error, questions, cut: how many contexts were too long}."""
+def evaluate_task(scorer: Scorer, task, questions: list, weak_sandbox: bool = False) -> dict:
+    """Returns {metric: mean, metric_stderr: its standard error, questions, cut: how many contexts were too long}.
+
+    Of programs also {forgeable: how many could have made themselves pass, see evals/judge.py}.
+    """
     before = scorer.cut
+    results = {"questions": len(questions)}
     if questions[0].continuations:
         pairs = [Request(pair) for q in questions for pair in zip(q.contexts, q.continuations)]
         scores = iter([score for score, _ in scorer.loglikelihood(pairs)])
         graded = [task.grade([next(scores) for _ in q.contexts], q) for q in questions]
     else:
         options = {"until": list(task.until), "max_gen_toks": task.max_new_tokens}
-        texts = scorer.generate_until([Request((q.contexts[0], options)) for q in questions])
-        graded = [task.grade(text, q) for text, q in zip(texts, questions)]
+        answers = scorer.generate_until([Request((q.contexts[0], options)) for q in questions])
+        if task.case:
+            cases = [task.case(text, q) for text, q in zip(answers, questions)]
+            answers = judge(cases, forgeable=True, weak=weak_sandbox)
+            results["forgeable"] = sum(verdict.forgeable for verdict in answers)
+        graded = [task.grade(answer, q) for answer, q in zip(answers, questions)]
     n = len(questions)
-    results = {"questions": n, "cut": scorer.cut - before}
+    results["cut"] = scorer.cut - before
     for metric in graded[0]:
         mean = sum(scores[metric] for scores in graded) / n
         results[metric] = mean

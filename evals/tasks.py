@@ -6,22 +6,20 @@
     humaneval (prompt, test, entry_point)
     any other name: your own file, of {"context", "choices", "label"} or of {"context", "answer"}
 
-Files: .jsonl, .json, .csv, each also .gz; .parquet (with pyarrow); or a folder of them, all of which are read. Prompts,
-stops and scores are those of lm-evaluation-harness 0.4 (for math minerva_math's prompt, but the answer is the boxed
-one, compared as text), so numbers can be compared with published ones.
+Files: .jsonl, .json, .csv, each also .gz; .parquet (with pyarrow); or a folder of them, all of which are read. A row
+that is not what its task says is an error that names the file and the line: scores of other questions would be none.
+Prompts, stops and scores are those of lm-evaluation-harness 0.4 (for math minerva_math's prompt, but the answer is the
+boxed one, compared as text), so numbers can be compared with published ones.
 """
 
-import csv
-import gzip
-import io
-import json
 import re
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evals.sandbox import passes
+from data.text import csv_rows, json_lines, read_json
+from evals.judge import Case
 
 
 class Question(NamedTuple):
@@ -38,62 +36,76 @@ class Question(NamedTuple):
 class Task(NamedTuple):
     fields: str  # of a row, for error messages
     read: Callable[[dict], Question]
-    grade: Callable[[Any, Question], dict]  # (log-likelihoods or text, question) -> {metric: right or wrong}
+    grade: Callable[[Any, Question], dict]  # (log-likelihoods, text or verdict, question) -> {metric: right or wrong}
     until: tuple[str, ...] = ()
     max_new_tokens: int = 256
-    runs_code: bool = False
+    case: Callable[[str, Question], Case] | None = None  # of a task whose answers are programs: what is judged
 
 
 # ---- files to rows --------------------------------------------------------------------------------------------------
 
 
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every row of a file, or of all the files in a folder, with its place: ("file.jsonl line 3", row)."""
+    """Yields every row of a file, or of all the files in a folder, with its place: ("file.jsonl line 3", row)."""
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if path.is_dir():
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
             yield from rows(file)
-        return
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    if kind == "parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise ValueError(f"{path} needs pyarrow: pip install pyarrow  (or give the data as .jsonl)") from None
-        for i, row in enumerate(parquet.read_table(path).to_pylist(), 1):
-            yield f"{path} row {i}", row
-        return
-    if kind not in ("jsonl", "json", "csv"):
+    elif kind == "jsonl":
+        yield from json_lines(path)
+    elif kind == "json":
+        yield from rows_of_json(path)
+    elif kind == "csv":
+        yield from rows_of_mmlu(path)
+    elif kind == "parquet":
+        yield from rows_of_parquet(path)
+    else:
         raise ValueError(f"{path}: tasks are read from .jsonl, .json, .csv (each also .gz) and .parquet")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        if kind == "csv":  # MMLU's own, a subject a file, without a header
-            subject = re.sub("_(test|dev|val)$", "", path.name.partition(".")[0])
-            reader = csv.reader(io.TextIOWrapper(file, "utf-8", newline=""))
-            for question, *choices, letter in reader:
-                where = f"{path} line {reader.line_num}"
-                if letter not in list("ABCD"):
-                    raise ValueError(f"{where}: the answer {letter!r} is none of A, B, C, D")
-                yield where, dict(question=question, choices=choices, answer="ABCD".index(letter), subject=subject)
-            return
-        for i, part in enumerate(file if kind == "jsonl" else [file.read()], 1):
-            try:
-                held = json.loads(part)
-            except ValueError as error:
-                raise ValueError(f"{path} line {i}: no JSON ({error})") from None
-            if kind == "jsonl":
-                yield f"{path} line {i}", held
-                continue
-            held = held.get("Data", [held]) if isinstance(held, dict) else held  # TriviaQA's; MATH has a file a row
-            yield from ((f"{path} item {i}", row) for i, row in enumerate(held, 1))
+
+
+def rows_of_json(path):
+    """Yields the items of a list; those under "Data", as in TriviaQA's; or the one row that a file of MATH is."""
+    found = read_json(path)
+    if isinstance(found, dict):
+        found = found.get("Data", [found])
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: holds no rows, but {found!r:.40}")
+    for number, row in enumerate(found, 1):
+        yield f"{path} item {number}", row
+
+
+def rows_of_mmlu(path):
+    """Yields MMLU's own tables, a subject a file: the question, four choices, a letter; they have no header."""
+    subject = re.sub("_(test|dev|val)$", "", path.name.partition(".")[0])
+    for place, (question, *choices, letter) in csv_rows(path, columns=6):
+        if letter not in list("ABCD"):
+            raise ValueError(f"{place}: the answer {letter!r} is none of A, B, C, D")
+        yield place, dict(question=question, choices=choices, answer="ABCD".index(letter), subject=subject)
+
+
+def rows_of_parquet(path):
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{path} needs pyarrow: pip install pyarrow  (or give the data as .jsonl)") from None
+    try:
+        found = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no parquet file: {error}") from None
+    for number, row in enumerate(found, 1):
+        yield f"{path} row {number}", row
 
 
 def find(spec: str, folder: str | None) -> tuple[str, Path]:
-    """(name, path) of NAME=PATH, or of NAME whose file NAME.* or folder NAME lies in `folder`."""
+    """Returns (name, path) of NAME=PATH, or of NAME whose file NAME.* or folder NAME lies in `folder`."""
     name, given, path = spec.partition("=")
     if given:
         if not Path(path).exists():
             raise FileNotFoundError(f"{path} not found: --tasks {name}=PATH takes a file or a folder of files")
         return name, Path(path)
-    found = [path for pattern in (name, f"{name}.*") for path in Path(folder).glob(pattern)] if folder else []
+    found = []
+    if folder:
+        found = [*Path(folder).glob(name), *Path(folder).glob(f"{name}.*")]
     if not found and name not in TASKS:
         raise ValueError(f"unknown task {name!r}: there are {', '.join(TASKS)}, and your own as NAME=PATH")
     if len(found) != 1:
@@ -103,49 +115,83 @@ def find(spec: str, folder: str | None) -> tuple[str, Path]:
 
 
 def load_task(name: str, path: Path, num_fewshot: int = 0, limit: int = 0) -> tuple[Task, list[Question]]:
-    """A task and its questions, at most `limit` (0: all). ValueError names the file and the line of a bad row.
+    """Returns a task and its questions, at most `limit` (0: all). ValueError names the file and line of a bad row.
 
     The first num_fewshot questions (for mmlu: of each subject) are shown solved before the others and are not asked.
     """
-    task, questions = TASKS.get(name), []
-    for where, row in rows(path):
-        task = task or OWN["choices" in row]
+    # 1. read all of the questions
+    task = TASKS.get(name)
+    questions = []
+    for place, row in rows(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: a row has fields, and this one is {row!r:.40}")
+        if task is None:
+            task = OWN_CHOICES if "choices" in row else OWN_ANSWER
         try:
             questions.append(task.read(row))
         except KeyError as error:
-            raise ValueError(f"{where}: no field {error}; {name} needs {task.fields}") from None
+            raise ValueError(f"{place}: no field {error}; {name} needs {task.fields}") from None
         except (TypeError, ValueError, IndexError, AttributeError) as error:
-            raise ValueError(f"{where}: {error}; {name} needs {task.fields}") from None
-    examples, asked = {}, []
+            raise ValueError(f"{place}: {error}; {name} needs {task.fields}") from None
+
+    # 2. those that are examples
+    examples = {}
+    asked = []
     for question in questions:
-        known = examples.setdefault(question.intro, [])
-        (known if len(known) < num_fewshot else asked).append(question)
+        solved = examples.setdefault(question.intro, [])
+        if len(solved) < num_fewshot:
+            solved.append(question.solved)
+        else:
+            asked.append(question)
     if not asked:
         raise ValueError(f"{path}: {len(questions)} questions, of which {num_fewshot} are examples: none is left")
-    heads = {intro: intro + "".join(f"{example.solved}\n\n" for example in known) for intro, known in examples.items()}
-    asked = asked[: limit or None]
-    return task, [q._replace(contexts=[heads[q.intro] + context for context in q.contexts]) for q in asked]
+
+    # 3. put the examples before the others
+    with_examples = []
+    for question in asked[: limit or None]:
+        head = question.intro + "".join(f"{solved}\n\n" for solved in examples[question.intro])
+        with_examples.append(question._replace(contexts=[head + context for context in question.contexts]))
+    return task, with_examples
+
+
+def text_of(row, field):
+    """Returns a field that must be a text: a number or a null would become one in silence, and a list many."""
+    if not isinstance(row[field], str):
+        raise ValueError(f"{field} is {row[field]!r:.60}, and no text")
+    return row[field]
+
+
+def texts_of(row, field):
+    """Returns a field that must be a list of texts."""
+    texts = row[field]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{field} is no list of texts, but {texts!r:.60}")
+    return texts
 
 
 # ---- multiple choice ------------------------------------------------------------------------------------------------
 
 
-def choose(context, choices, gold, intro="", continuations=None):
-    """Returns the question of which choice continues a context, or each its own; gold: the number of the right one."""
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError(f"the choices are no list of texts, but {choices!r}")
-    if isinstance(gold, str) and gold.strip().isdigit():
-        gold = int(gold)
-    if isinstance(gold, bool) or not isinstance(gold, int):
-        raise ValueError(f"the right choice is {gold!r}, which is no number of one")
-    if not 0 <= gold < len(choices):
-        raise ValueError(f"the right choice is number {gold} of 0 to {len(choices) - 1}")
+def choose(context, choices, gold, intro=""):
+    """Returns the question of which choice continues a context; gold: the number of the right one."""
     if not all(choices):
         raise ValueError("a choice is empty")
-    continuations = continuations or [f" {choice}" for choice in choices]
-    contexts = context if isinstance(context, list) else [context] * len(choices)
+    contexts = [context] * len(choices)
+    continuations = [f" {choice}" for choice in choices]
+    gold = number_of_choice(gold, len(choices))
     solved = contexts[gold] + continuations[gold]
     return Question(contexts, continuations, gold, solved, [len(choice) for choice in choices], intro)
+
+
+def number_of_choice(gold, n_choices):
+    """Returns the number of the right choice, which a file may also spell as a text."""
+    if isinstance(gold, str) and gold.strip().isdecimal():
+        gold = int(gold)
+    if isinstance(gold, bool) or not isinstance(gold, int):
+        raise ValueError(f"the right choice is {gold!r:.60}, which is no number of one")
+    if not 0 <= gold < n_choices:
+        raise ValueError(f"the right choice is number {gold} of 0 to {n_choices - 1}")
+    return gold
 
 
 def accuracy(scores, question):
@@ -162,33 +208,55 @@ def hellaswag(row):
     def clean(text):  # WikiHow's articles left [header], [title], [step] in the text
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return choose(clean(context), [clean(ending) for ending in row["endings"]], row["label"])
+    begin = text_of(row, "ctx_b").capitalize()
+    context = f"{text_of(row, 'activity_label')}: {text_of(row, 'ctx_a')} {begin}"
+    return choose(clean(context), [clean(ending) for ending in texts_of(row, "endings")], row["label"])
 
 
 def arc(row):
     question = row["question"]
     if isinstance(question, dict):  # AI2's own files, where the hub's have choices {"text": [...], "label": [...]}
-        choices = {key: [choice[key] for choice in question["choices"]] for key in ("text", "label")}
-        question = question["stem"]
+        choices = {}
+        for key in ("text", "label"):
+            choices[key] = [choice[key] for choice in question["choices"]]
+        question = text_of(question, "stem")
     else:
         choices = row["choices"]
-    return choose(f"Question: {question}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"]))
+        question = text_of(row, "question")
+    labels = texts_of(choices, "label")
+    texts = texts_of(choices, "text")
+    if len(labels) != len(texts):
+        raise ValueError(f"{len(texts)} choices have {len(labels)} labels")
+    answer = text_of(row, "answerKey")
+    if answer not in labels:
+        raise ValueError(f"the answer {answer!r} is none of {', '.join(labels)}")
+    return choose(f"Question: {question}\nAnswer:", texts, labels.index(answer))
 
 
 def winogrande(row):
     """Partial scoring (https://arxiv.org/abs/1806.02847): of both sentences only what follows the option is scored."""
-    blank, options = row["sentence"].index("_"), [row["option1"], row["option2"]]
-    contexts = [row["sentence"][:blank] + option for option in options]
-    after = f" {row['sentence'][blank + 1 :].strip()}"
-    return choose(contexts, options, ["1", "2"].index(row["answer"]), continuations=[after] * 2)
+    before, blank, after = text_of(row, "sentence").partition("_")
+    answer = text_of(row, "answer")
+    if not blank:
+        raise ValueError("the sentence has no _ for the options")
+    if answer not in ("1", "2"):
+        raise ValueError(f"the answer {answer!r} is neither 1 nor 2")
+    contexts = [before + text_of(row, "option1"), before + text_of(row, "option2")]
+    continuation = f" {after.strip()}"
+    gold = int(answer) - 1
+    return Question(contexts, [continuation] * 2, gold, contexts[gold] + continuation)
 
 
 def mmlu(row):
-    subject = row["subject"].replace("_", " ") if "subject" in row else ""
-    intro = f"The following are multiple choice questions (with answers) about {subject}.\n\n" if subject else ""
-    choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True))
-    return choose(f"{row['question'].strip()}\n{choices}\nAnswer:", list("ABCD"), row["answer"], intro)
+    intro = ""
+    if "subject" in row:
+        subject = text_of(row, "subject").replace("_", " ")
+        intro = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+    texts = texts_of(row, "choices")
+    if len(texts) != 4:
+        raise ValueError(f"there are {len(texts)} choices")
+    choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", texts))
+    return choose(f"{text_of(row, 'question').strip()}\n{choices}\nAnswer:", list("ABCD"), row["answer"], intro)
 
 
 # ---- answers that the model writes ----------------------------------------------------------------------------------
@@ -200,26 +268,39 @@ def plain_number(text):
 
 def grade_gsm8k(text, question):
     """exact_match: the number after the first ####; exact_match_flexible: the last number."""
-    strict = (re.findall(r"#### (-?[0-9.,]+)", text) or [""])[0]
-    last = (re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text) or [""])[-1]
-    metrics = {"exact_match": strict, "exact_match_flexible": last}
-    return {name: plain_number(number) == question.gold for name, number in metrics.items()}
+    after_sign = re.findall(r"#### (-?[0-9.,]+)", text)
+    numbers = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)
+    return {
+        "exact_match": bool(after_sign) and plain_number(after_sign[0]) == question.gold,
+        "exact_match_flexible": bool(numbers) and plain_number(numbers[-1]) == question.gold,
+    }
 
 
 def gsm8k(row):
-    prompt, answer = f"Question: {row['question']}\nAnswer:", row["answer"]
-    gold = plain_number(answer.rpartition("#### ")[2])
+    prompt = f"Question: {text_of(row, 'question')}\nAnswer:"
+    answer = text_of(row, "answer")
+    _, sign, gold = answer.rpartition("#### ")
+    if not sign:
+        raise ValueError("no #### in the answer")
+    gold = plain_number(gold)
     return Question([prompt], [], gold, f"{prompt} {answer}")
 
 
 def boxed(text):
     r"""What stands in the last \boxed{...} (or \fbox; braces may be nested), None where there is none."""
     found = list(re.finditer(r"\\(boxed|fbox)\s*(?=\{)|\\boxed (?P<bare>[^$]*)", text))
-    if not found or found[-1]["bare"] is not None:
-        return found[-1]["bare"].strip() if found else None
-    begin, depth = found[-1].end(), 0
+    if not found:
+        return None
+    last = found[-1]
+    if last["bare"] is not None:
+        return last["bare"].strip()
+    begin = last.end()
+    depth = 0
     for i in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if text[i] == "{":
+            depth += 1
+        elif text[i] == "}":
+            depth -= 1
         if depth == 0:
             return text[begin + 1 : i]
     return None
@@ -231,15 +312,18 @@ def plain_math(text):
     text = re.sub(r"\\(left|right)(?![a-zA-Z])|\\[!,;: $%]|\^\{?\\circ\}?|[\s$%]", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\frac([0-9a-z])([0-9a-z])", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(,\d{3})*$)", "", text) if re.fullmatch(r"-?\d{1,3}(,\d{3})+", text) else text
+    if re.fullmatch(r"-?\d{1,3}(,\d{3})+", text):
+        text = text.replace(",", "")
     return re.sub(r"^[a-z]=", "", text).removesuffix(".")
 
 
 def competition_math(row):
-    prompt, gold = f"Problem:\n{row['problem']}\n\nSolution:", boxed(row["solution"])
+    prompt = f"Problem:\n{text_of(row, 'problem')}\n\nSolution:"
+    solution = text_of(row, "solution")
+    gold = boxed(solution)
     if gold is None:
         raise ValueError(r"no \boxed{...} in the solution")
-    return Question([prompt], [], plain_math(gold), f"{prompt} {row['solution']}")
+    return Question([prompt], [], plain_math(gold), f"{prompt} {solution}")
 
 
 def grade_math(text, question):
@@ -248,28 +332,45 @@ def grade_math(text, question):
 
 
 def bare(text):
-    return text.strip().lower().translate(str.maketrans("", "", string.punctuation))
+    """Returns a text as the harness compares it: a space at its end makes it another."""
+    return text.lower().translate(str.maketrans("", "", string.punctuation))
 
 
 def triviaqa(row):
-    row = {key.lower(): value for key, value in row.items()}  # the authors' own files have capitals, the hub's not
-    aliases = {key.lower(): value for key, value in row["answer"].items()}["aliases"]
-    prompt = f"Question: {row['question']}?\nAnswer:"
+    row = in_small_letters(row)
+    aliases = texts_of(in_small_letters(row["answer"]), "aliases")
+    prompt = f"Question: {text_of(row, 'question')}?\nAnswer:"
     return Question([prompt], [], {bare(alias) for alias in aliases}, f"{prompt} {aliases[0]}")
+
+
+def in_small_letters(row):
+    """Returns the fields by names in small letters: the authors' own files have capitals, the hub's not."""
+    return {key.lower(): value for key, value in row.items()}
+
+
+def grade_triviaqa(text, question):
+    return {"exact_match": bare(text.lstrip()) in question.gold}
 
 
 def final_answer(text):
     r"""What follows the last ####, else the last \boxed{...}, else the last number, else all of it."""
     if "####" in text:
         return plain_number(text.rpartition("####")[2].strip())
-    if (answer := boxed(text)) is not None:
+    answer = boxed(text)
+    if answer is not None:
         return plain_math(answer)
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return plain_number(numbers[-1]) if numbers else text.strip()
+    if numbers:
+        return plain_number(numbers[-1])
+    return text.strip()
 
 
-def own(row):
-    context = row["context"]
+def own_choices(row):
+    return choose(text_of(row, "context"), texts_of(row, "choices"), row["label"])
+
+
+def own_answer(row):
+    context = text_of(row, "context")
     answer = row["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ValueError(f"the answer is {answer!r}, and neither a text nor a number")
@@ -277,21 +378,32 @@ def own(row):
     return Question([context], [], final_answer(answer), f"{context} {answer}")
 
 
+def grade_answer(text, question):
+    return {"exact_match": final_answer(text) == question.gold}
+
+
 # ---- programs that the model writes ---------------------------------------------------------------------------------
 
 
 def humaneval(row):
-    test = f"\n{row['test']}\ncheck({row['entry_point']})\n"
-    return Question([row["prompt"]], [], (row["prompt"], test), row["prompt"] + row.get("canonical_solution", ""))
+    """The test may use what the prompt imports and defines before the function that is to be written."""
+    prompt = row["prompt"]
+    name = row["entry_point"]
+    helpers, found, _ = prompt.partition(f"def {name}(")
+    test = f"{helpers if found else ''}\n{row['test']}\ncheck({name})\n"
+    return Question([prompt], [], Case(prompt, test, (name,)), prompt + row.get("canonical_solution", ""))
 
 
-def grade_code(text, question):
-    prompt, test = question.gold
-    return {"pass@1": passes(prompt + text + test)}
+def humaneval_case(text, question):
+    return question.gold._replace(program=question.gold.program + text)
+
+
+def grade_code(verdict, question):
+    return {"pass@1": verdict.passed}
 
 
 ARC = Task("question, choices {text, label}, answerKey", arc, accuracies)
-BLANK_LINE = ("\n\n",)
+GSM8K_STOPS = ("Question:", "</s>", "<|im_end|>")
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 TASKS = {
     "hellaswag": Task("activity_label, ctx_a, ctx_b, endings, label", hellaswag, accuracies),
@@ -299,15 +411,10 @@ TASKS = {
     "arc_challenge": ARC,
     "winogrande": Task("sentence, option1, option2, answer (1 or 2)", winogrande, accuracy),
     "mmlu": Task("question, choices (4), answer (0 to 3), subject", mmlu, accuracy),
-    "triviaqa": Task("question, answer {aliases}", triviaqa,
-                     lambda text, question: {"exact_match": bare(text) in question.gold}, ("\n", ".", ",")),
-    "gsm8k": Task("question, answer (ending in #### NUMBER)", gsm8k, grade_gsm8k,
-                  ("Question:", "</s>", "<|im_end|>")),
+    "triviaqa": Task("question, answer {aliases}", triviaqa, grade_triviaqa, ("\n", ".", ",")),
+    "gsm8k": Task("question, answer (ending in #### NUMBER)", gsm8k, grade_gsm8k, GSM8K_STOPS),
     "math": Task(r"problem, solution (with \boxed{...})", competition_math, grade_math, ("Problem:",)),
-    "humaneval": Task("prompt, test, entry_point", humaneval, grade_code, HUMANEVAL_STOPS, 1024, runs_code=True),
-}  # fmt: skip
-OWN = {
-    True: Task("context, choices, label", lambda row: choose(row["context"], row["choices"], row["label"]), accuracies),
-    False: Task("context, answer (or choices and label)", own,
-                lambda text, question: {"exact_match": final_answer(text) == question.gold}, BLANK_LINE),
-}  # fmt: skip
+    "humaneval": Task("prompt, test, entry_point", humaneval, grade_code, HUMANEVAL_STOPS, 1024, humaneval_case),
+}
+OWN_CHOICES = Task("context, choices, label", own_choices, accuracies)
+OWN_ANSWER = Task("context, answer (or choices and label)", own_answer, grade_answer, ("\n\n",))

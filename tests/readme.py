@@ -4,8 +4,8 @@ import json
 import re
 import statistics
 
-from benchmarks.comparison import verdict
 from benchmarks.timing import ratios
+from benchmarks.verdicts import verdicts
 from tests import differences
 from tests.tiny import ROOT
 
@@ -38,11 +38,13 @@ def measures(row: dict, first: dict) -> list[tuple[str, float | None, bool]]:
     return found
 
 
-def buys_and_costs(row: dict, first: dict) -> tuple[str, str]:
-    """Returns the two cells of a variant: each measure that differs from the first one's stands on its side."""
+def buys_and_costs(row: dict, first: dict, loss: str) -> tuple[str, str]:
+    """Returns the two cells of a variant: each measure that differs from the first one's stands on its side.
+
+    loss: what is said of its loss.
+    """
     buys = []
     costs = []
-    loss = verdict(row, first)
     if "worse" in loss or "diverged" in loss:
         costs.append(f"loss {loss.removesuffix(': worse')}")
     else:
@@ -60,9 +62,11 @@ def buys_and_costs(row: dict, first: dict) -> tuple[str, str]:
 
 def cells_of(name: str, rows: list[dict]) -> tuple[str, str]:
     first = rows[0]
-    for row in rows:
+    if name == first["name"]:
+        return "what the others are measured against", "-"
+    for row, loss in zip(rows, verdicts(rows)):
         if row["name"] == name:
-            return ("what the others are measured against", "-") if row is first else buys_and_costs(row, first)
+            return buys_and_costs(row, first, loss)
     return "not compared yet", "not compared yet"
 
 

@@ -256,7 +256,6 @@ def test_leftovers_of_crashes_are_removed_at_the_next_save_and_not_before(tmp_pa
     for name in ("step-00000040.tmp", "step-00000005.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").touch()
-    (tmp_path / "latest.tmp").symlink_to("nowhere")
     (tmp_path / "mine.tmp").touch()
     log = []
     assert newest(tmp_path, log.append).name == "step-00000030"
@@ -340,7 +339,7 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_the_one_before_it_t
     assert len(log) == 1 and log[0].startswith(f"skipping step-00000030: {reason}")
     with pytest.raises(CheckpointError, match=re.escape(f"step-00000030: {reason}")):
         resolve(path)
-    with pytest.raises(CheckpointError, match=re.escape(f"latest: {reason}")):
+    with pytest.raises(CheckpointError, match=re.escape(f"step-00000030: {reason}")):
         resolve(tmp_path / "latest")
 
 

@@ -229,6 +229,24 @@ def test_a_mistake_in_a_config_file_is_one_line_that_names_it(error, line, messa
     assert error(file("config/x.py", line)).startswith("error: " + message)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rate = lambda step: 1e-3", "learning_rate in config/x.py is a function, which no knob takes"),
+        ("def learning_rate(step): return 1e-3", "learning_rate in config/x.py is a function, which no knob takes"),
+        ("class model: pass", "model in config/x.py is a class, which no knob takes: give its value"),
+        ("wandb = int", "wandb in config/x.py is a class, which no knob takes: give its value"),
+        ("import math as out_dir", "out_dir in config/x.py is a module, which no knob takes: give its value"),
+        ("def f():\n    global batch_size\n    batch_size = 5\nf()", "batch_size=5 in config/x.py is not assigned at"),
+        ("[batch_size := i for i in (5, 6)]", "batch_size=6 in config/x.py is not assigned at the file's top level"),
+        ("globals().update(n_layer=7)", "n_layer=7 in config/x.py is not assigned at the file's top level: do that"),
+        ("del n_layer", "n_layer is deleted in config/x.py: give it a value"),
+    ],
+)
+def test_what_a_config_file_says_of_a_knob_is_never_lost(error, text, message):
+    assert error(file("config/x.py", text)).startswith("error: " + message)
+
+
 def test_unknown_keys_and_arguments_on_the_command_line_are_refused(error):
     assert error("--batchsize=3") == (
         "error: unknown config key 'batchsize' on the command line; did you mean 'batch_size'?"
@@ -408,8 +426,16 @@ def test_elsewhere_and_where_no_model_has_it_an_unknown_knob_is_an_error(text, t
     ("--dropout=1.0", "dropout=1.0: it lies in [0, 1)"),
     ("--decay_fraction=1.5", "decay_fraction=1.5: it lies in [0, 1]"),
     ("--rope_theta=0", "rope_theta=0: it lies in (0, inf)"),
+    ("--seed=4294967296", "seed=4294967296: it lies in [0, 4294967295]"),
+    ("--learning_rate=1" + 400 * "0", f"learning_rate=1{59 * '0'}...: give a finite number"),
+    ("--max_steps=1" + 5000 * "0", f"max_steps=1{59 * '0'}...: expected int"),
 ])  # fmt: skip
 def test_a_value_that_cannot_be_meant_is_refused_with_what_can(capsys, words, message):
     with pytest.raises(SystemExit):
         resolve(Path(__file__).parent.parent / "train.py", [words])
     assert message in capsys.readouterr().err
+
+
+def test_a_path_that_begins_with_the_home_folder_leads_there(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert resolve(Path(__file__).parent.parent / "train.py", ["--out_dir=~/runs/a"])["out_dir"] == "/home/me/runs/a"

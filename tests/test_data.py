@@ -1,15 +1,18 @@
 """Token shards, the loader's order, and data/prepare.py from text to shards."""
 
+import base64
 import gzip
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +23,15 @@ import torch
 
 import data.prepare as prepare_module
 import data.sources as sources_module
+import data.successor as successor_module
+import data.text as text_module
+from data.bpe_training import count_words
 from data.prepare import main as prepare
 from data.prepare import pieces
 from data.shards import Loader, Shards, eval_batches, shuffled, write_shard
-from data.tokenizers import tokenizer_from_dict
+from data.tokenizers import load_tokenizer, tokenizer_from_dict, train_bpe
+from evals.tasks import load_task
+from training.load import find_tokenizer
 
 EOT = 50256
 PREPARE = Path(prepare_module.__file__)
@@ -401,11 +409,12 @@ def test_a_long_document_is_cut_only_where_tokens_do_not_notice(monkeypatch):
     monkeypatch.setattr(prepare_module, "CHUNK", 200)
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(["word", " ", "  ", "\n", "\n\n", "'s", "é", "12", "!", " Wort", "\t", "?!"], 3000))
-    parts = list(pieces(text))
+    parts = list(pieces([text[:900], text[900:]]))
+    assert parts == list(pieces([text]))
     assert "".join(parts) == text and len(parts) > 20
     for pattern in PATTERNS.values():
         assert [word for part in parts for word in regex.findall(pattern, part)] == regex.findall(pattern, text)
-    assert [len(part) for part in pieces("x" * 750)] == [200, 200, 350]
+    assert [len(part) for part in pieces(["x" * 750])] == [200, 200, 350]
 
 
 def test_documents_are_cut_to_max_doc_tokens_and_the_whole_to_max_tokens(tmp_path):
@@ -524,10 +533,10 @@ def test_pysource_without_torch_is_a_clear_error(monkeypatch, tmp_path):
     "name, content, message",
     [
         ("a.txt", b"fine\xe4 not", r"a.txt: not UTF-8 text: byte 0xe4 at offset 4"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl: not UTF-8 text: byte 0xff at offset 24"),
-        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a.jsonl:2: needs a field \"text\" .* found \['txt'\]"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text"', r"a.jsonl:3: not a line of JSON"),
-        ("a.jsonl", b"[1]\n", r"a.jsonl:1: needs a field \"text\" .* found list"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl line 2: not UTF-8 text: byte 0xff at offset 24"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a.jsonl line 2: needs a field \"text\", found \['txt'\]"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text"', r"a.jsonl line 3: not JSON: Expecting ':' delimiter at character 8"),
+        ("a.jsonl", b"[1]\n", r"a.jsonl line 1: needs a field \"text\", found list"),
         ("a.txt", b"", "found no documents"),
         ("a.txt", b"x", "no document is in train: change --val_fraction=0.05"),
         ("a.txt.gz", gzip.compress(b"hello" * 1000, mtime=0)[:-9], "a.txt.gz: a damaged gzip file"),
@@ -573,10 +582,10 @@ def test_skip_bad_leaves_out_and_counts_what_cannot_be_read(tmp_path, capsys):
     first = lines.index("left out 7 files, documents or lines that cannot be read:")  # the text is read three times
     named = (
         "cut.jsonl.gz: a damaged",
-        "l.jsonl:2: needs",
-        "l.jsonl:3: not a line",
-        "l.jsonl: not UTF-8",
-        "l.jsonl:5: needs",
+        "l.jsonl line 2: needs",
+        "l.jsonl line 3: not JSON",
+        "l.jsonl line 4: not UTF-8",
+        "l.jsonl line 5: needs",
     )
     for line, start in zip(lines[first + 1 :], (*named, "and 2 more"), strict=True):
         assert line.strip().removeprefix(f"{source}{os.sep}").startswith(start)
@@ -608,7 +617,7 @@ def test_skip_bad_leaves_out_a_file_that_cannot_be_opened(tmp_path, monkeypatch)
             raise PermissionError(13, "Permission denied", str(path))
         return open(path, mode)
 
-    monkeypatch.setattr(sources_module, "open", open_or_not, raising=False)
+    monkeypatch.setattr(text_module, "open", open_or_not, raising=False)
     run = [str(tmp_path / "a.txt"), source, "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--workers", "1"]
     with pytest.raises(SystemExit, match="a.txt: cannot be read: .*Permission denied.*--skip_bad"):
         prepare(run)
@@ -739,17 +748,21 @@ def test_a_folder_or_file_of_the_user_is_never_replaced(tmp_path):
         prepare(run)
     out.unlink()
     out.mkdir()
-    for mine in ("thesis.txt", "train_000000.bin", "meta.json"):
+    for mine in ("thesis.txt", "train_000000.bin"):
         (out / mine).write_text("{}")
         with pytest.raises(SystemExit, match=f"out holds {mine}, not only what prepare.py wrote"):
             prepare(run)
         (out / mine).unlink()
+    (out / "meta.json").write_text("{}")
+    with pytest.raises(SystemExit, match="meta.json has no field 'tokenizer': move it away"):
+        prepare(run)
+    (out / "meta.json").unlink()
     prepare(run)  # an empty folder is fine
     (out / "notes.txt").write_text("mine")
     write_documents(tmp_path / "a.jsonl", 31)
     with pytest.raises(SystemExit, match="out holds notes.txt"):
         prepare(run)
-    with pytest.raises(SystemExit, match="prepare.py: .*Not a directory"):
+    with pytest.raises(SystemExit, match="prepare.py: .*File exists: .*a.jsonl"):
         prepare([source, "--out", str(tmp_path / "a.jsonl" / "below"), "--tokenizer", "byte"])
 
 
@@ -777,7 +790,7 @@ def test_a_run_killed_between_its_two_renames_loses_nothing(tmp_path, monkeypatc
     prepare(run)
     os.rename(out, tmp_path / ".out.old")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "write_text", lambda *_: sys.exit("stop before anything is written"))
+        patch.setattr(prepare_module, "write_text", lambda *_, **__: sys.exit("stop before anything is written"))
         with pytest.raises(SystemExit):
             prepare(run)
     assert len(texts_of(out, "train")) > 20 and sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
@@ -828,7 +841,7 @@ def like_windows(monkeypatch):
         raise OSError(1314, "A required privilege is not held by the client")
 
     with monkeypatch.context() as patch:  # which ends before tmp_path is cleaned up
-        patch.setattr(prepare_module, "fcntl", None)
+        patch.setattr(successor_module, "fcntl", None)
         patch.setattr(os, "open", open_no_folder)
         patch.setattr(shutil, "_use_fd_functions", False)  # or rmtree would open folders
         patch.setattr(os, "symlink", symlink)
@@ -847,7 +860,7 @@ def test_without_fcntl_data_is_prepared_and_prepared_again(tmp_path, like_window
 def test_without_fcntl_a_second_process_is_refused_and_what_a_killed_one_left_is_named(tmp_path, like_windows):
     source, out = write_documents(tmp_path / "a.jsonl", 30), tmp_path / "out"
     run = [source, "--out", str(out), "--tokenizer", "byte", "--workers", "1"]
-    with prepare_module.successor(out) as folder:
+    with successor_module.successor(out) as folder:
         (folder / "train_000000.bin").write_text("of the first")
         with pytest.raises(SystemExit, match="another prepare.py is writing .*; if none is running, delete .*out.lock"):
             prepare(run)
@@ -858,14 +871,14 @@ def test_without_fcntl_a_second_process_is_refused_and_what_a_killed_one_left_is
     with pytest.raises(SystemExit, match="if none is running, delete .*out.lock"):
         prepare(run)
     (tmp_path / ".out.lock").unlink()
-    like_windows.setattr(prepare_module, "write_text", lambda *_: sys.exit("an end by an error"))
+    like_windows.setattr(prepare_module, "write_text", lambda *_, **__: sys.exit("an end by an error"))
     for _ in range(2):  # an error gives the lock back
         with pytest.raises(SystemExit, match="an end by an error"):
             prepare(run)
 
 
 def test_prepare_is_imported_where_there_is_no_fcntl():
-    code = "import sys; sys.modules['fcntl'] = None; import data.prepare; print(data.prepare.fcntl)"
+    code = "import sys; sys.modules['fcntl'] = None; import data.prepare, data.successor; print(data.successor.fcntl)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PREPARE.parents[1])
     assert result.stdout.strip() == "None", result.stderr
 
@@ -963,3 +976,321 @@ def test_prepare_starts_without_torch():
     code = "import sys, data.prepare; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PREPARE.parents[1])
     assert result.stdout.strip() == "False", result.stderr
+
+
+# one reader
+
+
+JSON_LINES = {  # what a line holds, and what every reader makes of it
+    '{"text": "one two", "context": "one two", "answer": "3"}': "one two",
+    '\ufeff{"text": "one two", "context": "one two", "answer": "3"}': "one two",
+    '\n  \n{"text": "one two", "context": "one two", "answer": "3"}\n\n': "one two",
+    '{"text": "one \\ud83d two", "context": "one \\ud83d two", "answer": "3"}': "one ? two",
+    '{"text": null, "context": null, "answer": "3"}': "line 1.* is None",
+    '{"text": 7, "context": 7, "answer": "3"}': "line 1.* is 7",
+    '{"text": ["a"], "context": ["a"], "answer": "3"}': r"line 1.* is \['a'\]",
+    '\n["one"]': "line 2",
+    '\n"one"': "line 2",
+    "\n7": "line 2",
+    '{"text"': "line 1: not JSON",
+    "[" * 100_000: "line 1: not JSON",
+}
+
+
+def read_by_all(path):
+    """Returns what each of the three that read JSON lines does with a file: the text of its line, or the error."""
+
+    def prepared():
+        prepare([str(path), "--out", str(path.parent / "out"), "--tokenizer", "byte", "--val_fraction", "0.5"])
+        return "".join(texts_of(path.parent / "out", "train") + texts_of(path.parent / "out", "val"))
+
+    def trained_on():
+        return "".join(count_words([path], "newer"))
+
+    def asked():
+        return load_task("mine", path)[1][0].contexts[0]
+
+    found = []
+    for reader in (prepared, trained_on, asked):
+        try:
+            found.append(reader())
+        except (ValueError, SystemExit) as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("line", JSON_LINES, ids=lambda line: ascii(line[:30]))
+def test_json_lines_are_read_alike_by_prepare_tokenizer_training_and_tasks(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(line, encoding="utf-8")
+    expected = JSON_LINES[line]
+    for found in read_by_all(tmp_path / "a.jsonl"):
+        if expected.startswith("line"):
+            assert re.search(f"a.jsonl {expected}", found), found
+        else:
+            assert found == expected
+
+
+def test_a_text_is_prepared_in_less_memory_than_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "CHUNK", 1 << 17)
+    text = "A line of thirty-two characters\n" * (1 << 19)  # 16 MB
+    (tmp_path / "a.txt").write_text(text)
+    tracemalloc.start()
+    prepare([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--workers", "1",
+             "--shard_tokens", "500_000"])  # fmt: skip
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.75 * len(text)
+    ids = Shards(tmp_path / "out", "train").read(1, 15_000_000)
+    assert bytes(ids.astype(np.uint8)).decode() == text[:15_000_000]
+
+
+def test_a_text_in_parts_is_one_text_wherever_its_characters_are_cut(tmp_path):
+    text = "größer, 語 and 😀" * 20
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "a.txt").write_text(text, encoding=encoding)
+        for size in (1, 2, 3, 7):
+            parts = list(text_module.parts(tmp_path / "a.txt", size=size))
+            assert "".join(parts) == text and len(parts) > 50
+    (tmp_path / "a.txt").write_bytes(text.encode() + b"fine \xe4 not")
+    for size in (1, 2, 3, 7):
+        with pytest.raises(text_module.Unreadable, match=f"byte 0xe4 at offset {len(text.encode()) + 5}:"):
+            list(text_module.parts(tmp_path / "a.txt", size=size))
+
+
+def test_an_end_of_text_that_is_spelled_out_splits_documents_on_request_and_is_spoken_of(tmp_path, monkeypatch, capsys):
+    documents = [f"story {i}" for i in range(20)]
+    text = "\n<|endoftext|>\n".join(documents)
+    run = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--val_fraction", "0.5"]
+    (tmp_path / "a.txt").write_text(text)
+    prepare(run)
+    assert "a.txt spells out <|endoftext|>, which stays text: --split_at_eot begins" in capsys.readouterr().err
+    assert "".join(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == text
+    for source in (run[0], "-"):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
+        prepare([source, *run[1:], "--split_at_eot"])
+        assert "spells out" not in capsys.readouterr().err
+        texts = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")
+        assert sorted(texts) == sorted(documents)
+    (tmp_path / "a.txt").write_text("no marker " * 9)
+    prepare(run)
+    assert "spells out" not in capsys.readouterr().err
+
+
+def test_a_word_as_long_as_a_file_is_trained_on_and_encoded_in_seconds(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "dna.txt").write_text("".join(rng.choice(list("ACGT"), 300_000)))
+    (tmp_path / "base64.txt").write_text("".join(rng.choice(list("abcdefghijklmnopqrstuvwxyzABCDEFGH+/01"), 300_000)))
+    start = time.time()
+    tokenizer = train_bpe([tmp_path / "dna.txt", tmp_path / "base64.txt"], 600)
+    for name in ("dna.txt", "base64.txt"):
+        text = (tmp_path / name).read_text() * 4
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.time() - start < 20  # 2 where nothing else runs, and 40 if each merge cost the length of the text
+    said = "1 words of more than 1000 characters, the longest of 300,000: trained on in pieces of 1000"
+    assert said in capsys.readouterr().err
+
+
+# the bytes of the text
+
+
+@pytest.fixture
+def nfc(tmp_path):
+    """A tokenizer that composes letters, as Qwen's does: e and its accent, 3 bytes, become one letter of 2."""
+    fields = load_tokenizer("byte").to_dict()
+    ranks = "\n".join(f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256))
+    fields |= {"kind": "bpe", "ranks": ranks, "pattern": r"[\s\S]", "nfc": True}
+    (tmp_path / "nfc.json").write_text(json.dumps(fields))
+    return f"bpe:{tmp_path}/nfc.json"
+
+
+def test_the_bytes_of_the_text_are_stored_and_a_tokenizer_that_loses_some_is_named(tmp_path, nfc, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "a.txt").write_text("e\u0301x" * 1000)
+    prepare([str(tmp_path / "a.txt"), "--out", str(out), "--tokenizer", nfc, "--val_fraction", "0.25"])
+    meta = Shards(out, "val").meta
+    assert meta["text_bytes"] == {"train": 3000, "val": 1000} and meta["bytes"] == {"train": 2250, "val": 750}
+    said = capsys.readouterr().err
+    assert (
+        "WARNING: byte loses text: 2 pieces of it come back changed, 4,000 bytes as 3,000; the first has 'e\u0301x"
+        in said
+    )
+    prepare([str(tmp_path / "a.txt"), "--out", str(out), "--tokenizer", "byte", "--val_fraction", "0.25"])
+    meta = Shards(out, "val").meta
+    assert meta["text_bytes"] == meta["bytes"] == {"train": 3000, "val": 1000}
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def test_of_documents_that_are_cut_the_bytes_of_the_text_are_those_that_stay(tmp_path, nfc):
+    lines = [json.dumps({"text": f"{i:02}" + "e\u0301x" * 50}) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    run = [str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--tokenizer", nfc, "--val_fraction", "0.5"]
+    prepare([*run, "--max_doc_tokens", "63"])
+    meta = Shards(tmp_path / "out", "val").meta
+    for split in ("train", "val"):  # of 63 characters' 83 bytes come 63 of tokens, and 62 stay behind eot
+        assert meta["bytes"][split] == 62 * meta["documents"][split]
+        assert meta["text_bytes"][split] == round(meta["bytes"][split] * 83 / 63)
+
+
+def test_sentencepiece_by_its_defaults_is_said_to_lose_text(tmp_path, capsys):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = Path(prepare_module.__file__).read_text() + "漢"
+    (tmp_path / "a.txt").write_text(text)
+    lossless = dict(normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=True)
+    for options, loses in (({}, True), (lossless, False)):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text[:-1].splitlines()), model_prefix=str(tmp_path / "m"), vocab_size=700,
+            model_type="bpe", minloglevel=2, **options,
+        )  # fmt: skip
+        prepare([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "m.model")])
+        meta = Shards(tmp_path / "out", "train").meta
+        assert sum(meta["text_bytes"].values()) == pytest.approx(len(text.encode()), abs=10)
+        assert ("m.model loses text" in capsys.readouterr().err) == loses
+        assert (meta["text_bytes"]["train"] > 1.1 * meta["bytes"]["train"]) == loses
+
+
+# other tools' token files
+
+
+def test_token_files_of_nanogpt_and_build_nanogpt_become_shards_by_one_command(tmp_path):
+    tokens = np.arange(5000) * 7919 % 50257
+    tokens[::100] = EOT
+    (tmp_path / "nano").mkdir()
+    tokens[:4000].astype(np.uint16).tofile(tmp_path / "nano" / "train.bin")
+    tokens[4000:].astype(np.uint16).tofile(tmp_path / "nano" / "val.bin")
+    (tmp_path / "nano" / "prepare.py").write_text("# the script that made them")
+    (tmp_path / "build").mkdir()
+    np.save(tmp_path / "build" / "edufineweb_train_000001.npy", tokens[:3000].astype(np.uint16))
+    np.save(tmp_path / "build" / "edufineweb_train_000002.npy", tokens[3000:4000].astype(np.int32))
+    np.save(tmp_path / "build" / "edufineweb_val_000000.npy", tokens[4000:])
+    for name in ("nano", "build"):
+        with pytest.raises((ValueError, FileNotFoundError), match=f"python data/prepare.py {tmp_path}/{name} --out"):
+            Shards(tmp_path / name, "train")
+        prepare([str(tmp_path / name), "--out", str(tmp_path / "out")])
+        train, val = Shards(tmp_path / "out", "train"), Shards(tmp_path / "out", "val")
+        assert np.array_equal(train.read(0, 4000), tokens[:4000]) and np.array_equal(val.read(0, 1000), tokens[4000:])
+        assert (train.vocab_size, train.eot_id, train.meta["tokenizer"]) == (50257, EOT, None)
+        assert train.meta["documents"] == {"train": 40, "val": 10}
+    with pytest.raises(
+        SystemExit, match=r"train.bin: tokens from \d+ to \d+, and a vocabulary of 257: name its tokenizer"
+    ):
+        prepare([str(tmp_path / "nano"), "--out", str(tmp_path / "out"), "--tokenizer", "byte"])
+    with pytest.raises(SystemExit, match="--val_fraction means nothing to"):
+        prepare([str(tmp_path / "nano"), "--out", str(tmp_path / "out"), "--val_fraction", "0.5"])
+    with pytest.raises(SystemExit, match="is a shard as it is: train with --data="):
+        prepare([str(tmp_path / "out"), "--out", str(tmp_path / "again")])
+    (tmp_path / "nano" / "meta.pkl").write_bytes(b"")
+    with pytest.raises(SystemExit, match="a pickle, which could run any code and is never read: .*--tokenizer char"):
+        prepare([str(tmp_path / "nano"), "--out", str(tmp_path / "out")])
+
+
+# meta.json
+
+
+BAD_FIELDS = {
+    "tokenizer": "gpt2",
+    "vocab_size": "50257",
+    "eot_id": -1,
+    "targets": [1],
+    "document_tokens": 0,
+    "documents": {"train": 1},
+    "bytes": {"train": 1, "val": "2"},
+    "text_bytes": None,
+    "tokens": [1, 2],
+    "fingerprint": 7,
+    "request": None,
+    "origin": "a.txt",
+}
+
+
+@pytest.mark.parametrize("field", BAD_FIELDS)
+def test_a_malformed_meta_json_is_an_error_that_names_file_and_field(tmp_path, field):
+    source, out = write_documents(tmp_path / "a.jsonl", 30), tmp_path / "out"
+    prepare([source, "--out", str(out), "--tokenizer", "byte"])
+    meta = json.loads((out / "meta.json").read_text()) | {field: BAD_FIELDS[field]}
+    (out / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=f"out/meta.json: '{field}' is .*, and not .*: prepare the data again"):
+        Shards(out, "train")
+    with pytest.raises(SystemExit, match=f"out/meta.json: '{field}' is .*: move it away"):
+        prepare([source, "--out", str(out), "--tokenizer", "byte"])
+    (tmp_path / "data.json").write_text(json.dumps(meta))  # the same file, in a run's folder
+    with pytest.raises(ValueError, match=f"data.json: '{field}' is .*: copy meta.json of its data"):
+        find_tokenizer(tmp_path, None)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"tokenizer": null, "vocab_size": 9, "eot_id": 9}', "\0"])
+def test_a_meta_json_that_holds_something_else_is_one_error(tmp_path, text):
+    make_shards(tmp_path, [1, 2])
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(ValueError, match="meta.json"):
+        Shards(tmp_path, "train")
+
+
+# two at once, and small ones
+
+
+def test_a_run_that_begins_as_another_ends_is_as_good_as_one_after_it(tmp_path, monkeypatch):
+    """Between opening the lock and taking it another run does all of its work; a third one is kept out."""
+    if successor_module.fcntl is None:
+        pytest.skip("there is no fcntl here")
+    source, out = write_documents(tmp_path / "a.jsonl", 30), tmp_path / "out"
+    run = [source, "--out", str(out), "--tokenizer", "byte", "--workers", "1"]
+    flock, make_tokenizer = successor_module.fcntl.flock, prepare_module.make_tokenizer
+    with monkeypatch.context() as patch:
+
+        def run_another_first(*arguments):
+            patch.setattr(successor_module.fcntl, "flock", flock)
+            prepare(run)
+            patch.setattr(prepare_module, "make_tokenizer", make_it_while_a_third_begins)
+            flock(*arguments)
+
+        def make_it_while_a_third_begins(*arguments):
+            patch.setattr(prepare_module, "make_tokenizer", make_tokenizer)
+            with pytest.raises(SystemExit, match="another prepare.py is writing"):
+                prepare([*run, "--val_fraction", "0.5"])
+            return make_tokenizer(*arguments)
+
+        patch.setattr(successor_module.fcntl, "flock", run_another_first)
+        prepare(run)
+    assert len(texts_of(out, "train")) + len(texts_of(out, "val")) == 30
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
+def test_a_text_of_one_character_again_and_again_has_a_vocabulary_of_two(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 500)
+    prepare([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "char"])
+    shards = Shards(tmp_path / "out", "train")
+    assert (shards.vocab_size, shards.eot_id) == (2, 1) and shards.read(0, 4).tolist() == [1, 0, 0, 0]
+
+
+def run_script(folder, name, *arguments, **environment):
+    command = [sys.executable, str(PREPARE.parents[1] / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | environment)
+
+
+TINY = ["--n_layer=1", "--n_head=2", "--n_kv_head=1", "--head_dim=8", "--n_embd=16", "--n_inner=16", "--block_size=16",
+        "--batch_tokens=64", "--micro_batch=4", "--eval_tokens=16", "--max_steps=100", "--vocab_size=320"]  # fmt: skip
+
+
+def test_training_on_data_that_cannot_be_meant_ends_with_one_line(tmp_path):
+    tokens = np.arange(4000) % 300
+    meta = json.dumps({"tokenizer": None, "vocab_size": 300, "eot_id": 0})
+    for name, n_val, odd, message in (
+        ("small", 1, 7, "error: small: the val split has 1 token, and to predict one takes 2"),
+        ("odd", 40, 301, "error: odd/train_0.bin: token 301 >= vocab_size 300"),
+    ):
+        (tmp_path / name).mkdir()
+        tokens[500::50] = odd
+        write_shard(tmp_path / name / "train_0.bin", tokens, 302)
+        write_shard(tmp_path / name / "val_0.bin", tokens[:n_val], 302)
+        (tmp_path / name / "meta.json").write_text(meta)
+        done = run_script(tmp_path, "train.py", f"--data={name}", f"--out_dir=run {name}", *TINY)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.splitlines()[-1].startswith(message)
+    assert not (tmp_path / "run small").exists()
+
+
+def test_what_the_output_has_no_letters_for_is_printed_as_escapes(tmp_path):
+    (tmp_path / "ü.txt").write_text("text " * 50)
+    run = ["data/prepare.py", "ü.txt", "--out", "dü", "--tokenizer", "byte"]
+    done = run_script(tmp_path, *run, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and r"d\xfc train: 1 documents" in done.stdout, done.stderr

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 import math
-import socket
 import subprocess
 import sys
 
@@ -16,12 +15,11 @@ import eval as evaluation
 import hf
 from data.shards import write_shard
 from data.tokenizers import load_tokenizer
-from evals import sandbox
 from evals.scorer import Request, Scorer, evaluate_task, windows
 from evals.tasks import TASKS, Question, accuracies, boxed, final_answer, load_task, plain_math
 from generate import generate
 from tests.test_sample import make_run
-from tests.tiny import MODELS, build
+from tests.tiny import MODELS, ROOT, build
 from training.load import stop_tokens
 from training.loss import bytes_of_tokens, loss_report, loss_sums
 
@@ -156,6 +154,63 @@ def test_the_runs_own_data_is_the_default_and_the_table_is_printed(run, data, tm
     assert "give --data" in error_of(capsys, run[0])
     task = jsonl(tmp_path / "mine.jsonl", [{"context": "a", "choices": ["b", "c"], "label": 0}])
     assert "loss" not in results_of(tmp_path, folder, "--tasks", f"mine={task}")
+
+
+def test_bits_per_byte_are_of_the_text_where_a_tokenizer_lost_some(run, data, tmp_path):
+    """Of two folders with the same tokens one was made of a text of three times as many bytes."""
+    meta = json.loads((data / "meta.json").read_text())
+    sizes = {split: sum(len(text.encode()) for text in texts) for split, texts in TEXTS.items()}
+    lossy = write_data(tmp_path / "lossy")
+    more = {"bytes": sizes, "text_bytes": {"train": 2 * sizes["train"], "val": 3 * sizes["val"]}}
+    (lossy / "meta.json").write_text(json.dumps(meta | more))
+    plain = results_of(tmp_path, run[0], "--data", data)["loss"]
+    corrected = results_of(tmp_path, run[0], "--data", lossy)["loss"]
+    for split, factor in (("train", 2), ("val", 3)):
+        assert corrected[split]["loss"] == plain[split]["loss"]
+        assert corrected[split]["bytes"] == factor * plain[split]["bytes"]
+        assert corrected[split]["bits_per_byte"] == pytest.approx(plain[split]["bits_per_byte"] / factor)
+
+    # And so train.py, which evaluates the same tokens at its end.
+    sizes = "--n_layer=1 --n_head=2 --n_kv_head=1 --head_dim=8 --n_embd=16 --n_inner=16 --block_size=16"
+    steps = "--batch_tokens=32 --micro_batch=2 --max_steps=1 --warmup_steps=0 --device=cpu"
+    command = [
+        sys.executable,
+        "train.py",
+        f"--data={lossy}",
+        f"--out_dir={tmp_path}/run",
+        *sizes.split(),
+        *steps.split(),
+    ]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = results_of(tmp_path, tmp_path / "run", "--split", "val")["loss"]["val"]
+    assert rows[-1]["val_bits_per_byte"] == pytest.approx(trained["bits_per_byte"], rel=1e-4)
+
+
+def test_a_run_on_shards_without_a_tokenizer_has_a_loss_and_no_text(run, tmp_path, capsys):
+    """As on the shards of Llama 3's tokens that are published: no file says which tokenizer they are of."""
+    folder, model, _ = make_run(tmp_path / "run")
+    (tmp_path / "data").mkdir()
+    ids = np.arange(200) * 7 % 300
+    write_shard(tmp_path / "data" / "edu_val_000000.bin", ids, 70_000)  # 32 bits a token
+    meta = json.dumps({"tokenizer": None, "vocab_size": 300, "eot_id": 0})
+    for path in (tmp_path / "data" / "meta.json", folder / "data.json"):
+        path.write_text(meta)
+    got = results_of(tmp_path, folder, "--data", tmp_path / "data", "--split", "val")["loss"]["val"]
+    assert got["tokens"] == 199 and got["bits_per_byte"] is None
+    x = torch.tensor(ids[None, :64])
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(x)[0], torch.tensor(ids[1:65])).item()
+    first = results_of(tmp_path, folder, "--data", tmp_path / "data", "--split", "val", "--eval_tokens", 64)["loss"][
+        "val"
+    ]
+    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+    task = jsonl(tmp_path / "mine.jsonl", [{"context": "a", "choices": ["b", "c"], "label": 0}])
+    assert "300 tokens and no tokenizer: name its own with --tokenizer" in error_of(
+        capsys, folder, "--tasks", f"m={task}"
+    )
+    (tmp_path / "data" / "meta.json").unlink()  # then they are Llama 3's
+    assert "128256 tokens, and the model 320" in error_of(capsys, folder, "--data", tmp_path / "data", "--split", "val")
 
 
 # ---- questions to the model -----------------------------------------------------------------------------------------
@@ -394,6 +449,89 @@ def test_the_authors_own_files_read_like_the_hubs(tmp_path):
     assert [gold for *_, gold, _ in contexts("math", tmp_path / "MATH")] == [str(i) for i in range(20)]
 
 
+MMLU_ROW = '"Which of these, if any, is right?",one,two,three,four,C\r\n'
+MMLU_PROMPT = "Which of these, if any, is right?\nA. one\nB. two\nC. three\nD. four\nAnswer:"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        MMLU_ROW.encode(),
+        MMLU_ROW.encode("utf-8-sig"),  # as Excel saves
+        MMLU_ROW.encode("utf-16"),
+        (MMLU_ROW + "\r\n").encode(),
+        b"Which of these, if any, is right?;one;two;three;four;C\n",  # Excel where the comma is decimal
+        b"Which of these, if any, is right?\tone\ttwo\tthree\tfour\tC\n",
+    ],
+)
+def test_a_table_of_mmlu_is_read_as_it_was_saved(tmp_path, table):
+    (tmp_path / "law_test.csv").write_bytes(table)
+    ((contexts, _, gold, *_),) = load_task("mmlu", tmp_path / "law_test.csv")[1]
+    assert gold == 2 and contexts[0].endswith(f"about law.\n\n{MMLU_PROMPT}")
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ("q,one,two,three,four,c", "the answer 'c' is none of A, B, C, D"),
+        ("q,one,two,three,four, C", "the answer ' C' is none of"),
+        ("q,one,two,three,four,CD", "the answer 'CD' is none of"),
+        ("q,one,two,three,four,", "the answer '' is none of"),
+        ("q,one,two,three,C", "a row has 6 columns, and this one 5"),
+        ('"q,one,two,three,four,C', "no CSV: unexpected end of data"),
+    ],
+)
+def test_a_bad_row_of_a_table_is_named_with_its_line(tmp_path, row, message):
+    (tmp_path / "law_test.csv").write_text(f"{MMLU_ROW}{row}\n")
+    with pytest.raises(ValueError, match=f"law_test.csv(, behind line 1| line 2): {message}"):
+        load_task("mmlu", tmp_path / "law_test.csv")
+
+
+OWN_ROW = {"context": "a", "choices": ["b", "c"], "label": 1}
+
+
+@pytest.mark.parametrize(
+    "name, row, message",
+    [
+        ("mine", ["a"], r"a row has fields, and this one is \['a'\]"),
+        ("mine", 7, "a row has fields, and this one is 7"),
+        ("mine", OWN_ROW | {"context": 7}, "context is 7, and no text"),
+        ("mine", OWN_ROW | {"context": None}, "context is None, and no text"),
+        (
+            "mine",
+            OWN_ROW | {"context": ["a"]},
+            r"context is \['a'\], and no text",
+        ),  # of two choices one would be scored
+        ("mine", {"context": 7, "answer": "x"}, "context is 7, and no text"),
+        ("hellaswag", choice_rows("hellaswag", 0) | {"endings": "wxyz"}, "endings is no list of texts, but 'wxyz'"),
+        ("hellaswag", choice_rows("hellaswag", 0) | {"ctx_a": None}, "ctx_a is None, and no text"),
+        ("mmlu", choice_rows("mmlu", 0) | {"choices": "wxyz"}, "choices is no list of texts, but 'wxyz'"),
+        ("mmlu", choice_rows("mmlu", 0) | {"choices": ["w", "x"]}, "there are 2 choices"),
+        ("arc_easy", choice_rows("arc_easy", 0) | {"answerKey": "E"}, "the answer 'E' is none of A, B, C, D"),
+        (
+            "arc_easy",
+            choice_rows("arc_easy", 0) | {"choices": {"text": ["x"], "label": ["A", "B"]}},
+            "1 choices have 2",
+        ),
+        ("winogrande", choice_rows("winogrande", 0) | {"answer": "0"}, "the answer '0' is neither 1 nor 2"),
+        ("gsm8k", {"question": "q", "answer": "it is 5"}, "no #### in the answer"),
+        ("gsm8k", {"question": None, "answer": "#### 5"}, "question is None, and no text"),
+        ("triviaqa", {"question": "q", "answer": {"aliases": "Paris"}}, "aliases is no list of texts, but 'Paris'"),
+    ],
+)
+def test_a_row_that_is_not_what_its_task_says_is_named_with_its_line(tmp_path, name, row, message):
+    path = jsonl(tmp_path / "bad.jsonl", [row])
+    with pytest.raises(ValueError, match=f"bad.jsonl line 1: {message}"):
+        load_task(name, path)
+
+
+def test_answers_of_triviaqa_are_compared_as_the_harness_compares_them(tmp_path):
+    row = {"question": "Who", "answer": {"aliases": ["The V.", "U S A "]}}
+    task, (question,) = load_task("triviaqa", jsonl(tmp_path / "t.jsonl", [row]))
+    answers = {"  the v": True, "THE V": True, "The V ": False, "usa": False, " u.s a": False, "u S a ": True}
+    assert {text: task.grade(text, question)["exact_match"] for text in answers} == answers
+
+
 def test_parquet_files_are_read(tmp_path):
     parquet, rows = pytest.importorskip("pyarrow.parquet"), [choice_rows("hellaswag", i) for i in range(20)]
     import pyarrow
@@ -434,7 +572,7 @@ def test_a_file_of_questions_with_written_answers_is_scored_to_a_known_value(nam
     task, questions = load_task(name, path)
     context, wrong, until = WRITTEN[name]
     oracle = Oracle(questions, {i: answer_rows(name, i)[1] for i in range(0, 20, 4)}, wrong)
-    results = evaluate_task(oracle, task, questions)
+    results = evaluate_task(oracle, task, questions, weak_sandbox=True)
     assert results["pass@1" if name == "humaneval" else "exact_match"] == 5 / 20
     assert oracle.asked[-1] == (context, {"until": until, "max_gen_toks": 1024 if name == "humaneval" else 256})
     if name == "gsm8k":
@@ -482,12 +620,12 @@ def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(run, data, tm
     assert "line 3: the right choice is number 2 of 0 to 1" in task_error(good, good, {**good, "label": 2})
     for label in (1.7, True, None, "one"):
         assert f"line 1: the right choice is {label!r}, which is no number" in task_error({**good, "label": label})
-    assert "line 1: the choices are no list of texts, but 'xy'" in task_error({**good, "choices": "xy"})
+    assert "line 1: choices is no list of texts, but 'xy'" in task_error({**good, "choices": "xy"})
     assert "line 1: the answer is None, and neither" in task_error({"context": "a", "answer": None})
     assert "line 1: a choice is empty" in task_error({**good, "choices": ["", "x"]})
     assert "none is left" in task_error()
     (tmp_path / "cut.jsonl").write_text('{"context": "a", "answer": "b"}\n{"context": ')
-    assert "cut.jsonl line 2: no JSON" in error_of(capsys, folder, "--tasks", f"mine={tmp_path / 'cut.jsonl'}")
+    assert "cut.jsonl line 2: not JSON" in error_of(capsys, folder, "--tasks", f"mine={tmp_path / 'cut.jsonl'}")
     unknown = error_of(capsys, folder, "--tasks", "hellaswog")
     assert "unknown task 'hellaswog': there are hellaswag, arc_easy" in unknown and "NAME=PATH" in unknown
     assert "--task_dir" in error_of(capsys, folder, "--tasks", "hellaswag")
@@ -504,52 +642,38 @@ def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(run, data, tm
 # ---- programs -------------------------------------------------------------------------------------------------------
 
 
-def refused(attempt):
-    """A program that runs to its end only where `attempt` raises an OSError or MemoryError."""
-    return f"try:\n    {attempt}\nexcept (OSError, MemoryError):\n    pass\nelse:\n    raise SystemError('possible')"
-
-
-def test_a_program_passes_only_where_it_runs_to_its_end(tmp_path):
-    assert sandbox.passes("import math, random, collections\nassert math.sqrt(4) == 2")
-    assert sandbox.passes("with open('here.txt', 'w') as f: f.write('é')\nassert open('here.txt').read() == 'é'")
-    for bad in ("assert 1 == 2", "exit(0)", "import os; os._exit(0)", "def f(:", "input()", "raise SystemExit(0)"):
-        assert not sandbox.passes(bad), bad
-
-
-def test_a_program_has_limits_on_time_memory_and_files(tmp_path):
-    assert not sandbox.passes("while True: pass", seconds=1)
-    assert not sandbox.passes("import time; time.sleep(60)", seconds=1)
-    command = [sys.executable, "-c", sandbox.GUARD, "1"]  # even where nobody is left to watch the time
-    assert subprocess.run(command, input=b"while True: pass", timeout=60, capture_output=True).returncode < 0
-    assert sandbox.passes(refused("bytearray(2 << 30)"))
-    assert sandbox.passes(refused("open('big', 'wb').write(bytes(3 << 20))"))
-    victim = tmp_path / "victim.txt"
-    victim.write_text("mine")
-    for attempt in ("open({0!r}, 'w')", "open({0!r}, 'a')", "__import__('os').remove({0!r})",
-                    "__import__('os').open({0!r}, 1)", "__import__('pathlib').Path({0!r}).rename('x')",
-                    "open('../sibling', 'w')", "__import__('os').open('here', 65)"):  # fmt: skip
-        assert sandbox.passes(refused(attempt.format(str(victim)))), attempt
-    assert victim.read_text() == "mine"
-
-
-def test_a_program_has_no_network_and_no_other_processes(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        connect = f"__import__('socket').create_connection({server.getsockname()!r}, 1)"
-        subprocess.run([sys.executable, "-c", connect], check=True)
-        assert sandbox.passes(refused(connect))
-        if command := sandbox.without_network():  # even for what goes past Python's own hooks
-            done = subprocess.run([*command, sys.executable, "-c", connect], capture_output=True)
-            assert done.returncode and b"OSError" in done.stderr
-        monkeypatch.setattr(sandbox, "without_network", list)
-        assert sandbox.passes(refused(connect))
-    for attempt in ("os.system('true')", "os.fork()", "os.kill(1, 0)", "__import__('_posixsubprocess')"):
-        assert sandbox.passes("import os\n" + refused(attempt)), attempt
-
-
 def test_humaneval_runs_the_models_programs_when_it_may(run, tmp_path):
     rows = jsonl(tmp_path / "humaneval.jsonl", [answer_rows("humaneval", i)[0] for i in range(2)])
-    rows = results_of(tmp_path, run[0], "--task_dir", rows.parent, "--tasks", "humaneval", "--allow_code_execution")
+    rows = results_of(tmp_path, run[0], "--task_dir", rows.parent, "--tasks", "humaneval", "--allow_code_execution",
+                      "--sandbox", "weak")  # fmt: skip
     assert rows["tasks"]["humaneval"]["pass@1"] == 0.0  # of a model that writes noise
+
+
+POLYNOMIAL = """import math
+
+
+def value_at(coefficients, x):
+    return sum(c * x**i for i, c in enumerate(coefficients))
+
+
+def find_zero(coefficients):
+    \"\"\"Returns an x at which the value is 0.\"\"\"
+"""
+
+
+def test_a_humaneval_test_uses_the_prompts_own_functions_and_says_what_could_be_forged(tmp_path):
+    test = "def check(find): assert math.isclose(value_at([-4, 0, 1], list(find([-4, 0, 1]))[0]), 0, abs_tol=1e-9)"
+    row = dict(prompt=POLYNOMIAL, test=test, entry_point="find_zero")
+    task, (question,) = load_task("humaneval", jsonl(tmp_path / "humaneval.jsonl", [row]))
+    answers = {
+        "    return [2]\n": (1.0, 0),
+        "    return [3]\n": (0.0, 0),
+        "    return [3]\n\nvalue_at = lambda coefficients, x: 0\n": (0.0, 0),
+        "    yield 2\n": (1.0, 1),  # a generator is no literal
+    }
+    for text, expected in answers.items():
+        results = evaluate_task(Oracle([question], {0: text}, ""), task, [question], weak_sandbox=True)
+        assert (results["pass@1"], results["forgeable"]) == expected
 
 
 # ---- lm-evaluation-harness ------------------------------------------------------------------------------------------

@@ -348,7 +348,9 @@ def test_the_released_mixture_of_30b_has_3b_at_work():
     ("device", "half"),
     [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12),
      ("NVIDIA A10G", 70e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("Tesla T4", 65e12),
-     ("NVIDIA H200", 989e12), ("cpu", None), ("NVIDIA GeForce RTX 4090", 165e12)],
+     ("NVIDIA H200", 989e12), ("cpu", None), ("NVIDIA GeForce RTX 4090", 165e12), ("H100", 989e12),
+     ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200 NVL", 835e12), ("Tesla V100-PCIE-16GB", 112e12),
+     ("NVIDIA A100 80GB PCIe", 312e12), ("NVIDIA A100-PCIE-40GB", 312e12)],
 )  # fmt: skip
 def test_peaks_are_found_by_the_devices_name(device, half):
     assert flops.peak_flops(device, "bfloat16") == flops.peak_flops(device, "float16") == half
@@ -356,7 +358,10 @@ def test_peaks_are_found_by_the_devices_name(device, half):
 
 
 def test_a_peak_belongs_to_no_device_of_another_name():
-    for device in ("NVIDIA T400", "NVIDIA A1000", "NVIDIA L400", "Quadro T4000", "NVIDIA GB200", "NVIDIA GH200 480GB"):
+    others = ["NVIDIA T400", "NVIDIA A1000", "NVIDIA L400", "Quadro T4000", "NVIDIA GB200", "NVIDIA GH200 480GB"]
+    others += ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 3090 Ti"]
+    others += ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA H100 96GB HBM3"]
+    for device in others:
         assert flops.peak_flops(device, "bfloat16") is None, device
 
 
@@ -558,7 +563,7 @@ def test_parameters_can_be_matched_instead(report):
     ("arguments", "message"),
     [
         ("--model=mine", "unknown model 'mine'; the model_*.py files here give: baseline, gated, gpt2"),
-        ("--device B300X", "--device B300X is not known here: try one of B200, H200, H100"),
+        ("--device B300X", "--device B300X is not known here: try one of B200, H200, H200 NVL, H100,"),
         ("--mfu 0", "--mfu 0.0: a share of the peak is above 0 and at most 1"),
         ("--mfu 1.5", "--mfu 1.5: a share of the peak"),
         ("--mfu fast", "argument --mfu: invalid float value"),

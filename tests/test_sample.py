@@ -98,7 +98,7 @@ def test_the_prompt_may_come_from_a_file_or_standard_input(run, capsys, monkeypa
     want = text_of(capsys, *arguments, "--prompt", "one\ntwo")
     (tmp_path / "prompt.txt").write_text("one\ntwo")
     assert text_of(capsys, *arguments, "--prompt_file", tmp_path / "prompt.txt") == want
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo")))
     assert text_of(capsys, *arguments, "--prompt_file", "-") == want
 
 

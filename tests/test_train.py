@@ -697,20 +697,30 @@ def test_wandb_offline_writes_a_run_without_network_or_key(work):
     assert len(finished(work / "wandb_run").steps) == 6
 
 
+def test_wandb_without_a_key_is_refused_in_one_line(work):
+    pytest.importorskip("wandb")
+    environment = {"HOME": str(work), "WANDB_API_KEY": "", "WANDB_SILENT": "true"}
+    result = finish(*start(work, out_dir="keyless", wandb="online", environment=environment))
+    assert result.code == 2 and "Traceback" not in result.err
+    assert result.err.splitlines()[-1].startswith("error: wandb=online: ")
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 NOT_GPT2 = dict(n_kv_head=None, head_dim=None, n_inner=None)
 REFUSED = {
     "unknown key": (dict(learnign_rate=1), "did you mean 'learning_rate'"),
     "wrong choice": (dict(schedule="linear"), "schedule=linear: try one of cosine, wsd, constant"),
     "no size": (dict(micro_batch=0), "micro_batch=0: try 1 or more"),
-    "negative": (dict(seed=-1), "seed=-1: try 0 or more"),
+    "negative": (dict(grad_clip=-1), "grad_clip=-1: try 0 or more"),
+    "dead knob": (dict(rope_factor=4), "rope_factor=4.0 does nothing while rope_scaling=none: set that, too"),
+    "end": (dict(eot_id=320), "eot_id=320 is no token of a vocabulary of 320: try 0 to 319"),
     "heads": (dict(n_kv_head=3, n_head=4), "n_head=4 is not divisible by n_kv_head=3"),
     "gpt2": (dict(model="gpt2", n_head=3) | NOT_GPT2, "n_embd=16 is not divisible by n_head=3: try 15 or 18"),
     "batch": (dict(batch_tokens=250), "250 is not a multiple of block_size=32 times 1 processes: try 224 or 256"),
     "vocabulary": (dict(vocab_size=100), "vocab_size=100 is smaller than that of data, 257"),
     "no data": (dict(data="nowhere"), "nowhere not found: make it with  python data/prepare.py"),
-    "no device": (dict(device="cuda:99"), "device=cuda:99: "),
-    "odd device": (dict(device="gpu"), "device=gpu: "),
+    "no device": (dict(device="cuda:99"), "device=cuda:99 is not here: try device=cpu or device=auto"),
+    "odd device": (dict(device="meta"), "device=meta is none of cuda, cuda:1, mps and cpu: try device=auto"),
     "long window": (dict(block_size=65536, batch_tokens=65536), "use a smaller block_size or more text"),
     "alone": (dict(resume=True), "--resume given but no checkpoint in refused"),
 }  # fmt: skip
@@ -721,6 +731,10 @@ def test_bad_input_is_refused_in_one_line_that_says_what_to_do(work, case):
     knobs, message = REFUSED[case]
     assert message in fail(work, "refused", **knobs)
     assert not (work / "refused").exists()
+
+
+def test_a_run_without_a_folder_is_refused(work):
+    assert "out_dir is empty, and a run needs a folder of its own" in fail(work, "")
 
 
 @pytest.mark.xdist_group("processes")
@@ -784,7 +798,7 @@ def test_a_checkpoint_of_another_model_shape_optimizer_or_data_is_refused(work, 
     shutil.move(work / "data", work / "kept")
     shutil.copytree(work / "data2", work / "data")
     try:
-        assert "data changed since mix/step-00000010" in fail(work, "mix", "--resume")
+        assert "data changed since mix/step-00000010 was written" in fail(work, "mix", "--resume")
     finally:
         shutil.rmtree(work / "data")
         shutil.move(work / "kept", work / "data")

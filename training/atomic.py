@@ -10,47 +10,37 @@ import hashlib
 import json
 import math
 import os
+import re
+import secrets
 import shutil
 from pathlib import Path
 
 import torch
 
+from training.disk import CheckpointError, fsync, remove, tensor_files, warn_once, write_text
+
 FORMAT = 1
 TEXTS = ("config.json", "trainer.json")
 EVALUATION = "evaluation.json"
-STEP = "step-" + 8 * "[0-9]"  # padded, so that names sort like numbers
+STEP = r"step-(\d{8,})"
 
 
-class CheckpointError(RuntimeError):
-    """What was wrong with which checkpoint, for the user to read."""
+# ---- names ----------------------------------------------------------------------------------------------------------
+def step_of(path):
+    """Returns the step in the name of a checkpoint's folder; None for another name."""
+    found = re.match(STEP, path.name)
+    return int(found[1]) if found else None
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that has all of the text, or what it had before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def fsync(path):
-    """Waits until a file, or what a folder lists, is on the disk."""
-    if os.name == "nt" and Path(path).is_dir():
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def named(out_dir, suffix=""):
+    """Returns what has the name of a checkpoint with this suffix, the newest first."""
+    found = [path for path in Path(out_dir).glob("step-*") if re.fullmatch(STEP + re.escape(suffix), path.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def folders(out_dir, suffix=""):
     """Returns the folders of checkpoints, the newest first."""
-    return sorted(Path(out_dir).glob(STEP + suffix), reverse=True)
-
-
-def tensor_files(parts: int, i: int = 0) -> list[str]:
-    """Returns the names of the i-th process's files, where `parts` processes write some."""
-    end = f"-{i + 1:05d}-of-{parts:05d}" if parts > 1 else ""
-    return [f"model{end}.safetensors", f"trainer{end}.safetensors"]
+    return [path for path in named(out_dir, suffix) if path.is_dir()]
 
 
 def entries(folder, names):
@@ -79,7 +69,7 @@ def evaluation(folder: Path) -> dict | None:
     try:
         found = json.loads((folder / EVALUATION).read_text())
         loss = found["loss"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if loss is not None and not isinstance(loss, float | int):
         return None
@@ -98,20 +88,35 @@ def best(out_dir) -> Path | None:
 
 def link(folder, name):
     """Points a relative link beside a checkpoint at it, in one step, where the disk has links."""
-    temporary = folder.with_name(f"{name}.tmp")
+    temporary = folder.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
     try:
-        temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name)
         temporary.replace(folder.with_name(name))
-    except OSError:  # Windows asks for rights; resolve() finds both without
-        pass
+    except OSError as error:  # Windows asks for rights, and a copy may have made the link a folder
+        temporary.unlink(missing_ok=True)
+        warn_once(f"{folder.with_name(name)} cannot be made a link ({error.strerror}): it is found without")
+
+
+def repair(folder, keep_last, keep_every):
+    """Does what a crash kept from happening after `folder`, the newest whole checkpoint, was in place."""
+    clear(folder.parent)
+    link(folder, "latest")
+    best_one = best(folder.parent)
+    if best_one:
+        link(best_one, "best")
+    prune(folder, keep_last, keep_every)
 
 
 # ---- coming and going ------------------------------------------------------------------------------------------------
+def clear(out_dir):
+    """Deletes what crashes left of what they were writing."""
+    for leftover in [*named(out_dir, ".tmp"), *Path(out_dir).glob(".*.tmp")]:
+        remove(leftover)
+
+
 def prepare(folder, need, texts):
     """Makes `folder`.tmp with its texts, where there is room for so many bytes; deletes what crashes left."""
-    for leftover in folders(folder.parent, ".tmp"):
-        shutil.rmtree(leftover)
+    clear(folder.parent)
     if need > shutil.disk_usage(folder.parent).free:
         raise OSError("No space left on device")
     tmp = Path(f"{folder}.tmp")
@@ -127,8 +132,9 @@ def commit(folder, step, files):
     (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     for name in (*TEXTS, "manifest.json", ""):
         fsync(tmp / name)
-    if folder.exists():
-        shutil.rmtree(f"{folder}.old", ignore_errors=True)  # of a crash between these renames
+    if os.path.lexists(folder):
+        for leftover in named(folder.parent, ".old"):  # of a crash between these renames
+            remove(leftover)
         folder.rename(f"{folder}.old")
     tmp.rename(folder)
     fsync(folder.parent)
@@ -137,17 +143,16 @@ def commit(folder, step, files):
 
 def prune(folder, keep_last, keep_every):
     """With its successor in place: deletes what was replaced, what a crash left while deleting, then the oldest."""
-    for path in folders(folder.parent, ".old"):
-        shutil.rmtree(path)
+    for path in named(folder.parent, ".old"):
+        remove(path)
     if not keep_last:
         return
     best_one = best(folder.parent)
-    older = [path for path in folders(folder.parent) if path.name <= folder.name]
+    older = [path for path in folders(folder.parent) if step_of(path) <= step_of(folder)]
     for path in older[keep_last:]:
-        step = int(path.name.removeprefix("step-"))
-        is_kept = keep_every and step % keep_every == 0
+        is_kept = keep_every and step_of(path) % keep_every == 0
         if path != best_one and not is_kept:
-            shutil.rmtree(path.rename(f"{path}.old"))
+            remove(path.rename(f"{path}.old"))
 
 
 def give_up(folder, step, need, error):
@@ -172,6 +177,8 @@ def verify(path: Path) -> str:
         manifest = json.loads((path / "manifest.json").read_bytes())
         if manifest["format"] != FORMAT:
             return f"manifest.json: format {manifest['format']}, and this program reads format {FORMAT}"
+        if step_of(path) not in (None, manifest["step"]):
+            return f"manifest.json: of step {manifest['step']}, so the folder was renamed"
         parts = max((len(manifest["files"]) - 1) // 2, 1)
         names = [*TEXTS, *(name for i in range(parts) for name in tensor_files(parts, i))]
         odd = sorted(manifest["files"].keys() ^ set(names))
@@ -187,8 +194,10 @@ def verify(path: Path) -> str:
                 return f"{name}: {found_size} bytes, manifest says {size} (truncated)"
             if found_digest != digest:
                 return f"{name}: sha256 mismatch (corrupted)"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json: not a manifest (corrupted)"
+    except OSError as error:
+        return f"{error.strerror} (corrupted)"
     return ""
 
 
@@ -205,7 +214,7 @@ def find(out_dir, log):
     for path in folders(out_dir, ".tmp"):
         log(f"skipping {path.name}: incomplete: saving was interrupted")
     # A crash while a step is saved again may leave only its .old.
-    found = sorted(folders(out_dir) + folders(out_dir, ".old"), key=lambda path: path.stem, reverse=True)
+    found = sorted(folders(out_dir) + folders(out_dir, ".old"), key=step_of, reverse=True)
     for path in found:
         reason = verify(path)
         if not reason:

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 
 from distributed.processes import all_done, gather, on_first, results, start, start_on_first
 from training import atomic
-from training.atomic import CheckpointError, entries, folders, fsync, verify  # noqa: F401 (folders for others)
+from training.atomic import entries, folders, verify
+from training.disk import CheckpointError, fsync, read_json
 from training.stored import Stored, own_files
 
 SIZE = re.compile(r"n_\w+|\w+_dim|(?!block_)\w+_size")  # fields that make another model; block_size may be extended
@@ -176,13 +177,14 @@ def newest(out_dir: str | Path, log: Callable = print) -> Path | None:
 def resolve(path: str | Path, log: Callable = print) -> Path:
     """Returns the folder, verified, of a checkpoint; of a run's folder its newest whole one.
 
-    out/run/best and out/run/latest are found where there are no such links, too.
+    out/run/best and out/run/latest follow from the checkpoints themselves, where there are no such links, too.
     """
     path = Path(path)
-    if path.name == "best" and not path.exists():
+    there = folders(path.parent)
+    if there and path.name == "latest":  # a link may be old, and a copied one may be a folder
+        path = there[0]
+    elif there and path.name == "best":
         path = on_first(atomic.best, path.parent) or path
-    if path.name == "latest" and not path.exists():
-        path = path.parent
     found = newest(path, log)
     if found:
         return found
@@ -195,7 +197,7 @@ def resolve(path: str | Path, log: Callable = print) -> Path:
 # ---- restoring ------------------------------------------------------------------------------------------------------
 def load_config(path: str | Path) -> dict:
     """Returns the `config` that was given to save, from the checkpoint's folder."""
-    return json.loads((Path(path) / "config.json").read_text())
+    return read_json(Path(path) / "config.json", model=str, model_config=dict, knobs=dict)
 
 
 def check_sizes(path, config):
@@ -239,7 +241,7 @@ def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     What does not fit is a CheckpointError, and nothing is copied. The optimizer's hyper-parameters stay as they are.
     """
     stored = fitting_weights(path, model)
-    trainer = json.loads((path / "trainer.json").read_text())
+    trainer = read_json(path / "trainer.json", step=int, optimizer=dict)
     saved = trainer.pop("optimizer")
     if optimizer is not None:
         if saved["class"] != type(optimizer).__name__:

@@ -8,9 +8,21 @@ from importlib.util import find_spec
 
 import torch
 
+# A knob, the value with which it is off, and the knob without which it does nothing, with that one's.
+DEAD_WITHOUT = (
+    ("rope_factor", 1.0, "rope_scaling", "none"),
+    ("rope_original", 0, "rope_scaling", "none"),
+    ("shared_gate", False, "n_shared_expert", 0),
+)
+
 
 def check(config: dict, world_size: int) -> None:
     """Raises ValueError where knobs do not go together, or not with so many processes."""
+    if not config["out_dir"]:
+        raise ValueError("out_dir is empty, and a run needs a folder of its own: try out_dir=out/run")
+    for knob, off, needed, needed_off in DEAD_WITHOUT:
+        if config.get(knob, off) != off and config.get(needed) == needed_off:
+            raise ValueError(f"{knob}={config[knob]} does nothing while {needed}={needed_off}: set that, too")
     for package in ("wandb", "tensorboard"):
         if config[package] and not find_spec(package):
             raise ValueError(f"{package}={config[package]}, but this package is not here:  pip install {package}")
@@ -44,10 +56,13 @@ def find_device(name: str) -> str:
         if torch.backends.mps.is_available():
             return "mps"
         return "cpu"
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"device={name} is none of cuda, cuda:1, mps and cpu: try device=auto")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name}: {str(error).splitlines()[0]}: try device=cpu or device=auto") from None
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(f"device={name} is not here: try device=cpu or device=auto ({reason})") from None
     return name
 
 

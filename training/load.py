@@ -1,11 +1,11 @@
 """A trained model and its tokenizer, from a run's folder, a checkpoint's, or a Hugging Face folder."""
 
-import json
 from pathlib import Path
 
 import torch
 
 import hf
+from data.shards import PUBLISHED, read_meta
 from data.tokenizer_json import begin_ids
 from data.tokenizers import load_tokenizer, tokenizer_from_dict
 from training import checkpoint
@@ -13,10 +13,17 @@ from training.knobs import find_device
 from training.stored import own_rows
 
 
-def load(path: Path, device: str = "auto", dtype: str = "auto", tokenizer: str | None = None) -> tuple:
+class NoTokenizer(ValueError):
+    """Raised where no file says which tokenizer a model has."""
+
+
+def load(
+    path: Path, device: str = "auto", dtype: str = "auto", tokenizer: str | None = None, for_text: bool = True
+) -> tuple:
     """Returns the model in eval mode, its tokenizer, and the ids that every prompt begins with.
 
     dtype: auto is bfloat16 on CUDA, else float32. tokenizer: the name or path of one, for a folder that has none.
+    for_text: False returns None in the place of a tokenizer that is not known, which is no error then.
     ValueError and OSError say what is missing, or does not belong together.
     """
     # 1. the model
@@ -33,7 +40,12 @@ def load(path: Path, device: str = "auto", dtype: str = "auto", tokenizer: str |
         model = model.to(weights_in)
 
     # 2. the tokenizer, and how our documents, or those of a Hugging Face model, begin
-    found, prefix = find_tokenizer(path, tokenizer)
+    try:
+        found, prefix = find_tokenizer(path, tokenizer)
+    except NoTokenizer:
+        if for_text:
+            raise
+        return model, None, []
     if found.vocab_size > model.config.vocab_size:
         sizes = f"{found.vocab_size} tokens, and the model {model.config.vocab_size}"
         raise ValueError(f"the tokenizer {found.name} has {sizes}: they do not belong together")
@@ -65,13 +77,16 @@ def find_tokenizer(path: Path, name: str | None) -> tuple:
         file = folder / "data.json"
         if not file.exists():
             continue
-        meta = json.loads(file.read_text())
-        if meta.get("tokenizer"):
+        meta = read_meta(file, f"copy meta.json of its data to {file}")
+        if meta["tokenizer"]:
             tokenizer = tokenizer_from_dict(meta["tokenizer"])
+        elif (meta["vocab_size"], meta["eot_id"]) == PUBLISHED[2]:
+            tokenizer = load_tokenizer("gpt2")  # GPT-2's published shards come without a tokenizer
         else:
-            tokenizer = load_tokenizer("gpt2")  # published shards come without a tokenizer: they are GPT-2's
+            what = f"{meta['vocab_size']:,} tokens and no tokenizer"
+            raise NoTokenizer(f"the data of {path} has {what}: name its own with --tokenizer, such as a tokenizer.json")
         return tokenizer, [tokenizer.eot_id]
-    raise ValueError(f"{path} has no tokenizer: name one with --tokenizer, for example --tokenizer gpt2")
+    raise NoTokenizer(f"{path} has no tokenizer: name one with --tokenizer, for example --tokenizer gpt2")
 
 
 def hide_padding(model, tokenizer) -> None:

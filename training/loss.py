@@ -8,11 +8,18 @@ import torch
 import torch.nn.functional as F
 
 
-def bytes_of_tokens(tokenizer, vocab_size: int) -> torch.Tensor:
-    """Returns (vocab_size,): the bytes of text that each token stands for; 0 for special ones."""
-    sizes = torch.zeros(vocab_size, dtype=torch.long)
+def bytes_of_tokens(tokenizer, vocab_size: int, shards=None) -> torch.Tensor:
+    """Returns fp64 (vocab_size,): the bytes of text that each token stands for; 0 for special ones.
+
+    A tokenizer may lose text: sentencepiece joins spaces and writes <unk> for what it does not know, NFC composes
+    letters. Bits per byte are of the text, whoever wrote it into tokens, so with shards that know how many bytes of
+    text their split was made of, every token stands for its share of these.
+    """
+    sizes = torch.zeros(vocab_size, dtype=torch.float64)
     if tokenizer:
         sizes[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes())
+    if shards and "text_bytes" in shards.meta:
+        sizes *= shards.meta["text_bytes"][shards.split] / max(shards.meta["bytes"][shards.split], 1)
     return sizes
 
 
@@ -42,7 +49,7 @@ def loss_report(sums: Iterable[float]) -> dict:
     Bits per byte leave out the tokens that no text stands behind, such as the one that begins a document; they are None
     where no token has text. ValueError where there are no targets.
     """
-    nats, tokens, text_nats, size = (float(x) for x in sums)
+    nats, tokens, text_nats, size = map(float, sums)
     if tokens == 0:
         raise ValueError("no token of the validation split is a target: raise eval_tokens, or prepare more text")
     loss = nats / tokens
@@ -52,4 +59,5 @@ def loss_report(sums: Iterable[float]) -> dict:
     bits_per_byte = None
     if size > 0:
         bits_per_byte = text_nats / math.log(2) / size
-    return dict(loss=loss, perplexity=perplexity, bits_per_byte=bits_per_byte, tokens=int(tokens), bytes=int(size))
+    sizes = dict(tokens=int(tokens), bytes=round(size))
+    return dict(loss=loss, perplexity=perplexity, bits_per_byte=bits_per_byte, **sizes)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from training.atomic import write_text
-from training.run_folder import read_metrics
+from training.disk import warn_once, write_text
+from training.run_folder import metrics_of
 
 try:
     import resource
@@ -25,28 +25,51 @@ class Log:
     """A run's metrics: rows for metrics.jsonl, and, if asked for, Weights & Biases and TensorBoard.
 
     wandb: online or offline. step: where the run goes on; rows of later steps are dropped, since these steps will be
-    done again.
+    done again. What fails here ends no run: rows wait for room on the disk, and a service costs a warning.
     """
 
     def __init__(self, out: Path, step: int, config: dict, wandb: str = "", tensorboard: bool = False):
-        rows = [row for row in read_metrics(out) if step > 0 and row["step"] <= step]
-        write_text(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        self.file = open(out / "metrics.jsonl", "a", buffering=1)
+        path = out / "metrics.jsonl"
+        kept = path.with_name(f".metrics.jsonl.{uuid.uuid4().hex}.tmp")
+        with open(kept, "x", encoding="utf-8") as file:
+            for row in metrics_of(out):
+                if step > 0 and row["step"] <= step:
+                    file.write(json.dumps(row) + "\n")
+        kept.replace(path)
+        self.file = open(path, "ab", buffering=0)
+        self.waiting = b""  # lines for which there was no room
 
-        self.wandb = None
+        self.services = []  # functions of (step, {name: number})
+        self.to_close = []
         if wandb:
-            import wandb as client
-
-            if not (out / "wandb_id").exists():  # a resumed run goes on under its id there
-                write_text(out / "wandb_id", uuid.uuid4().hex[:8])
-            run = dict(project="nanollm", name=out.resolve().name, id=(out / "wandb_id").read_text(), dir=out)
-            self.wandb = client.init(mode=wandb, resume="allow", config=config, **run)
-
-        self.writer = None
+            self.services.append(self.open_wandb(out, config, wandb))
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            self.services.append(self.open_tensorboard(out, step))
 
-            self.writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
+    def open_wandb(self, out, config, mode):
+        import wandb
+
+        if not (out / "wandb_id").exists():  # a resumed run goes on under its id there
+            write_text(out / "wandb_id", uuid.uuid4().hex[:8])
+        run = dict(project="nanollm", name=out.resolve().name, id=(out / "wandb_id").read_text(), dir=out)
+        try:
+            client = wandb.init(mode=mode, resume="allow", config=config, **run)
+        except wandb.Error as error:
+            raise ValueError(f"wandb={mode}: {str(error).splitlines()[0]}") from None
+        self.to_close.append(client.finish)
+        return lambda step, numbers: client.log(numbers, step=step)
+
+    def open_tensorboard(self, out, step):
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
+        self.to_close.append(writer.close)
+
+        def log(step, numbers):
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+
+        return log
 
     def write(self, row: dict) -> None:
         """Adds a row of numbers for a step; what is not finite becomes null, since JSON has no word for it."""
@@ -54,28 +77,31 @@ class Log:
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row[key] = None
+        self.waiting += json.dumps(row).encode() + b"\n"
         try:
-            self.file.write(json.dumps(row) + "\n")
-        except OSError as error:  # the row waits in the file's buffer for room
-            print(f"WARNING: metrics.jsonl: {error.strerror}", file=sys.stderr)
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            warn_once(f"metrics.jsonl: {error.strerror}: rows wait in memory for room")
 
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
-        if self.wandb:
-            self.wandb.log(numbers, step=row["step"])
-        if self.writer:
-            for key, value in numbers.items():
-                self.writer.add_scalar(key, value, row["step"])
+        for log in self.services:
+            try:
+                log(row["step"], numbers)
+            except Exception as error:  # theirs, of any kind
+                warn_once(f"a service for metrics failed: {type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Closes the file and the services; a full disk costs the last rows and a warning."""
-        try:
-            self.file.close()
-        except OSError as error:
-            print(f"WARNING: metrics.jsonl lacks its last rows: {error.strerror}", file=sys.stderr)
-        if self.wandb:
-            self.wandb.finish()
-        if self.writer:
-            self.writer.close()
+        self.file.close()
+        if self.waiting:
+            rows = len(self.waiting.splitlines())
+            warn_once(f"metrics.jsonl lacks its last {rows} rows: there was no room for them")
+        for close in self.to_close:
+            try:
+                close()
+            except Exception as error:
+                warn_once(f"a service for metrics failed: {type(error).__name__}: {error}")
 
 
 def spiked(history: Sequence[float], value: float) -> bool:

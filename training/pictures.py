@@ -2,50 +2,119 @@
 
 import gc
 import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from training.run_folder import read_metrics
+from training.disk import warn_once
 
-OF_EVERY_RUN = (
-    "step loss lr grad_norm ms tokens_per_second mfu memory_gb resident_gb tokens skipped val_loss val_bits_per_byte"
-).split()
+NOT_DRAWN = "lr grad_norm ms tokens_per_second mfu memory_gb resident_gb tokens skipped spikes".split()
 
 
-def plot(out: Path, title: str) -> None:
-    """Draws metrics.jsonl: loss.png, and by their shape what the model's own metrics() gave.
+class Thinned:
+    """Every n-th of what is added, with n such that `most` at the most are kept, and the last one."""
 
-    Numbers share metrics.png, an axis each; a table, such as (layers, experts), has a picture metrics-<name>.png.
+    def __init__(self, most: int = 4000):
+        self.most = most
+        self.kept = []
+        self.last = None
+        self.every = 1
+        self.added = 0
+
+    def add(self, item) -> None:
+        if self.added % self.every == 0:
+            self.kept.append(item)
+            if len(self.kept) > self.most:
+                del self.kept[1::2]
+                self.every *= 2
+        self.last = item
+        self.added += 1
+
+    def items(self) -> list:
+        if self.kept and self.kept[-1] is not self.last:
+            return [*self.kept, self.last]
+        return list(self.kept)
+
+
+class Album:
+    """The pictures of a run, drawn in a thread from a thinned history: a long run's cost no more than a short one's.
+
+    Rows are those of metrics.jsonl. loss.png has the loss; what the model's own metrics() gave is drawn by its shape:
+    numbers share metrics.png, an axis each, and a table, such as (layers, experts), has a picture metrics-<name>.png.
     """
-    import matplotlib
 
-    matplotlib.use("Agg")
-    rows = read_metrics(out)
-    plot_loss(rows, title, out / "loss.png")
-    numbers = {key for row in rows for key, value in row.items() if isinstance(value, float)}
-    own = sorted(numbers.difference(OF_EVERY_RUN))
+    def __init__(self, out: Path, title: str, rows: Iterable[dict] = ()):
+        self.out = out
+        self.title = title.replace("$", r"\$")  # which begins a formula
+        self.steps = Thinned()
+        self.evaluations = Thinned()
+        self.with_tables = Thinned()
+        self.thread = ThreadPoolExecutor(1)  # the same one each time: a new one's memory would not be used again
+        self.drawing = None
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: dict) -> None:
+        if "val_loss" in row:
+            self.evaluations.add(row)
+        elif any(is_table(value) for value in row.values()):
+            self.with_tables.add(row)
+        if "loss" in row:
+            self.steps.add({key: x for key, x in row.items() if key not in NOT_DRAWN and not is_table(x)})
+
+    def draw(self) -> None:
+        """Begins to draw, unless a drawing is still at work. One that fails costs a warning."""
+        if self.drawing is None or self.drawing.done():
+            self.warn()
+            kinds = (self.steps, self.evaluations, self.with_tables)
+            self.drawing = self.thread.submit(plot, self.out, self.title, *(thinned.items() for thinned in kinds))
+
+    def finish(self) -> None:
+        """Draws all there is, and waits for it."""
+        if self.drawing:
+            self.drawing.exception()  # waits for it
+        self.draw()
+        self.warn()
+
+    def warn(self) -> None:
+        """Says of the drawing that was begun last, once it is done, why it failed."""
+        error = self.drawing.exception() if self.drawing else None
+        if error:
+            warn_once(f"no pictures of {self.out}: {type(error).__name__}: {error}")
+
+
+def plot(out, title, steps, evaluations, with_tables):
+    plot_loss(steps, evaluations, title, out / "loss.png")
+    own = sorted({key for row in steps for key in row} - {"step", "loss"})
     if own:
-        plot_numbers(rows, own, title, out / "metrics.png")
-    for name in sorted({key for row in rows for key, value in row.items() if is_table(value)}):
-        plot_table([row for row in rows if name in row], name, title, out / f"metrics-{name}.png")
+        plot_numbers(steps, own, title, out / "metrics.png")
+    for name in sorted({key for row in with_tables for key, value in row.items() if is_table(value)}):
+        plot_table([row for row in with_tables if name in row], name, title, out / f"metrics-{name}.png")
     gc.collect()  # a figure is in cycles of references: Python would keep dozens of them before it looks
+
+
+def new_figure(size, **options):
+    """Returns a figure and its axes, which pyplot does not know of: that keeps them, and is for one thread alone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(**options)
 
 
 def is_table(value):
     return isinstance(value, list) and len(value) > 0 and isinstance(value[0], list)
 
 
-def plot_loss(rows, title, path):
+def plot_loss(steps, evaluations, title, path):
     """Draws the losses of training and validation over the steps."""
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    training = [row for row in rows if row.get("loss") is not None]
+    figure, axis = new_figure((8, 4.5))
+    training = [row for row in steps if row["loss"] is not None]
     losses = [row["loss"] for row in training]
     axis.plot([row["step"] for row in training], losses, label="training", color="C0", alpha=0.4, lw=1)
 
-    validation = [row for row in rows if row.get("val_loss") is not None]
+    validation = [row for row in evaluations if row["val_loss"] is not None]
     val_losses = [row["val_loss"] for row in validation]
     axis.plot([row["step"] for row in validation], val_losses, label="validation", color="C1", marker="o", ms=3)
 
@@ -58,15 +127,12 @@ def plot_loss(rows, title, path):
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def plot_numbers(rows, names, title, path):
     """Draws each of the named numbers over the steps, three axes to a line."""
-    import matplotlib.pyplot as plt
-
     lines = math.ceil(len(names) / 3)
-    figure, axes = plt.subplots(lines, 3, figsize=(12, 2.6 * lines), layout="constrained", squeeze=False)
+    figure, axes = new_figure((12, 2.6 * lines), nrows=lines, ncols=3, squeeze=False)
     for axis in axes.flat:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, names):
@@ -76,7 +142,6 @@ def plot_numbers(rows, names, title, path):
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def plot_table(rows, name, title, path):
@@ -84,8 +149,6 @@ def plot_table(rows, name, title, path):
 
     For the load of experts (layers, experts) a red line is an expert that is chosen too often, a blue one too seldom.
     """
-    import matplotlib.pyplot as plt
-
     values = np.array([row[name] for row in rows], dtype=float)  # (times, rows, columns)
     times, bands, columns = values.shape
     share = values / values.mean(axis=2, keepdims=True).clip(min=1e-12)
@@ -93,7 +156,7 @@ def plot_table(rows, name, title, path):
     first = rows[0]["step"]
     last = rows[-1]["step"] + 1
 
-    figure, axis = plt.subplots(figsize=(8, 1.5 + bands), layout="constrained")
+    figure, axis = new_figure((8, 1.5 + bands))
     size = (first, last, bands, 0)
     colors = dict(cmap="RdBu_r", vmin=0, vmax=2)
     image = axis.imshow(lines, aspect="auto", extent=size, interpolation="nearest", **colors)
@@ -102,4 +165,3 @@ def plot_table(rows, name, title, path):
     axis.set(xlabel="step", ylabel="row of the table", yticks=range(bands + 1), title=f"{title}: {label}")
     figure.colorbar(image, label=f"{label} / mean of its row", extend="max")
     figure.savefig(path, dpi=120)
-    plt.close(figure)

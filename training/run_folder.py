@@ -3,6 +3,7 @@
 out/run/  config.json, config.py    the resolved config; the second is one to give back to train.py
           manifest.json, source/    from what it can be repeated: command, commit, versions, hardware, data, the code
           data.json                 the data's meta.json: its tokenizer for sample.py
+          state.json                for scripts: running, stopped, finished or diverged, the step, how to go on
           metrics.jsonl, loss.png   a line a step, and a line an evaluation; metrics*.png: what the model measures
           step-*, latest, best      checkpoints (checkpoint.py)
           .lock                     held by the run at work here
@@ -13,10 +14,12 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,8 @@ import torch
 
 from configurator import config_source
 from distributed import processes
-from training.atomic import STEP, folders, write_text
+from training.atomic import STEP, folders
+from training.disk import read_json, remove, write_text
 
 try:
     import fcntl
@@ -37,35 +41,38 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what a disk says th
 # Patterns, in the order of deletion: a folder without a manifest is no run.
 FILES_OF_A_RUN = (
     STEP,
-    STEP + ".tmp",
-    STEP + ".old",
+    STEP + r"\.tmp",
+    STEP + r"\.old",
     "latest",
     "best",
-    "config.json",
-    "config.py",
+    r"config\.json",
+    r"config\.py",
     "source",
-    "data.json",
-    "metrics.jsonl",
-    "loss.png",
-    "metrics.png",
-    "metrics-*.png",
+    r"data\.json",
+    r"state\.json",
+    r"metrics\.jsonl",
+    r"loss\.png",
+    r"metrics\.png",
+    r"metrics-.*\.png",
     "tensorboard",
     "wandb",
     "wandb_id",
-    "manifest.json",
+    r"manifest\.json",
 )
+MAY_BE_LINKS = (STEP, "latest", "best")  # nothing is written through them
 
 
 # ---- what it is -----------------------------------------------------------------------------------------------------
 def files_of_a_run(out):
     """Returns what lies in `out` under the names of a run's files, the manifest last."""
-    return [path for pattern in FILES_OF_A_RUN for path in out.glob(pattern)]
+    there = sorted(out.iterdir()) if out.is_dir() else []
+    return [path for pattern in FILES_OF_A_RUN for path in there if re.fullmatch(pattern, path.name)]
 
 
 def exists(out: Path) -> bool:
     """Returns whether `out` holds a run. Raises ValueError where something else has the names of a run's files."""
     manifest = out / "manifest.json"
-    if manifest.exists() and '"data_fingerprint"' in manifest.read_text():
+    if manifest.exists() and b'"data_fingerprint"' in manifest.read_bytes():
         return True
     taken = [path.name for path in files_of_a_run(out)]
     if taken:
@@ -75,16 +82,13 @@ def exists(out: Path) -> bool:
 
 def has_begun(out: Path) -> bool:
     """Returns whether a run has done a step: one that died before has nothing that could be lost."""
-    return bool(folders(out)) or any(row["step"] > 0 for row in read_metrics(out))
+    return bool(folders(out)) or any(row["step"] > 0 for row in metrics_of(out))
 
 
 def delete(out: Path) -> None:
     """Deletes a run from its folder, and nothing that is not of a run. While that takes, the folder stays a run."""
     for path in files_of_a_run(out):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
 
 
 def source(model: str) -> dict[str, Path]:
@@ -130,10 +134,36 @@ def describe(out: Path, config: dict, meta: dict, facts: dict) -> None:
     write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
     write_text(out / "config.py", config_source(knobs))
     write_text(out / "data.json", json.dumps(meta) + "\n")
+    if (out / "source").exists():  # of an earlier start: a link in it would be written through
+        remove(out / "source")
     for name, file in source(config["model"]).items():
         target = out / "source" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
+
+
+def write_state(out: Path, state: str, step: int, max_steps: int, command: str) -> None:
+    """Notes for scripts how a run stands. One that died is still "running", and nobody holds its .lock."""
+    text = {"state": state, "step": step, "max_steps": max_steps, "command": command}
+    write_text(out / "state.json", json.dumps(text) + "\n")
+
+
+# ---- whose it is ----------------------------------------------------------------------------------------------------
+def refuse_links(out):
+    """Raises ValueError where a file that a run writes is a link: it may lead to a file of the user's own."""
+    for path in [*files_of_a_run(out), out / ".lock"]:
+        if path.is_symlink() and not any(re.fullmatch(pattern, path.name) for pattern in MAY_BE_LINKS):
+            raise ValueError(f"{path} is a link, and a run writes through none: delete it, or choose another out_dir")
+
+
+def check_ours(out: Path, lock) -> None:
+    """Raises ValueError where the folder that this run locked is gone, or is another one by now."""
+    try:
+        there = os.stat(out / ".lock")
+    except FileNotFoundError:
+        there = None
+    if lock is not None and (there is None or not os.path.samestat(there, os.fstat(lock.fileno()))):
+        raise ValueError(f"{out} was deleted or replaced while this run was at work: it writes nothing more there")
 
 
 def lock(out: Path):
@@ -147,6 +177,7 @@ def lock(out: Path):
     if processes.rank() == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            refuse_links(out)
             file = open(out / ".lock", "a+")
             if not try_to_lock(file):
                 print(f"WARNING: nothing can keep a second run out of {out}: no locks here", file=sys.stderr)
@@ -158,6 +189,8 @@ def lock(out: Path):
         except BlockingIOError:
             file.seek(0)
             refusal = f"{out} is in use by {file.read()}: wait for that run, stop it, or choose another out_dir"
+        except ValueError as error:
+            refusal = str(error)
         except OSError as error:
             refusal = f"{out} cannot be written to ({error.strerror}): choose another out_dir"
     refusal = processes.gather(refusal)[0]
@@ -181,19 +214,29 @@ def try_to_lock(file) -> bool:
 
 def saved_knob(out: Path, name: str):
     """Returns the value of a knob of train.py that a run was begun with."""
-    return json.loads((out / "config.json").read_text())["knobs"][name]
+    return read_json(out / "config.json", knobs=dict)["knobs"][name]
 
 
 # ---- what it did ----------------------------------------------------------------------------------------------------
-def read_metrics(out: Path) -> list[dict]:
-    """Returns the lines of metrics.jsonl, without one that a crash cut short."""
+def metrics_of(out: Path) -> Iterator[dict]:
+    """Yields the rows of metrics.jsonl; a line that is none, such as one that a crash cut short, is left out."""
     path = out / "metrics.jsonl"
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            print(f"{path}: a line was cut short, and is left out: {line[:40]}...", file=sys.stderr)
-    return rows
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
+            else:
+                print(
+                    f"{path}: a line that was cut short or is none of a run's is left out: {line[:40]!r}",
+                    file=sys.stderr,
+                )
+
+
+def read_metrics(out: Path) -> list[dict]:
+    return list(metrics_of(out))

@@ -1,19 +1,19 @@
 """When a run's state goes to the disk, what a full disk costs, and how a run goes on from what is there."""
 
-import json
 import sys
 from pathlib import Path
 
 from distributed.processes import fail, on_first, rank
-from training import atomic, checkpoint
-from training.checkpoint import CheckpointError
+from training import atomic, checkpoint, run_folder
+from training.disk import CheckpointError, read_json
 
 
 class Saver:
     """Saves steps of a run. On a full disk a run that has steps left goes on: what was saved before stays."""
 
-    def __init__(self, out: Path, model, optimizer, config: dict, keep_last: int, keep_every: int, say):
+    def __init__(self, out: Path, lock, model, optimizer, config: dict, keep_last: int, keep_every: int, say):
         self.out = out
+        self.lock = lock  # what run_folder.lock returned
         self.model = model
         self.optimizer = optimizer
         self.config = config  # as checkpoint.save takes it
@@ -27,11 +27,19 @@ class Saver:
 
         must: it is the run's last save, so that one which fails is an error; before, the run warns and goes on.
         """
+        try:
+            on_first(run_folder.check_ours, self.out, self.lock)
+        except ValueError as error:
+            fail(error)
         if self.finish(must=must):  # of the one before
             options = dict(keep_last=self.keep_last, keep_every=self.keep_every, wait=wait)
             self.attempt(
                 must, checkpoint.save, self.out, step, self.model, self.optimizer, self.config, trainer, **options
             )
+
+    def repair(self, newest: Path) -> None:
+        """Does what a crash, or a copy without links, left undone around the checkpoint that a run goes on from."""
+        self.attempt(False, on_first, atomic.repair, newest, self.keep_last, self.keep_every)
 
     def finish(self, wait: bool = True, must: bool = False) -> bool:
         """Takes a save in flight as far as it gets, or with wait to its end; returns False where it failed."""
@@ -48,7 +56,7 @@ class Saver:
             return False
         if folder:
             self.in_place = folder
-            self.say(f"step {int(folder.name.removeprefix('step-')):>6} | saved {folder}")
+            self.say(f"step {atomic.step_of(folder):>6} | saved {folder}")
         return True
 
     def note_evaluation(self, step: int, loss: float, tokens: int) -> None:
@@ -78,14 +86,15 @@ def go_on_from(path: Path, model, optimizer, scaler, config: dict, identity: dic
     if optimizer_then != config["knobs"]["optimizer"]:
         raise ValueError(f"{path} has the state of optimizer={optimizer_then}: resume with that")
 
-    state = json.loads((path / "trainer.json").read_text())
+    state = read_json(path / "trainer.json", step=int, tokens=int, skipped=int, identity=dict, scaler=dict)
     data = identity["data"]
-    then = state["identity"]
+    then = state["identity"] | {"data": data}  # what is in a folder counts, not how the path to it is written
     if then["tokenizer"] != identity["tokenizer"]:
         raise ValueError(f"{data} has another tokenizer than the data of {path}: give that data, or another out_dir")
-    if then["data"] == data and not then.items() <= identity.items():
+    if not then.items() <= identity.items():
         raise ValueError(
-            f"{data} changed since {path} was written: restore it, or begin another run in another out_dir"
+            f"{data} changed since {path} was written: restore it, or begin another run in another out_dir, with "
+            "init_from"
         )
     checkpoint.restore(path, model, optimizer)
     for key, value in state.get("machine", {}).items():

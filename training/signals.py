@@ -15,11 +15,13 @@ class StopSignals:
 
     A launcher such as torchrun passes on what its processes got themselves, so a second signal is no second wish, but
     for a Ctrl-C some time after the first: that ends the process at once. What a parent had ignored (nohup) stays so.
+    A launcher that is gone asks to stop as well: nobody would pass on a signal any more.
     """
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
         self.received = []
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.interrupted = None  # when the first Ctrl-C came
         for name in ASK_TO_STOP:
             number = getattr(signal, name, None)  # Windows has few of them
@@ -36,6 +38,13 @@ class StopSignals:
             elif now - self.interrupted > COPIES:
                 os._exit(128 + number)
         self.received.append(name)
+
+    def count(self) -> int:
+        """Returns how often this process was asked to stop."""
+        if self.launcher not in (None, os.getppid()):
+            self.launcher = None
+            self.received.append("torchrun is gone")
+        return len(self.received)
 
     def say(self, text):
         if not self.quiet:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from distributed.processes import rank
-from training.atomic import CheckpointError, tensor_files
+from training.disk import CheckpointError, tensor_files
 
 
 def is_sharded(tensor) -> bool:

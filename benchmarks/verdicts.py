@@ -1,0 +1,143 @@
+"""Which variant learns better: the learning rates to try, and what differences chance does not explain.
+
+Each rate is tried with a few seeds (the sweep), the best is repeated with other seeds, and only those are compared. A
+table of equal variants calls one better or worse in at most one of 20 cases; tests/test_verdicts.py simulates it.
+"""
+
+import math
+import statistics
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+FALSE_WINS = 0.05  # of the tables in which all variants are equal
+# A rate chosen among few noisy ones is not the best one. That changes the loss as if a run's variance were larger by
+# this part of itself, over the seeds of the sweep: simulated, for sweeps of three rates and more.
+VARIANCE_OF_A_CHOICE = 0.16
+
+
+# ---- the learning rate -----------------------------------------------------------------------------------------------
+def sweep_seeds(rates: int, seeds: int) -> int:
+    """Returns with how many seeds each rate is tried, of a comparison with so many: a third, and none for one rate."""
+    return math.ceil(seeds / 3) if rates > 1 else 0
+
+
+def best_rate(sweep: dict[float, float]) -> float:
+    """Returns the rate with the lowest loss of {rate: mean loss}."""
+    return min(sweep, key=sweep.get)
+
+
+def is_at_the_edge(sweep: dict[float, float]) -> bool:
+    """Returns whether the best rate has a neighbour on one side only, so that a better one may lie beyond it."""
+    return len(sweep) > 1 and best_rate(sweep) in (min(sweep), max(sweep))
+
+
+def rate_beyond(sweep: dict[float, float]) -> float:
+    """Returns the rate that is as far beyond the best one, at an edge, as its neighbour is on the other side."""
+    rates = sorted(sweep)
+    neighbour = rates[1] if best_rate(sweep) == rates[0] else rates[-2]
+    return best_rate(sweep) ** 2 / neighbour
+
+
+def gain_between_rates(sweep: dict[float, float]) -> float:
+    """Returns how much lower the loss is at the best rate of all than at the best that was tried.
+
+    It is read off the parabola through the best one and its two neighbours, over the logarithm of the rate; 0 where
+    the best has no neighbour on one side.
+    """
+    if len(sweep) < 3 or is_at_the_edge(sweep):
+        return 0.0
+    rates = sorted(sweep)
+    i = rates.index(best_rate(sweep))
+    three = rates[i - 1 : i + 2]
+    losses = np.array([sweep[rate] for rate in three])
+    if not np.isfinite(losses).all():
+        return 0.0
+    a, b, c = np.polyfit(np.log(three) - np.log(three[1]), losses - losses[1], 2)
+    return max(0.0, b * b / (4 * a) - c) if a > 0 else 0.0
+
+
+# ---- the difference --------------------------------------------------------------------------------------------------
+def residual_deviation(losses: np.ndarray) -> float:
+    """Returns the standard deviation of a run beside its variant's mean and its seed's; losses: (variants, seeds).
+
+    Equal seeds have equal data in equal order: what a seed does to all variants alike says nothing about any of them.
+    """
+    variants, seeds = losses.shape
+    residual = losses - losses.mean(1, keepdims=True) - losses.mean(0) + losses.mean()
+    return math.sqrt((residual**2).sum() / ((variants - 1) * (seeds - 1)))
+
+
+@lru_cache
+def critical_value(comparisons: int, freedom: int) -> float:
+    """Returns how many standard errors chance exceeds in FALSE_WINS of the cases, in any comparison with one baseline.
+
+    Dunnett's test (1955), two-sided, with equal numbers of runs; of one comparison it is Student's t.
+    """
+    z = torch.linspace(-6, 6, 121, dtype=torch.float64)[:, None]  # the baseline's mean, in its standard errors
+    s = torch.logspace(-4, 1, 500, dtype=torch.float64)  # the deviation that is estimated, over the true one
+    log_density = -(z**2) / 2 + freedom * s.log() - freedom * s**2 / 2  # over the logarithm of s
+    weight = torch.softmax(log_density.flatten(), 0).view_as(log_density)
+
+    def exceeded(t):
+        inside = torch.special.ndtr(z + math.sqrt(2) * t * s) - torch.special.ndtr(z - math.sqrt(2) * t * s)
+        return 1 - (weight * inside**comparisons).sum()
+
+    low = 0.0
+    high = 100.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        if exceeded(middle) > FALSE_WINS:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def verdicts(rows: list[dict]) -> list[str]:
+    """Says how each variant's loss differs from the first one's, ± standard error; rows are those of compare.py.
+
+    The losses compared are those at each one's best rate of all. The error is pooled over the variants. A loss of None
+    is that of a run that diverged.
+    """
+    first = rows[0]
+    finite = [row for row in rows if None not in row["loss"]]
+    seeds = len(first["loss"])
+    words = []
+    error = None
+    if len(finite) > 1 and seeds > 1:
+        variance_of_means = 2 / seeds
+        if first["sweep_seeds"]:
+            variance_of_means += 2 * VARIANCE_OF_A_CHOICE / first["sweep_seeds"]
+        error = residual_deviation(np.array([row["loss"] for row in finite])) * math.sqrt(variance_of_means)
+        limit = error * critical_value(len(finite) - 1, (len(finite) - 1) * (seeds - 1))
+    for row in rows:
+        if row not in finite or first not in finite:
+            words.append("diverged")
+            continue
+        if row is first:
+            words.append("-")
+            continue
+        difference = best_loss(row) - best_loss(first)
+        if error is None:
+            words.append(f"{difference:+.4f} (one seed)")
+            continue
+        word = "no difference seen"
+        if abs(difference) > limit:
+            word = "better" if difference < 0 else "worse"
+            loser = first if difference < 0 else row
+            if is_at_the_edge(rates_of(loser)):
+                word = f"not said, as {loser['name']} may be better at a rate beyond its sweep"
+        words.append(f"{difference:+.4f} ± {error:.4f}: {word}")
+    return words
+
+
+def rates_of(row: dict) -> dict[float, float]:
+    """Returns {rate: mean loss} of a row's sweep, infinity where a run diverged."""
+    return {float(rate): math.inf if loss is None else loss for rate, loss in row["sweep"].items()}
+
+
+def best_loss(row: dict) -> float:
+    """Returns the mean over seeds, less what the best rate of all would gain."""
+    return statistics.mean(row["loss"]) - gain_between_rates(rates_of(row))

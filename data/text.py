@@ -1,0 +1,246 @@
+"""The one reader of text files: plain text, JSON and JSON lines, CSV, each also gzipped.
+
+Text is UTF-8, or UTF-16 that begins with a byte order mark; the mark is no text. Plain text comes in parts, so that a
+file may be larger than the memory. What cannot be read is Unreadable, an error that names the file and the place.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PART = 1 << 20  # bytes that are read at a time
+
+
+class Unreadable(ValueError):
+    """Raised for a file, a document or a line that is not the text it should be; says which, and why."""
+
+
+def stop(error: Unreadable) -> None:
+    """Raises the error: what the readers do about a line that cannot be read, where they are told nothing else."""
+    raise error
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_utf8(source: Path | str | bytes, where: str | None = None) -> Iterator[io.BufferedIOBase]:
+    """Opens a file, what is gzipped in it, or bytes: as a file of UTF-8 without a byte order mark.
+
+    where: the name in errors. Those of the disk, and of damage in a gzip file, become Unreadable in the whole block.
+    """
+    where = where or source
+    try:
+        if isinstance(source, bytes):
+            opened = io.BufferedReader(io.BytesIO(source))
+        elif str(source).endswith(".gz"):
+            opened = gzip.open(source, "rb")
+        else:
+            opened = open(source, "rb")
+        with opened as file:
+            yield as_utf8(file, where)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Unreadable(f"{where}: a damaged gzip file: {error}") from None
+    except OSError as error:
+        raise Unreadable(f"{where}: cannot be read: {error.strerror or error}") from None
+
+
+def as_utf8(file, where):
+    """Returns a file behind its byte order mark, or a temporary one that has its UTF-16 as UTF-8."""
+    start = file.peek(4096)[:4096]
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        copy = tempfile.TemporaryFile()
+        for part in decoded(file, "utf-16", where):
+            copy.write(part.encode())
+        copy.seek(0)
+        return copy
+    if start.startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
+        return file
+
+    # Latin letters in UTF-16 are valid UTF-8, but each comes with a zero, before it (big-endian) or behind it; other
+    # alphabets have that at least in their spaces. In UTF-8 there are no zeros, or they are anywhere.
+    zeros_before = start[0::2].count(0)
+    zeros_behind = start[1::2].count(0)
+    if (zeros_before == 0) != (zeros_behind == 0) and zeros_before + zeros_behind > len(start) / 100:
+        encoding = "UTF-16BE" if zeros_before else "UTF-16LE"
+        raise Unreadable(
+            f"{where}: looks like {encoding} without a byte order mark: "
+            f"convert it, for example with  iconv -f {encoding} -t utf-8"
+        )
+    return file
+
+
+def decoded(file, encoding, where, size=PART):
+    """Yields what a file holds from here on as text, `size` bytes at a time."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    offset = file.tell()
+    while True:
+        block = file.read(size)
+        waiting, _ = decoder.getstate()  # the first bytes of a character that goes on in this block
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise Unreadable(f"{where}: {why_not_text(error, offset - len(waiting))}") from None
+        if text:
+            yield text
+        if not block:
+            return
+        offset += len(block)
+
+
+def why_not_text(error, offset):
+    """Returns what a UnicodeDecodeError means, in bytes that begin at an offset in their file."""
+    place = offset + error.start
+    if error.encoding == "utf-8":
+        bad = error.object[error.start]
+        advice = "convert it, for example with  iconv -f latin1 -t utf-8"
+        return f"not UTF-8 text: byte 0x{bad:02x} at offset {place}: {advice}"
+    return f"not whole UTF-16 text: {error.reason} at offset {place}"
+
+
+def decode(data, where, offset):
+    """Returns UTF-8 as text. offset: where it begins in its file, for the error."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"{where}: {why_not_text(error, offset)}") from None
+
+
+# ---- plain text ------------------------------------------------------------------------------------------------------
+
+
+def parts(source: Path | str | bytes, where: str | None = None, size: int = PART) -> Iterator[str]:
+    """Yields a text in parts of about `size` bytes."""
+    with open_utf8(source, where) as file:
+        yield from decoded(file, "utf-8", where or source, size)
+
+
+def read_text(source: Path | str | bytes, where: str | None = None) -> str:
+    """Returns a text whole."""
+    return "".join(parts(source, where))
+
+
+def separated(source: Path | bytes, separator: str, where: str | None = None, bad: Callable = stop) -> Iterator[str]:
+    """Yields the texts between separators, without the white space around them; only one is in memory at a time."""
+    where = where or source
+    with open_utf8(source, where) as file:
+        for offset, document in split_bytes(file, separator.encode()):
+            try:
+                text = decode(document, where, offset)
+            except Unreadable as error:
+                bad(error)
+            else:
+                yield text.strip()
+
+
+def split_bytes(file, separator):
+    """Yields what is between separators as (where it begins in the file, bytes)."""
+    offset = file.tell()
+    document = []  # the lines of it that were read
+    for line in file:
+        *ends, rest = line.split(separator)
+        for end in ends:
+            whole = b"".join([*document, end])
+            yield offset, whole
+            offset += len(whole) + len(separator)
+            document = []
+        document.append(rest)
+    yield offset, b"".join(document)
+
+
+# ---- JSON and tables -------------------------------------------------------------------------------------------------
+
+
+def parse_json(text: str, where: str | Path) -> Any:
+    """Returns what a text of JSON stands for."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Unreadable(f"{where}: not JSON: {error.msg} at character {error.pos + 1}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets a thousand deep
+        raise Unreadable(f"{where}: not JSON: {error}") from None
+    if "\\ud" in text.lower():
+        # JSON can spell half of a surrogate pair, which is no text and which no tokenizer can take.
+        whole = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+        value = json.loads(whole)
+    return value
+
+
+def read_json(path: Path | str) -> Any:
+    """Returns what a file of JSON stands for."""
+    return parse_json(read_text(path), path)
+
+
+def json_lines(path: Path | str, bad: Callable = stop) -> Iterator[tuple[str, Any]]:
+    """Yields ("FILE line N", value) of every line of JSON that is not blank. bad: is called with what is Unreadable."""
+    with open_utf8(path) as file:
+        end = file.tell()
+        for number, line in enumerate(file, 1):
+            place = f"{path} line {number}"
+            begin = end
+            end += len(line)
+            try:
+                text = decode(line, place, begin)
+                if not text.strip():
+                    continue
+                value = parse_json(text, place)
+            except Unreadable as error:
+                bad(error)
+            else:
+                yield place, value
+
+
+def text_field(row: Any, where: str) -> str:
+    """Returns the field "text" of a row."""
+    if not isinstance(row, dict) or "text" not in row:
+        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise Unreadable(f'{where}: needs a field "text", found {found}')
+    if not isinstance(row["text"], str):
+        raise Unreadable(f'{where}: the field "text" is {row["text"]!r:.40}, not a string')
+    return row["text"]
+
+
+def csv_rows(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
+    """Yields ("FILE line N", fields) of every row of a table that is not blank, each with so many columns.
+
+    Between columns stands the one of , ; and tab that gives the first row so many: Excel takes ; where a comma is
+    decimal.
+    """
+    text = read_text(path)
+    number = 0
+    try:
+        fitting = [mark for mark in ",;\t" if len(first_row(text, mark)) == columns]
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=(fitting or [","])[0], strict=True)
+        for row in reader:
+            number = reader.line_num
+            if row and len(row) != columns:
+                raise Unreadable(f"{path} line {number}: a row has {columns} columns, and this one {len(row)}")
+            if row:
+                yield f"{path} line {number}", row
+    except csv.Error as error:
+        raise Unreadable(f"{path}, behind line {number}: no CSV: {error}") from None
+
+
+def first_row(text, delimiter):
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    return next(filter(None, reader), [])
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+
+def print_any_text() -> None:
+    r"""Lets print() write what the output's encoding lacks as \u escapes, where it would end with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a test's or a notebook's has not
+            stream.reconfigure(errors="backslashreplace")

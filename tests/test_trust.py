@@ -1,0 +1,327 @@
+"""Nothing lost and nobody let in: what a run does when its folder, its disk, its reader or its launcher fail it."""
+
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import soak
+from tests.test_checkpoint import CONFIG, Toy, adamw, names, small_run
+from tests.test_reliability import last_step
+from tests.test_train import KNOBS, altered, fail, finish, finished, start, train, until, write_data, wrote
+from tests.tiny import ROOT
+from training import atomic, checkpoint, disk, metrics, pictures, run_folder, signals
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said(monkeypatch):
+    monkeypatch.setattr(disk, "said", set())
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with data, and with a variant that is as slow as a test wants."""
+    return altered(tmp_path_factory.mktemp("work"), "slow", (
+        ("    eot_id: int", "    sleep: float = 0.0\n    eot_id: int"),
+        ("        return F.cross_entropy(self.logits(x).flatten(0, 1)", """        import time
+        time.sleep(self.config.sleep if self.training and type(x) is torch.Tensor else 0)
+        return F.cross_entropy(self.logits(x).flatten(0, 1)"""),
+    ))  # fmt: skip
+
+
+def state(folder):
+    return json.loads((folder / "state.json").read_text())
+
+
+# ---- stops -----------------------------------------------------------------------------------------------------------
+def test_scripts_read_how_a_run_stands(work):
+    run = train(work, "scripted")
+    assert state(run.folder) | {"command": ""} == {"state": "finished", "step": 6, "max_steps": 6, "command": ""}
+    process, log = start(work, out_dir="asked", max_steps=10**6)
+    until(lambda: wrote(work / "asked", 1000))
+    assert state(work / "asked")["state"] == "running"
+    process.terminate()
+    result = finish(process, log)
+    stopped = state(work / "asked")
+    assert result.code == 0 and stopped["state"] == "stopped" and stopped["step"] == last_step(work / "asked")
+    assert stopped["command"].endswith("--resume") and stopped["command"] in result.out
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_ranks_of_a_torchrun_that_was_killed_save_and_end(work):
+    folder = work / "orphans"
+    knobs = {"data": "data"} | KNOBS | dict(out_dir=folder.name, max_steps=10**6)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               ROOT / "train.py", *(f"--{key}={value}" for key, value in knobs.items())]  # fmt: skip
+    launcher = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: wrote(folder, 1000))
+    ranks = soak.children(launcher.pid)
+    launcher.kill()
+    launcher.wait()
+    until(lambda: not any(is_running(rank) for rank in ranks))
+    assert len(ranks) == 2 and state(folder)["state"] == "stopped"
+    assert checkpoint.newest(folder).name == f"step-{last_step(folder):08d}"
+
+
+def test_a_run_whose_folder_was_deleted_writes_nothing_into_the_next_one_s(work):
+    process, log = start(work, out_dir="taken", max_steps=10**6, save_every=10**6, model="slow", sleep=0.01)
+    until(lambda: wrote(work / "taken", 1000))
+    shutil.rmtree(work / "taken")
+    train(work, "taken")
+    process.terminate()
+    result = finish(process, log)
+    assert result.code == 2
+    assert "taken was deleted or replaced while this run was at work: it writes nothing more there" in result.err
+    assert [path.name for path in checkpoint.folders(work / "taken")] == ["step-00000006"]
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+LONGER = dict(eval_every=2, save_every=2, keep_last=1)
+
+
+def test_a_resume_repairs_the_links_and_finishes_the_deletion_that_a_crash_left(work):
+    run = train(work, "torn", **LONGER | dict(keep_last=0))
+    best = atomic.best(run.folder)
+    for name in ("latest", "best"):
+        (run.folder / name).unlink()
+        (run.folder / name).symlink_to("step-00000002")
+    train(work, "torn", "--resume", **LONGER)
+    assert os.readlink(run.folder / "latest") == "step-00000006" and os.readlink(run.folder / "best") == best.name
+    assert checkpoint.folders(run.folder) == sorted({best, run.folder / "step-00000006"}, reverse=True)
+
+
+def test_a_run_copied_with_its_links_followed_saves_knows_its_best_and_loses_nothing(work):
+    run = train(work, "original", **LONGER | dict(keep_last=0))
+    note = run.folder / "step-00000002" / "evaluation.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"loss": 0.5}))
+    shutil.copytree(run.folder, work / "copied")  # links become folders
+    copied = train(work, "copied", "--resume", **LONGER | dict(max_steps=8))
+    assert copied.err.count("WARNING") == 2 and copied.err.count("cannot be made a link") == 2
+    assert [path.name for path in checkpoint.folders(copied.folder)] == ["step-00000008", "step-00000002"]
+    assert checkpoint.resolve(copied.folder / "best").name == "step-00000002"
+    assert checkpoint.resolve(copied.folder / "latest").name == "step-00000008"
+
+
+def test_what_has_the_name_of_a_checkpoint_and_is_none_blocks_no_save(tmp_path):
+    (tmp_path / "step-00000010").write_text("a file")
+    (tmp_path / "step-00000010.tmp").write_text("a file")
+    (tmp_path / "step-00000020").symlink_to("nowhere")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "step-00000030.tmp").symlink_to("mine")
+    small_run(tmp_path, steps=[10, 20, 30])
+    assert names(tmp_path) == ["latest", "mine", "step-00000010", "step-00000020", "step-00000030"]
+    assert [checkpoint.verify(path) for path in checkpoint.folders(tmp_path)] == ["", "", ""]
+
+
+def test_a_step_of_nine_digits_is_the_newest(tmp_path):
+    small_run(tmp_path, steps=[99_999_999, 100_000_000])
+    assert checkpoint.newest(tmp_path).name == "step-100000000"
+    model = Toy()
+    checkpoint.save(tmp_path, 100_000_001, model, adamw(model), CONFIG, {}, keep_last=1)
+    assert [path.name for path in checkpoint.folders(tmp_path)] == ["step-100000001"]
+
+
+def test_a_folder_renamed_to_a_later_step_is_not_taken_for_it(tmp_path):
+    small_run(tmp_path, steps=[10, 20])
+    (tmp_path / "step-00000010").rename(tmp_path / "step-00000090")
+    said = []
+    assert checkpoint.newest(tmp_path, said.append).name == "step-00000020"
+    assert said == ["skipping step-00000090: manifest.json: of step 10, so the folder was renamed"]
+
+
+def test_a_disk_that_flushes_no_folders_costs_a_warning(tmp_path, monkeypatch, capsys):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if Path(f"/proc/self/fd/{descriptor}").resolve().is_dir():
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    small_run(tmp_path, steps=[10])
+    assert checkpoint.newest(tmp_path).name == "step-00000010"
+    assert capsys.readouterr().err.count("flushes no folders") >= 1
+
+
+@pytest.mark.parametrize("damage", ["nested", "loop"])
+def test_a_manifest_that_python_cannot_read_is_damage_like_another(tmp_path, damage):
+    small_run(tmp_path, steps=[10, 20])
+    path = tmp_path / "step-00000020" / "manifest.json"
+    path.unlink()
+    if damage == "nested":
+        path.write_text('{"a":' + 99_999 * "[")
+    else:
+        path.symlink_to("manifest.json")
+    assert checkpoint.newest(tmp_path).name == "step-00000010"
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "config.json", "state.json", "loss.png", "source", "wandb"])
+def test_a_run_writes_through_no_link(work, name):
+    run = train(work, f"linked {name}")
+    (work / f"mine {name}").write_text("mine")
+    target = run.folder / name
+    atomic.remove(target) if target.exists() else None
+    target.symlink_to(work / f"mine {name}")
+    message = fail(work, run.folder.name, "--resume", max_steps=8)
+    assert f"{name} is a link, and a run writes through none" in message
+    assert (work / f"mine {name}").read_text() == "mine"
+
+
+def test_a_link_within_source_is_replaced_and_not_followed(work):
+    run = train(work, "source linked")
+    (work / "profile").write_text("mine")
+    (run.folder / "source" / "train.py").unlink()
+    (run.folder / "source" / "train.py").symlink_to(work / "profile")
+    train(work, "source linked", "--resume", max_steps=8)
+    assert (work / "profile").read_text() == "mine"
+    assert (run.folder / "source" / "train.py").read_bytes() == (ROOT / "train.py").read_bytes()
+
+
+def test_a_text_takes_the_place_of_a_link_and_leaves_nothing_where_it_fails(tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "config.json").symlink_to("mine")
+    disk.write_text(tmp_path / "config.json", "new")
+    assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "config.json").read_text() == "new"
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
+    with pytest.raises(OSError):
+        disk.write_text(tmp_path / "config.json", "newer")
+    assert names(tmp_path) == ["config.json", "mine"]
+
+
+# ---- what is beside training -----------------------------------------------------------------------------------------
+def test_the_history_that_is_drawn_is_bounded_and_evenly_thinned():
+    thinned = pictures.Thinned(most=100)
+    for i in range(100_001):
+        thinned.add(i)
+    items = thinned.items()
+    assert len(items) <= 101 and items[0] == 0 and items[-1] == 100_000
+    gaps = {b - a for a, b in zip(items, items[1:-1])}
+    assert len(gaps) == 1
+
+
+def test_a_picture_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
+    rows = [dict(step=step, loss=1.0) for step in (1, 2)] + [dict(step=2, val_loss=1.0)]
+    album = pictures.Album(tmp_path, r"dollar $\b$ y: baseline", rows)
+    album.finish()
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr(pictures, "plot_loss", lambda *_: 1 / 0)
+    album.draw()
+    album.finish()
+    assert capsys.readouterr().err.count("no pictures of") == 1
+
+
+class FullDisk(io.RawIOBase):
+    """A file on a disk that is full till `room` says otherwise, and then takes some bytes of each write."""
+
+    def __init__(self):
+        self.room = False
+        self.bytes = b""
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.bytes += bytes(data[:50])
+        return min(len(data), 50)
+
+
+def test_rows_that_found_no_room_are_written_when_there_is_some(tmp_path, capsys):
+    log = metrics.Log(tmp_path, 0, {})
+    log.file = FullDisk()
+    for step in range(1, 101):
+        log.write({"step": step, "loss": float(step), "filler": 200 * "x"})
+    log.file.room = True
+    log.write({"step": 101})
+    assert [json.loads(line)["step"] for line in log.file.bytes.splitlines()] == list(range(1, 102))
+    assert capsys.readouterr().err.count("rows wait in memory for room") == 1
+
+
+def test_a_service_that_fails_costs_a_warning(tmp_path, capsys):
+    log = metrics.Log(tmp_path, 0, {})
+    log.services.append(lambda step, numbers: 1 / 0)
+    log.write({"step": 1, "loss": 1.0})
+    log.write({"step": 2, "loss": 1.0})
+    log.close()
+    assert [row["step"] for row in run_folder.read_metrics(tmp_path)] == [1, 2]
+    assert capsys.readouterr().err.count("a service for metrics failed: ZeroDivisionError") == 1
+
+
+@pytest.mark.parametrize("reader", ["gone", "full"])
+def test_a_program_outlasts_the_reader_of_what_it_prints(reader):
+    code = "from training.output import outlast_readers; outlast_readers()\nfor i in range(99999): print(i)\n"
+    code += "open(3, 'w').write('.')"
+    read, write = os.pipe()
+    came, told = os.pipe()
+    if reader == "gone":
+        os.close(read)
+    else:
+        write = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(told, 3) if told != 3 else None
+    os.set_inheritable(3, True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=write, pass_fds=[3], stderr=-1, timeout=60)
+    assert done.returncode == 0 and done.stderr == b"" and os.read(came, 9) == b"."
+
+
+def test_spikes_are_known_after_a_resume_by_what_was_before_it(work):
+    train(work, "history")
+    trainer = json.loads((work / "history" / "step-00000006" / "trainer.json").read_text())
+    assert trainer["recent_losses"] == finished(work / "history").losses and len(trainer["recent_norms"]) == 6
+    train(work, "history", "--resume", max_steps=8)
+    later = json.loads((work / "history" / "step-00000008" / "trainer.json").read_text())
+    assert later["recent_losses"] == finished(work / "history").losses
+
+
+# ---- the same data ---------------------------------------------------------------------------------------------------
+def test_data_are_known_by_what_they_hold_and_not_by_how_their_path_is_written(work):
+    train(work, "path")
+    write_data(work / "data5", 5)
+    for spelled in ("./data5", "data5/", str(work / "data5")):
+        assert "changed since path/step-00000006 was written" in fail(
+            work, "path", "--resume", max_steps=8, data=spelled
+        )
+    shutil.copytree(work / "data", work / "moved data")
+    assert len(train(work, "path", "--resume", max_steps=8, data=work / "moved data").steps) == 8
+
+
+# ---- the launcher ----------------------------------------------------------------------------------------------------
+def test_a_launcher_that_is_gone_asks_once_to_stop(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        asked = signals.StopSignals()
+        assert asked.count() == 0
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert asked.count() == 1 and asked.count() == 1 and asked.received == ["torchrun is gone"]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"model": 3}', "config.json: model is 3, and must be a str"),
+        ("[]", "config.json holds a list, and not an object"),
+        ('{"a":' + 99_999 * "[", "config.json is damaged, or no JSON"),
+        ('{"model": "baseline", "model_config": [], "knobs": {}}', "model_config is [], and must be a dict"),
+    ],
+)
+def test_a_config_of_other_kinds_is_named_with_the_field(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        checkpoint.load_config(tmp_path)

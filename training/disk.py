@@ -1,0 +1,81 @@
+"""Files as a run writes and reads them: whole or not there, never through a link, with the fields that are expected."""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import sys
+from pathlib import Path
+
+
+class CheckpointError(RuntimeError):
+    """What was wrong with which checkpoint, for the user to read."""
+
+
+said = set()
+
+
+def warn_once(text: str) -> None:
+    if text not in said:
+        said.add(text)
+        print(f"WARNING: {text}", file=sys.stderr)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that has all of the text, or what it had before; what a link at its name points to stays as it is.
+
+    The file beside has a name that nobody can have put a link at.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path, **kinds: type) -> dict:
+    """Returns what a file says, with fields of these kinds among others. ValueError names what is not so."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, and not an object")
+    for field, kind in kinds.items():
+        if not isinstance(found.get(field), kind):
+            value = repr(found.get(field))[:40]
+            raise ValueError(f"{path}: {field} is {value}, and must be a {kind.__name__}")
+    return found
+
+
+def fsync(path):
+    """Waits until a file, or what a folder lists, is on the disk, where the disk can say so."""
+    if os.name == "nt" and Path(path).is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not Path(path).is_dir():
+            raise
+        warn_once(f"{path} is on a disk that flushes no folders: a power cut may lose the newest checkpoint")
+    finally:
+        os.close(descriptor)
+
+
+def remove(path):
+    """Deletes a folder with what is in it, or a file, or a link and not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def tensor_files(parts: int, i: int = 0) -> list[str]:
+    """Returns the names of the i-th process's files, where `parts` processes write some."""
+    end = f"-{i + 1:05d}-of-{parts:05d}" if parts > 1 else ""
+    return [f"model{end}.safetensors", f"trainer{end}.safetensors"]
