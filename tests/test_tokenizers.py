@@ -556,7 +556,7 @@ def test_a_malformed_tokenizer_of_ours_is_refused_by_what_is_wrong(bpe):
         ("a{9}" * 600, "its regex has 4816 characters: no more than 4096"),
         (r"(?:a{1000}){1000}", "its regex .* is none"),
         (r"(?:(?=a)a|(?=a)a)*b|[\s\S]", "tiktoken's engine gave up at 'aaa.*BacktrackLimitExceeded"),
-        (r"(?:(?=a)a)*(?:(?=a)a)*b|[\s\S]", "its regex takes .* s for 'a' (300|1000) times: it is not read"),
+        (r"(?:(?=a)a)*(?:(?=a)a)*b|[\s\S]", "its regex takes .* s for 'a' [0-9]{3} times: it is not read"),
         (r"(?=a)|\w", "tiktoken's engine gave up at"),
     ],
 )
