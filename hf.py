@@ -1073,7 +1073,7 @@ READABLE = ARCHITECTURES | {MISTRAL.model_type: MISTRAL}
 # fmt: off
 PROVED = {
     "baseline": {
-        "RMSNorm": "85f75428", "rope_cos_sin": "b3103f9a", "yarn": "9d35e18a", "llama3": "e180a3c7",
+        "RMSNorm": "085bf01a", "rope_cos_sin": "b3103f9a", "yarn": "9d35e18a", "llama3": "e180a3c7",
         "apply_rope": "3e7688fa", "Attention": "17aff4d6", "MLP": "0a66f93c", "Block": "e7decd53", "GPT": "4acd9451",
         "GPT.__init__": "d3993ff1", "GPT.forward": "cfdec045", "GPT.positions_and_mask": "885d3e81",
         "GPT.logits": "7bf98985",
@@ -1083,13 +1083,13 @@ PROVED = {
         "GPT.forward": "c729011f", "GPT.positions_and_mask": "885d3e81", "GPT.logits": "2896e0b7",
     },
     "mla": {
-        "RMSNorm": "85f75428", "rope_cos_sin": "00b815b4", "yarn": "9d35e18a", "llama3": "e180a3c7",
+        "RMSNorm": "085bf01a", "rope_cos_sin": "00b815b4", "yarn": "9d35e18a", "llama3": "e180a3c7",
         "apply_rope": "3e7688fa", "Attention": "4a9fe988", "MLP": "0a66f93c", "Block": "e7decd53", "GPT": "4acd9451",
         "GPT.__init__": "d3993ff1", "GPT.forward": "cfdec045", "GPT.positions_and_mask": "885d3e81",
         "GPT.logits": "7bf98985",
     },
     "moe": {
-        "RMSNorm": "85f75428", "rope_cos_sin": "b3103f9a", "yarn": "9d35e18a", "llama3": "e180a3c7",
+        "RMSNorm": "085bf01a", "rope_cos_sin": "b3103f9a", "yarn": "9d35e18a", "llama3": "e180a3c7",
         "apply_rope": "3e7688fa", "Attention": "17aff4d6", "MLP": "0a66f93c", "Router": "d8140829",
         "has_grouped_mm": "d1b99fcc", "grouped_matmul": "646c32e2", "ExpertLinear": "a80b6ddc", "MoE": "cfafd3cc",
         "Block": "bb6099f2", "GPT": "4acd9451", "GPT.__init__": "3f5a8680", "GPT.forward": "afa8a0fe",

@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -109,7 +109,8 @@ def runs(name: str, *tensors: Tensor, fits: bool = True) -> bool:
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return (F.rms_norm(x, x.shape[-1:], eps=eps) * weight).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)
 
 
 def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -989,8 +990,8 @@ def moe(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, experts: Tensor
 
 
 # ---- Into a model ----------------------------------------------------------------------------------------------------
-# Methods that take the place of a model's own, with the names and arguments that the model files share. Bound to a
-# module they follow it into its deep copies, and they leave to the class what has no kernel.
+# Methods that take the place of a model's own, with the names and arguments that the model files share. As a partial of
+# a function and the module they follow it into deep copies and torch.save; they leave to the class what has no kernel.
 
 
 def _norm(self, x):
@@ -998,7 +999,8 @@ def _norm(self, x):
 
 
 def _norm_around_one(self, x):
-    return rms_norm(x, 1 + self.weight, self.eps)
+    wide = torch.promote_types(self.weight.dtype, torch.float32)  # in bf16 a weight below 1/256 would be lost
+    return rms_norm(x, 1 + self.weight.to(wide), self.eps)
 
 
 def _mlp(self, x):
@@ -1345,7 +1347,7 @@ def install(model: torch.nn.Module, seams: Sequence[Seam] = SEAMS) -> Installed:
             else:
                 taken.append((model, DOCUMENTS, candidate))
     for module, seam, candidate in taken:
-        setattr(module, seam.method, MethodType(candidate.method, module))
+        setattr(module, seam.method, functools.partial(candidate.method, module))
         vars(module).setdefault("swapped", []).append(seam.method)
     return Installed(dict(Counter(candidate.operation for *_, candidate in taken)), dict(left_alone))
 

@@ -43,8 +43,8 @@ def gated_delta_rule_ref(q, k, v, log_decay, beta, first, state, chunk=64):
     # 2. decay[i, j]: what is left at i of what j wrote; 0 is the state before the chunk, 1 the chunk's first token.
     #    Each entry sums its own steps: differences of running sums would feel what lies before j, or overflow.
     log_decay = F.pad(log_decay, (1, 0))  # (B, H, N, L + 1)
-    steps = log_decay[..., None] * q.new_ones(L + 1, L + 1).tril(-1)
-    decay = steps.cumsum(dim=-2).exp()  # (B, H, N, L + 1, L + 1)
+    later = torch.ones(L + 1, L + 1, dtype=torch.bool, device=q.device).tril(-1)  # i > j
+    decay = torch.where(later, log_decay[..., None], 0.0).cumsum(dim=-2).exp()  # (B, H, N, L + 1, L + 1)
     document = F.pad(first, (1, 0)).cumsum(dim=-1)  # (B or 1, 1, N, L + 1)
     same = document[..., :, None] == document[..., None, :]
     decay = decay * same.tril()

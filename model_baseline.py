@@ -65,10 +65,7 @@ class GPTConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (https://arxiv.org/abs/1910.07467), in the dtype of x.
-
-    F.rms_norm sums in fp32. Under autocast the weight is fp32 and x may be bf16: the product is rounded back to bf16.
-    """
+    """x / rms(x) * weight over the last dimension (https://arxiv.org/abs/1910.07467), in the dtype of x."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -76,7 +73,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return (F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)  # in bf16 the norm would be rounded, and then the product
+        y = F.rms_norm(x.to(wide), x.shape[-1:], self.weight.to(wide), self.eps)
+        return y.to(x.dtype)
 
 
 def rope_cos_sin(positions, config):

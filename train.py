@@ -5,8 +5,8 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_baseline.py
 
 Read from top to bottom: knobs, devices, data, model, optimizer, run folder, loop. The batch is given in tokens;
-the number of devices and micro_batch change how it is computed, and not the result, but for the places that dropout
-hits. `--help` lists all the knobs.
+the number of devices and micro_batch change how it is computed, and not the result, but for what dropout and
+router_jitter draw. `--help` lists all the knobs.
 """
 
 import dataclasses
@@ -386,7 +386,8 @@ while True:
 
     # 3. gradient: the mean over all targets of the step, whatever micro-batch or process they are in. A mean of the
     # micro-batches' means would favour windows with few targets. Auxiliary losses are means over all positions instead.
-    # Dropout is drawn from (seed, step, process): nothing to store for a resume. It alone depends on micro_batch.
+    # Dropout and router_jitter are drawn from (seed, step, process), with nothing to store for a resume. What they draw
+    # is all that depends on micro_batch.
     torch.manual_seed((((seed << 24) + step) * 4096 + rank) % 2**64)  # room for 2^24 steps and 4096 processes
     total_loss = torch.zeros((), device=device)
     for i, (x, y) in enumerate(batches):
@@ -412,8 +413,8 @@ while True:
     is_finite = math.isfinite(norm)
     if is_finite:
         scaler.step(opt)
-        if hasattr(raw_model, "after_step"):
-            raw_model.after_step()
+    if hasattr(raw_model, "after_step"):  # after a skipped step too, or its counts would enter those of the next
+        raw_model.after_step()
     scaler.update()
     opt.zero_grad(set_to_none=True)
     skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1

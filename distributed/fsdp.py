@@ -39,32 +39,47 @@ def shard(
 ) -> None:
     """Cuts what `empty` gave into shares, and fills them with what GPT(config) would hold, bit for bit.
 
-    No process ever holds more than its shares and one whole weight. dtype: that gathered weights have, to compute with;
-    shares, gradients and their sums are float32, or dtype where that is wider. reshard=False keeps a block's weights
-    from its forward to its backward. cpu_offload: shares and optimizer state are in the CPU's memory. compile: a block
-    at a time.
+    No process ever holds more than its shares and one whole weight. dtype: of the matrices of blocks once gathered, for
+    a model that runs under autocast; all else, shares, gradients and their sums are float32, or dtype where that is
+    wider. reshard=False keeps a block's matrices from its forward to its backward. cpu_offload: shares and optimizer
+    state are in the CPU's memory. compile: a block at a time.
     """
-    # 1. cut: a block at a time, then what is left: embedding, last norm and head
+    # 1. cut: the matrices a block at a time, and all else with the model. That comes first, since it passes by whatever
+    # is cut already. So norms, routers, decays and the embedding, with which the residual stream begins, are as exact
+    # as under autocast where each process has the whole model.
     device = torch.device(device)
     exact = torch.promote_types(dtype, torch.float32)
     half = None if dtype == exact else dtype
     options = {
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=exact, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy(),
     }
+    in_half = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=exact, cast_forward_inputs=False)
+    in_full = MixedPrecisionPolicy(reduce_dtype=exact, cast_forward_inputs=False)
+    matrices = {p for block in model.blocks for p in weights_of_products(block)}
+    fully_shard(model, reshard_after_forward=False, mp_policy=in_full, ignored_params=matrices, **options)
+    others = set(model.parameters()) - matrices  # new ones: shares
     for block in model.blocks:
         if compile:
             block.forward = torch.compile(block.forward)  # the gathering stays outside
         last = block is model.blocks[-1]  # its backward comes at once
-        fully_shard(block, reshard_after_forward=reshard and not last, **options)
-    fully_shard(model, reshard_after_forward=False, **options)
+        keep = not reshard or last
+        fully_shard(block, reshard_after_forward=not keep, mp_policy=in_half, ignored_params=others, **options)
     # 2. fill
     model.to_empty(device="cpu" if cpu_offload else device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     GPT.init_weights(SimpleNamespace(config=model.config, named_parameters=lambda: whole_weights(model)))
+
+
+def weights_of_products(block: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields the weights that autocast would cast: those of nn.Linear, and stacks (E, in, out) of experts' matrices."""
+    for module in block.modules():
+        for p in module.parameters(recurse=False):
+            is_stack = p.ndim == 3 and min(p.shape) > 1  # a convolution's (channels, 1, taps) is none
+            if isinstance(module, nn.Linear) or is_stack:
+                yield p
 
 
 class Draws(TorchDispatchMode):

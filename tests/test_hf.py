@@ -523,7 +523,7 @@ EDITS = {  # the definitions that an edit changes, and what it replaces by what
     "Attention": ("enable_gqa=", "scale=1.0, enable_gqa="),
     "apply_rope": ("x1 * cos - x2 * sin", "x1 * cos + x2 * sin"),
     "yarn": ("pair_that_turns(32)", "pair_that_turns(16)"),
-    "RMSNorm": ("self.weight).to", "(1 + self.weight)).to"),
+    "RMSNorm": ("self.weight.to(wide)", "1 + self.weight.to(wide)"),
     "Block": ("x = x + self.dropout(self.mlp", "x = self.dropout(self.mlp"),
     "GPT.__init__": ("Block(config, layer) for", "Block(config, 0) for"),
     "GPT.forward": ("x = self.norm(x)", "x = 2 * self.norm(x)"),

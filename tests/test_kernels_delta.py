@@ -71,6 +71,15 @@ def test_the_rules_outputs_and_gradients_in_fp32(case):
     check(rule, twin, inputs(**CASES[case]), floor=1e-6)
 
 
+def test_a_decay_of_nothing_to_zero_forgets_and_gives_no_nan():
+    given = inputs(T=66, H=1, firsts=(40,))
+    given[3][:, :, [0, 3, 50, 64, 65]] = -torch.inf
+    check(rule, twin, given, floor=1e-6)
+    exact = [x.double() if x.is_floating_point() else x for x in given]
+    for a, b in zip(results(twin, exact), results(loop, exact)):
+        assert (a - b).norm() <= 1e-11 * b.norm()
+
+
 HALF = ("five", "a chunk and one", "prime", "documents of each row", "strong decay", "wide", "repeated keys, decay")
 
 

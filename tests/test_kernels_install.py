@@ -177,6 +177,37 @@ def test_cached_logits_with_kernels_are_the_full_ones_without(name, eot_id):
         assert (model(x[:, :1]) - one).abs().max() < 1e-4
 
 
+def test_a_model_with_kernels_is_saved_whole_and_read_back_with_them(tmp_path):
+    model = build("baseline", eot_id=EOT)
+    kernels.install(model)
+    torch.save(model, tmp_path / "model.pt")
+    back = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert overridden(back) == overridden(model) != set()
+    with torch.no_grad():
+        back.norm.weight.mul_(2.0)  # its own weights
+        torch.testing.assert_close(back(tokens(1, 8)), 2 * model(tokens(1, 8)))
+    kernels.uninstall(back)
+    assert not overridden(back) and overridden(model)
+
+
+def test_a_weight_near_one_is_not_lost_in_bf16_where_the_kernel_falls_back_to_its_twin():
+    norm = build("hybrid").bfloat16().norm
+    norm.weight.data = 1e-3 * torch.randn_like(norm.weight)  # in bf16 1 + 0.001 is 1
+    x = torch.randn(9, 64).bfloat16()
+    assert torch.equal(kernels._norm_around_one(norm, x), norm(x))
+
+
+@pytest.mark.parametrize("eot_id", [-1, EOT])
+def test_attention_with_a_scale_of_its_own_keeps_it(eot_id):
+    yarn = dict(rope_scaling="yarn", rope_factor=40.0, rope_original=16)
+    model = build("mla", eot_id=eot_id, **FITTING["mla"], **yarn)
+    x = tokens(1, 12)
+    with torch.no_grad():
+        want = model(x)
+        assert kernels.install(model).swapped["flash_attention"] == 2
+        torch.testing.assert_close(model(x), want, atol=1e-4, rtol=0)
+
+
 def test_heads_that_the_kernel_does_not_take_falls_back_to_the_same_attention():
     model = build("mla", eot_id=EOT).train()  # keys of 16 + 8, values of 16
     before = losses_and_gradients(model)

@@ -1,6 +1,7 @@
 """The contract of a model file, over every model_*.py."""
 
 import ast
+import copy
 import dataclasses
 import re
 import shutil
@@ -20,6 +21,11 @@ from tests.tiny import BLOCK, EOT, MODELS, ROOT, VOCAB, build, cache_tensors, mo
 
 each_model = pytest.mark.parametrize("name", MODELS)
 METHODS = "__init__ init_weights forward positions_and_mask logits lm_loss token_losses new_cache generate".split()
+
+
+def with_field(field):
+    """The models whose config has a field."""
+    return pytest.mark.parametrize("name", [n for n in MODELS if hasattr(module(n).GPTConfig, field)])
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
@@ -282,12 +288,17 @@ def test_a_model_made_on_the_meta_device_can_be_filled_later(name):
 
 @each_model
 def test_matrices_that_write_to_the_residual_stream_start_smaller(name):
-    model = build(name, bold=False, n_layer=8)
-    by_name = dict(model.named_parameters())
+    options = dict(n_shared_expert=1) if hasattr(module(name).GPTConfig, "n_shared_expert") else {}
+    model = build(name, bold=False, n_layer=8, **options)
     std = model.config.init_std
-    for n, want in (("attn.wo", std / 4), ("mlp.w_down", std / 4), ("mlp.w_up", std)):
-        weights = torch.cat([p.flatten() for k, p in by_name.items() if k.endswith(n + ".weight")])
-        assert abs(weights.std() / want - 1) < 0.03
+    weights = {}  # {delta.wo: those of all layers}
+    for path, p in model.blocks.named_parameters():
+        if path.endswith(("wo.weight", "w_down.weight", "w_up.weight")):
+            weights.setdefault(path.split(".", 1)[1], []).append(p.flatten())
+    assert len(weights) >= 3
+    for path, found in weights.items():
+        want = std if "w_up" in path else std / 4
+        assert abs(torch.cat(found).std() / want - 1) < 0.03, path
 
 
 @each_model
@@ -350,6 +361,22 @@ def test_bf16_is_close_to_fp32(name):
     want, got = model(x), model.bfloat16()(x)
     assert got.dtype == torch.bfloat16
     assert F.cosine_similarity(got.float(), want, dim=-1).min() > 0.999
+    loss = F.cross_entropy(got.flatten(0, 1).float(), x.flatten())  # of logits in bf16, and itself in fp32
+    assert torch.equal(model(x, x), loss)
+    torch.testing.assert_close(model(x, x, per_token=True)[0].mean(), loss, atol=1e-5, rtol=0)
+
+
+@each_model
+def test_norms_of_a_bf16_model_round_once(name):
+    """A product in bf16 would be a second rounding, and 1 + weight in bf16 would lose what is below 1/256."""
+    model = build(name).bfloat16()
+    norms = [part for part in model.modules() if type(part).__name__ in ("RMSNorm", "LayerNorm")]
+    assert len(norms) >= 5
+    for norm in norms:
+        x = torch.randn(50, len(norm.weight)).bfloat16()
+        exact = copy.deepcopy(norm).double()(x.double())
+        assert norm(x).dtype == torch.bfloat16
+        assert (norm(x) == exact.bfloat16()).float().mean() > 0.99  # the sum of squares is in fp32
 
 
 @each_model
@@ -358,6 +385,46 @@ def test_dropout_is_active_in_training_only(name):
     assert torch.equal(model(x), model(x))
     model.train()
     assert not torch.equal(model(x), model(x))
+
+
+def without_branches(model):
+    """The model, with blocks that add nothing to the residual stream."""
+    with torch.no_grad():
+        for p in model.blocks.parameters():
+            p.zero_()
+    return model
+
+
+@each_model
+def test_dropout_is_on_every_branch_and_in_gpt2_on_the_embedding(name):
+    model, x = build(name, dropout=1.0).train(), tokens(1, 8)
+    got = model(x)
+    want = without_branches(model).eval()(x)
+    if name == "gpt2":
+        want = got[:, :1].expand_as(got)  # nothing of the tokens is left
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+@with_field("zero_init_residual")
+def test_with_zero_init_residual_every_block_begins_as_the_identity(name):
+    model, x = build(name, bold=False, zero_init_residual=True), tokens(1, 8)
+    got = model(x)
+    torch.testing.assert_close(got, without_branches(model)(x), atol=1e-6, rtol=0)
+
+
+@with_field("scale_embeddings")
+def test_embeddings_are_scaled_by_the_root_of_their_width(name):
+    plain = build(name, tie_embeddings=False)
+    scaled = build(name, tie_embeddings=False, scale_embeddings=True)
+    with torch.no_grad():
+        plain.embed.weight *= plain.config.n_embd**0.5
+    torch.testing.assert_close(scaled(tokens(1, 8)), plain(tokens(1, 8)), atol=1e-4, rtol=0)
+
+
+@with_field("logit_softcap")
+def test_a_softcap_bends_logits_towards_its_value(name):
+    want = 3 * torch.tanh(build(name)(tokens(1, 8)) / 3)
+    torch.testing.assert_close(build(name, logit_softcap=3.0)(tokens(1, 8)), want, atol=1e-5, rtol=0)
 
 
 def alternatives(annotation, value):
@@ -476,11 +543,14 @@ def test_a_branch_is_a_copy_that_shares_nothing(name, static):
     cache = model.new_cache(2, 10, static=static)
     want = model(x, cache=model.new_cache(2, 10))
     model(x[:, :4], cache=cache)
+    other = tokens(2, 6, seed=7)
     for _ in range(2):
         copied = cache.branch(1)
-        model(tokens(2, 5, seed=7), cache=copied)
+        model(other[:, :5], cache=copied)
         assert cache.length == 4 and copied.length == 9
     torch.testing.assert_close(model(x[:, 4:], cache=cache), want[:, 4:], atol=1e-6, rtol=0)
+    last = model(torch.cat((x[:, :4], other), dim=1))[:, -1:]  # what the first one wrote since is not in the copy
+    torch.testing.assert_close(model(other[:, 5:], cache=copied), last, atol=1e-6, rtol=0)
 
 
 @each_model

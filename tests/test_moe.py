@@ -30,6 +30,7 @@ ROUTERS = {
     "DeepSeek-V3": V3,
     "gated shared expert": dict(n_shared_expert=1, shared_gate=True, router_score="sigmoid", normalize_gates=False),
     "all experts": dict(n_expert_per_token=6),
+    "groups of one expert": dict(router_score="sigmoid", n_group=6, n_group_per_token=3),
 }
 
 
@@ -217,6 +218,7 @@ def test_exactly_the_named_layers_have_experts(options, want):
         (dict(n_group=0), "n_group=0"),
         (dict(moe_layers=[1, 2]), r"moe_layers=\[1, 2\] are not all from 0 to 1"),
         (dict(moe_layers=[-1]), r"moe_layers=\[-1\]"),
+        (dict(moe_layers=[[1]]), r"moe_layers=\[\[1\]\] are not all numbers of layers"),
         (dict(n_dense_layer=2), "lower n_dense_layer=2"),
         (dict(moe_every=0), "moe_every=0"),
         (dict(router_score="tanh"), "router_score='tanh' is unknown: try softmax or sigmoid"),
@@ -433,7 +435,7 @@ def test_buffers_keep_their_dtype_in_a_cast_and_begin_at_zero_off_the_meta_devic
 def test_metrics_are_those_of_the_counts():
     model = build("moe", n_layer=3, balance_loss=0.5, z_loss=0.1).train()
     assert model.metrics() == {}
-    x, y = tokens(2, 16), tokens(2, 16, seed=2)
+    x, y = tokens(3, 16), tokens(1, 16, seed=2)  # each counts by its size
     for _ in range(2):  # the second step's balance is that of the first one's load
         (_, a), (_, b) = routed(model, x), routed(model, y)
         model.after_step()
@@ -443,8 +445,9 @@ def test_metrics_are_those_of_the_counts():
         share = load / load.sum()
         assert got[f"load_entropy_{i + 1}"] == pytest.approx(-torch.xlogy(share, share).sum().item(), rel=1e-5)
         violations.append((load.max() / load.mean() - 1).item())
-        z += sum(out[0].logsumexp(-1).square().mean().item() for out in (p, q)) / 4
-        balance += sum(6 * (share * out[1].mean((0, 1))).sum().item() for out in (p, q)) / 4
+        for out, part in ((p, 3 / 4), (q, 1 / 4)):
+            z += part * out[0].logsumexp(-1).square().mean().item() / 2
+            balance += part * 6 * (share * out[1].mean((0, 1))).sum().item() / 2
     assert len(got) == 6 and got["expert_load"] == model.expert_load.tolist()
     assert got["load_violation"] == pytest.approx(max(violations), rel=1e-5)
     assert got["z_loss"] == pytest.approx(z, rel=1e-5) and got["balance_loss"] == pytest.approx(balance, rel=1e-5)
@@ -484,6 +487,12 @@ def test_autocast_keeps_the_router_in_fp32_and_the_experts_in_its_own_dtype():
         got = moe(x)[0]
     assert seen == [(torch.float32,) * 2, (torch.bfloat16,) * 2]
     assert F.cosine_similarity(got.float().flatten(), want.flatten(), dim=0) > 0.999
+
+
+def test_the_router_of_a_bf16_model_scores_in_fp32():
+    router, x = layer().bfloat16().router, inputs(2, 16, 32, dtype=torch.bfloat16)
+    want = (x.float() @ router.weight.float().T).softmax(dim=-1)
+    torch.testing.assert_close(router.score(x)[1], want)
 
 
 def test_muon_takes_each_expert_by_itself_and_leaves_the_router_to_adamw():

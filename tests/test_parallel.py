@@ -26,7 +26,7 @@ import muon
 from distributed import fsdp, processes
 from tests import test_train
 from tests.test_train import FORK, KNOBS, close, fail, finish, finished, together, train, weights
-from tests.tiny import BLOCK, EOT, MODELS, ROOT, TINY, VOCAB, module
+from tests.tiny import BLOCK, EOT, MODELS, ROOT, TINY, VOCAB, module, tokens
 
 pytestmark = pytest.mark.xdist_group("processes")
 work = test_train.work  # the fixture: a folder with data
@@ -235,19 +235,31 @@ def test_compiled_a_block_at_a_time_it_trains_the_same_and_equal_blocks_share_a_
         assert 1 <= result["graphs"] <= 4
 
 
-def gathered(dtype):
-    model, seen = build("baseline", "fsdp", dtype=dtype), []
-    model.norm.register_forward_hook(lambda module, *_: seen.append(str(module.weight.dtype)))
-    model(torch.zeros(1, 8, dtype=torch.long))
-    return seen
-
-
-def test_bfloat16_gathers_half_the_bytes_keeps_float32_shares_and_stays_close():
+def test_bfloat16_keeps_float32_shares_and_stays_close():
     one = curve("baseline", "none", dtype=torch.float32)
     for result in everywhere(2, partial(curve, "baseline", "fsdp", dtype=torch.bfloat16)):
         same_curve(result, one, 0.05, 0.05)
         assert result["rows"] != one["rows"]
-    assert everywhere(2, gathered, torch.bfloat16) == [["torch.bfloat16"]] * 2
+
+
+def in_bfloat16(name, how):
+    """Logits under autocast, and the dtype of each weight meanwhile."""
+    model = build(name, how, torch.bfloat16, reshard=False)
+    dtypes = {}
+    model.norm.register_forward_hook(lambda *_: dtypes.update({n: str(p.dtype) for n, p in model.named_parameters()}))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens(2, 24))
+    return {"logits": logits.detach(), "dtypes": dtypes}
+
+
+@pytest.mark.parametrize("name", ["hybrid", "moe"])
+def test_in_bfloat16_matrices_alone_are_gathered_so_and_logits_are_those_of_autocast_to_the_bit(name):
+    want = in_bfloat16(name, "none")["logits"]
+    for result in everywhere(2, in_bfloat16, name, "fsdp"):
+        assert torch.equal(result["logits"], want)
+        for weight, dtype in result["dtypes"].items():
+            is_exact = re.search(r"embed|norm|A_log|dt_bias|conv|\.router\.", weight)
+            assert dtype == ("torch.float32" if is_exact else "torch.bfloat16"), weight
 
 
 # ---- the start ------------------------------------------------------------------------------------------------------

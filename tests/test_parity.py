@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hf
+import model_baseline
 from tests.tiny import tokens
 
 transformers = pytest.importorskip("transformers")
@@ -29,7 +30,7 @@ ROPES = {
 def qwen3(rope="plain", tie=True):
     config = transformers.Qwen3Config(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=256, rope_parameters=ROPES[rope],
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=256, rope_parameters=ROPES[rope], rms_norm_eps=1e-3,
         tie_word_embeddings=tie, attn_implementation="eager", initializer_range=0.2,
     )  # fmt: skip
     return transformers.Qwen3ForCausalLM(config)
@@ -180,6 +181,25 @@ def test_logits_and_embedding_gradient_equal_those_of_transformers(pair):
         torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("make", [qwen3, qwen3_moe, qwen3_next])
+def test_a_bf16_model_is_as_close_to_fp64_as_that_of_transformers(make, tmp_path):
+    """By the middle token, since those whose experts are near a tie are far off in both."""
+    ours = theirs = 0.0
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = make().eval().bfloat16()
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.data += 0.3 * torch.randn_like(p)
+        model.save_pretrained(tmp_path)
+        x = tokens(4, 100, seed=seed)
+        with torch.no_grad():
+            exact = hf.load(tmp_path, dtype=torch.float64)(x)
+            ours += (hf.load(tmp_path, dtype=torch.bfloat16)(x) - exact).norm(dim=-1).median()
+            theirs += (model(x).logits - exact).norm(dim=-1).median()
+    assert ours <= 1.05 * theirs, ours / theirs
+
+
 def test_what_hf_saves_opens_in_transformers_with_equal_weights_and_logits(pair, tmp_path):
     theirs, folder = pair
     hf.save(hf.load(folder), tmp_path / "ours")
@@ -198,6 +218,15 @@ def test_greedy_generation_equals_that_of_transformers(pair):
     options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     want = theirs.double().generate(x, attention_mask=torch.ones_like(x), **options)
     assert torch.equal(hf.load(folder, dtype=torch.float64).generate(x, 20, temperature=0), want)
+
+
+def test_yarns_magnitude_is_that_of_transformers_also_where_nothing_is_stretched():
+    config = transformers.Qwen3Config(head_dim=64, max_position_embeddings=64)
+    for factor in (0.5, 1.0, 4.0):
+        config.rope_parameters = ROPES["yarn"] | {"factor": factor}
+        want = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")[1]
+        ours = model_baseline.GPTConfig(rope_scaling="yarn", rope_factor=factor, rope_original=64)
+        assert model_baseline.yarn(torch.ones(32), ours)[1] == pytest.approx(want)
 
 
 def test_a_mistral_without_a_window_is_read_as_the_llama_that_it_is(tmp_path):

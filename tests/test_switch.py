@@ -23,7 +23,14 @@ def test_jitter_acts_in_training_only_and_on_the_router_alone():
     moe = layer("switch", router_jitter=0.3, n_expert_per_token=6, normalize_gates=False, capacity_factor=0.0)
     moe.router.weight.data.zero_()  # noise times zero: what the experts get is not noisy
     x = inputs(2, 16, 32, dtype=torch.float32)
-    torch.testing.assert_close(moe.train()(x)[0], moe.eval()(x)[0])
+    torch.testing.assert_close(moe.train()(x.clone())[0], moe.eval()(x)[0])
+
+
+def test_jitter_multiplies_by_factors_of_the_whole_range_and_of_no_more():
+    router = layer("switch", router_jitter=0.3).router.train()
+    router.weight.data = torch.eye(6, 32)  # the logits are what the router was given
+    logits, _ = router.score(torch.ones(50, 32))
+    assert 0.7 <= logits.min() < 0.75 and 1.25 < logits.max() <= 1.3
 
 
 @pytest.mark.parametrize(

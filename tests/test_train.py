@@ -520,6 +520,13 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(work):
     assert not all(torch.equal(before[k], later[k]) for k in before)
 
 
+def test_a_skipped_step_leaves_nothing_in_the_counts_of_the_next(work):
+    sizes = dict.fromkeys(SIZES) | TINY["moe"] | dict(block_size=32, vocab_size=0, log_every=1, max_steps=3)
+    run = train(work, "skipped experts", model="moe", z_loss=1e39, **sizes)
+    assert [row["skipped"] for row in run.steps] == [1, 2, 3]
+    assert [sum(map(sum, row["expert_load"])) for row in run.steps] == [256 * 2] * 3  # tokens, choices of each
+
+
 def test_too_many_skipped_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(work):
     message = fail(work, "dead", model="odd", micro_batch=8, bad_from=4, bad_to=99, factor=1e39, max_skipped=3,
                    save_every=3, max_steps=50, code=DIVERGED)  # fmt: skip

@@ -1,0 +1,647 @@
+"""Breaks the project in one line at a time, and sees whether the tests notice: `python -m tests.mutate [name...]`.
+
+Each mutant is a mistake that someone could make: a text of one file that is replaced in a copy of the project, and the
+few tests that must fail for it. A mutant that survives is a promise that no test keeps. Without names all are tried,
+which takes ten minutes, and docs/mutations.md is written.
+"""
+
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.tiny import ROOT
+from tests.tree import copy_of_the_project
+
+TABLE = ROOT / "docs" / "mutations.md"
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    before: str  # stands once in the file
+    after: str
+    tests: str  # what pytest is given: a file of tests/, and words that their names have
+
+
+MUTANTS = [
+    # ---- model files: numbers ----
+    Mutant(
+        "loss in bf16",
+        "model_baseline.py",
+        "self.logits(x).flatten(0, 1).float()",
+        "self.logits(x).flatten(0, 1)",
+        "test_models.py -k 'bf16 and baseline'",
+    ),
+    Mutant(
+        "losses of tokens in bf16",
+        "model_baseline.py",
+        "F.cross_entropy(self.logits(x).float()",
+        "F.cross_entropy(self.logits(x)",
+        "test_models.py -k 'bf16 and baseline'",
+    ),
+    Mutant(
+        "norm rounded before its weight",
+        "model_baseline.py",
+        "F.rms_norm(x.to(wide), x.shape[-1:], self.weight.to(wide), self.eps)",
+        "F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight",
+        "test_models.py -k 'norms and baseline'",
+    ),
+    Mutant(
+        "1 + weight in bf16",
+        "model_hybrid.py",
+        "1 + self.weight.to(wide)",
+        "(1 + self.weight).to(wide)",
+        "test_models.py -k 'norms and hybrid'",
+    ),
+    Mutant(
+        "taps summed in bf16",
+        "model_hybrid.py",
+        "x = x.to(torch.promote_types(x.dtype, torch.float32))",
+        "x = x + 0",
+        "test_hybrid.py -k taps",
+    ),
+    Mutant(
+        "router in bf16",
+        "model_moe.py",
+        "dtype = torch.promote_types(x.dtype, torch.float32)",
+        "dtype = x.dtype",
+        "test_moe.py -k router_of_a_bf16",
+    ),
+    Mutant(
+        "router under autocast",
+        "model_moe.py",
+        "with torch.autocast(device_type, enabled=False):",
+        "if True:",
+        "test_moe.py -k autocast",
+    ),
+    Mutant(
+        "a cast takes the counters along",
+        "model_moe.py",
+        "setattr(self, name, buffer.to(device))",
+        "pass",
+        "test_moe.py -k buffers",
+    ),
+    Mutant(
+        "decay of nothing times zero",
+        "model_hybrid.py",
+        "torch.where(later, log_decay[..., None], 0.0).cumsum",
+        "(log_decay[..., None] * later).cumsum",
+        "test_hybrid.py -k to_zero",
+    ),
+    # ---- model files: what is computed ----
+    Mutant(
+        "no dropout on the MLP",
+        "model_baseline.py",
+        "x = x + self.dropout(self.mlp(self.mlp_norm(x)))",
+        "x = x + self.mlp(self.mlp_norm(x))",
+        "test_models.py -k 'dropout and baseline'",
+    ),
+    Mutant(
+        "no dropout on embeddings",
+        "model_gpt2.py",
+        "x = self.dropout(self.embed(idx) + self.pos_embed(positions))",
+        "x = self.embed(idx) + self.pos_embed(positions)",
+        "test_models.py -k 'dropout and gpt2'",
+    ),
+    Mutant(
+        "wo of delta layers at full size",
+        "model_hybrid.py",
+        "p.normal_(0.0, residual_std)",
+        "p.normal_(0.0, std if '.delta.' in name else residual_std)",
+        "test_models.py -k 'start_smaller and hybrid'",
+    ),
+    Mutant(
+        "w_down of shared experts at full size",
+        "model_moe.py",
+        "p.normal_(0.0, residual_std)",
+        "p.normal_(0.0, std if '.shared.' in name else residual_std)",
+        "test_models.py -k 'start_smaller and moe'",
+    ),
+    Mutant(
+        "zero_init_residual without w_down",
+        "model_baseline.py",
+        "p.normal_(0.0, residual_std)",
+        "p.normal_(0.0, residual_std or std * (kind == 'w_down'))",
+        "test_models.py -k 'identity and baseline'",
+    ),
+    Mutant(
+        "embeddings scaled by n_embd",
+        "model_baseline.py",
+        "x = x * self.config.n_embd**0.5",
+        "x = x * self.config.n_embd",
+        "test_models.py -k 'scaled and baseline'",
+    ),
+    Mutant(
+        "eps of query and key norms fixed",
+        "model_baseline.py",
+        "self.q_norm = RMSNorm(D, config.norm_eps)",
+        "self.q_norm = RMSNorm(D, 1e-6)",
+        "test_parity.py -k 'qwen3 and logits and plain'",
+    ),
+    Mutant(
+        "softcap without its factor",
+        "model_baseline.py",
+        "logits = cap * torch.tanh(logits / cap)",
+        "logits = torch.tanh(logits / cap)",
+        "test_models.py -k 'softcap and baseline'",
+    ),
+    Mutant(
+        "yarn sharpens what is not stretched",
+        "model_baseline.py",
+        "math.log(max(config.rope_factor, 1.0))",
+        "math.log(config.rope_factor)",
+        "test_parity.py -k magnitude",
+    ),
+    Mutant(
+        "yarn's blend reversed",
+        "model_baseline.py",
+        "inv_freq * (1 - share) + inv_freq / config.rope_factor * share",
+        "inv_freq * share + inv_freq / config.rope_factor * (1 - share)",
+        "test_parity.py -k 'yarn and qwen3 and logits'",
+    ),
+    Mutant(
+        "turned the other way",
+        "model_baseline.py",
+        "x1 * cos - x2 * sin, x2 * cos + x1 * sin",
+        "x1 * cos + x2 * sin, x2 * cos - x1 * sin",
+        "test_parity.py -k 'qwen3 and logits and plain'",
+    ),
+    Mutant(
+        "gates before their norm",
+        "model_gated.py",
+        "q = q * self.wq_gate(x).view_as(q).sigmoid()",
+        "q = self.q_norm(q * self.wq_gate(x).view_as(q).sigmoid())",
+        "test_gated.py -k equations",
+    ),
+    Mutant(
+        "values without their gate",
+        "model_gated.py",
+        "v = v * self.wv_gate(x).view_as(v).sigmoid()",
+        "v = v",
+        "test_gated.py -k equations",
+    ),
+    Mutant(
+        "documents leak into the convolution",
+        "model_hybrid.py",
+        "(self.conv.weight[:, 0, i] * inside[..., None])",
+        "self.conv.weight[:, 0, i]",
+        "test_models.py -k 'packed and hybrid'",
+    ),
+    Mutant(
+        "documents leak into the state",
+        "model_hybrid.py",
+        "decay = decay * same.tril()",
+        "decay = decay.tril()",
+        "test_hybrid.py -k slow_loop",
+    ),
+    Mutant(
+        "keys not of length 1",
+        "model_hybrid.py",
+        "k = unit(k.view(B, T, -1, self.key_dim))",
+        "k = k.view(B, T, -1, self.key_dim)",
+        "test_parity.py -k 'next and logits'",
+    ),
+    Mutant(
+        "positions not in the scale",
+        "model_mla.py",
+        "self.scale = (N + D) ** -0.5",
+        "self.scale = N**-0.5",
+        "test_parity.py -k 'deepseek_v3 and logits'",
+    ),
+    # ---- experts ----
+    Mutant(
+        "sigmoid shares not of sum 1",
+        "model_moe.py",
+        "share = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)",
+        "share = scores",
+        "test_moe.py -k perfect_balance",
+    ),
+    Mutant(
+        "groups of one expert",
+        "model_moe.py",
+        "groups.topk(min(2, groups.size(-1))).values",
+        "groups.topk(2).values",
+        "test_moe.py -k loop_over_tokens",
+    ),
+    Mutant(
+        "closed groups at 0",
+        "model_moe.py",
+        "groups.masked_fill(closed[..., None], -math.inf)",
+        "groups.masked_fill(closed[..., None], 0.0)",
+        "test_moe.py -k deepseek_v3",
+    ),
+    Mutant(
+        "the bias in the gates",
+        "model_moe.py",
+        "gates = scores.gather(-1, chosen)",
+        "gates = (scores + self.bias).gather(-1, chosen)",
+        "test_moe.py -k never_how_much",
+    ),
+    Mutant(
+        "the bias moves with the load",
+        "model_moe.py",
+        "(of_layer.float().mean() - of_layer).sign()",
+        "(of_layer - of_layer.float().mean()).sign()",
+        "test_moe.py -k bias_moves",
+    ),
+    Mutant(
+        "micro-batches counted alike in the log",
+        "model_moe.py",
+        "torch.stack((balance, z)).detach() * load.sum()",
+        "torch.stack((balance, z)).detach() * router.load.numel()",
+        "test_moe.py -k metrics_are",
+    ),
+    Mutant(
+        "layers of experts as they were given",
+        "model_moe.py",
+        "self.moe_layers = sorted(set(self.moe_layers))",
+        "self.moe_layers = list(self.moe_layers)",
+        "test_moe.py -k named_layers",
+    ),
+    Mutant(
+        "z-loss of the first power",
+        "model_moe.py",
+        "logits.logsumexp(dim=-1).square().mean()",
+        "logits.logsumexp(dim=-1).abs().mean()",
+        "test_moe.py -k z_loss_equals",
+    ),
+    Mutant(
+        "jitter three times as large",
+        "model_switch.py",
+        "uniform_(1 - self.config.router_jitter, 1 + self.config.router_jitter)",
+        "uniform_(1 - 3 * self.config.router_jitter, 1 + 3 * self.config.router_jitter)",
+        "test_switch.py -k jitter",
+    ),
+    Mutant(
+        "jitter seen by the experts",
+        "model_switch.py",
+        "x = x * torch.empty_like(x).uniform_(",
+        "x *= torch.empty_like(x).uniform_(",
+        "test_switch.py -k jitter",
+    ),
+    # ---- the cache and text ----
+    Mutant(
+        "a branch of one shares its memory",
+        "model_baseline.py",
+        "new.k = [k.repeat_interleave(n, dim=0) for k in self.k]",
+        "new.k = [k if n == 1 else k.repeat_interleave(n, dim=0) for k in self.k]",
+        "test_models.py -k 'shares_nothing and baseline'",
+    ),
+    Mutant(
+        "padding in a token's document",
+        "model_baseline.py",
+        "behind_padding = torch.where(place < self.pad, 0, self.pad)",
+        "behind_padding = torch.zeros_like(place)",
+        "test_generate.py -k 'ragged and baseline'",
+    ),
+    Mutant(
+        "padding stays when tokens are lost",
+        "generate.py",
+        "new_pad = (pad - lost).clamp(min=0) if ragged else None",
+        "new_pad = pad if ragged else None",
+        "test_generate.py -k 'ragged and baseline'",
+    ),
+    Mutant(
+        "top_p of everything, not of what top_k leaves",
+        "generate.py",
+        "likelier >= top_p * probs.sum(dim=-1, keepdim=True)",
+        "likelier >= top_p",
+        "test_generate.py -k filtered",
+    ),
+    Mutant(
+        "samples of a prompt apart",
+        "generate.py",
+        "logits = logits.repeat_interleave(num_samples, dim=0)",
+        "logits = logits.repeat(num_samples, 1)",
+        "test_generate.py -k 'num_samples and baseline'",
+    ),
+    Mutant(
+        "the penalty raises what is unlikely",
+        "generate.py",
+        "torch.where(said > 0, said / repetition_penalty, said * repetition_penalty)",
+        "said / repetition_penalty",
+        "test_generate.py -k penalty",
+    ),
+    # ---- kernels ----
+    Mutant(
+        "a scale is ignored",
+        "kernels.py",
+        "return flash_attention(q, k, v, scale=scale)",
+        "return flash_attention(q, k, v)",
+        "test_kernels_install.py -k scale",
+    ),
+    Mutant(
+        "a scale is ignored among documents",
+        "kernels.py",
+        "return flash_attention(q, k, v, start=mask, scale=scale)",
+        "return flash_attention(q, k, v, start=mask)",
+        "test_kernels_install.py -k scale",
+    ),
+    Mutant(
+        "a window one key wider",
+        "kernels.py",
+        "low = tl.maximum(t - (W - 1), 0)",
+        "low = tl.maximum(t - W, 0)",
+        "test_kernels_attention.py -k window_leaves",
+    ),
+    Mutant(
+        "ignored targets have gradients",
+        "kernels.py",
+        "tl.where(target == -1, 0.0, dx)",
+        "dx",
+        "test_kernels_pointwise.py -k 'agrees_with_its_twin and cross'",
+    ),
+    Mutant(
+        "a model with kernels cannot be read",
+        "kernels.py",
+        "functools.partial(candidate.method, module)",
+        "candidate.method.__get__(module)",
+        "test_kernels_install.py -k saved_whole",
+    ),
+    Mutant(
+        "whatever a method computes is taken over",
+        "kernels.py",
+        "if all(same(a, b) for a, b in zip(got, wanted)):",
+        "if got:",
+        "test_kernels_install.py -k 'left_alone and geglu'",
+    ),
+    Mutant(
+        "the state's decay left out",
+        "kernels_delta.py",
+        "state, change = state * rest, y * end[:, None]",
+        "state, change = state, y * end[:, None]",
+        "test_kernels_delta.py -k 'fp32 and prime'",
+    ),
+    # ---- the optimizer ----
+    Mutant(
+        "Muon without the size of AdamW",
+        "muon.py",
+        "return 0.2 * sqrt(max(fan_out, fan_in))",
+        "return 0.2 * sqrt(min(fan_out, fan_in))",
+        "test_muon.py -k torch",
+    ),
+    Mutant(
+        "Muon without looking ahead",
+        "muon.py",
+        'updates = torch._foreach_lerp(grads, buffers, group["momentum"])',
+        "updates = buffers",
+        "test_muon.py -k torch",
+    ),
+    Mutant(
+        "Muon moves idle experts",
+        "muon.py",
+        "direction.masked_fill_(idle, 0.0)",
+        "pass",
+        "test_muon.py -k stack_without",
+    ),
+    Mutant(
+        "cautious decay the wrong way",
+        "muon.py",
+        "(w * u >= 0)",
+        "(w * u <= 0)",
+        "test_muon.py -k cautious",
+    ),
+    Mutant(
+        "embeddings by Muon",
+        "muon.py",
+        "if in_block and is_matrix and not is_table_or_filter:",
+        "if is_matrix:",
+        "test_muon.py -k exactly_one_group",
+    ),
+    # ---- FLOPs ----
+    Mutant(
+        "a backward pass as cheap as a forward one",
+        "flops.py",
+        "total[row] = whole((cost.forward[row] + cost.backward[row]) / T - 3 * spared)",
+        "total[row] = whole(2 * cost.forward[row] / T - 3 * spared)",
+        "test_flops.py -k 'closed_form and baseline'",
+    ),
+    Mutant(
+        "idle experts at work",
+        "flops.py",
+        "counts[row] += active - n",
+        "counts[row] += 0",
+        "test_flops.py -k 30b",
+    ),
+    Mutant(
+        "a step without orthogonalization",
+        "flops.py",
+        "aten.baddbmm: flop_registry[aten.baddbmm],",
+        "",
+        "test_flops.py -k 'optimizers_flops and baseline'",
+    ),
+    # ---- training ----
+    Mutant(
+        "a step not finite is taken",
+        "train.py",
+        "is_finite = math.isfinite(norm)",
+        "is_finite = True",
+        "test_train.py -k 'not_finite and counted'",
+    ),
+    Mutant(
+        "counts of a skipped step stay",
+        "train.py",
+        'if hasattr(raw_model, "after_step"):',
+        'if is_finite and hasattr(raw_model, "after_step"):',
+        "test_train.py -k skipped_step",
+    ),
+    Mutant(
+        "a mean of the micro-batches' means",
+        "train.py",
+        "loss = losses.sum() * world_size / max(targets, 1) + auxiliary * share",
+        "loss = losses.sum() / (y >= 0).sum().clamp(min=1) * share + auxiliary * share",
+        "test_train.py -k 'depend_on_micro_batch and True'",
+    ),
+    Mutant(
+        "auxiliary losses by targets",
+        "train.py",
+        "max(targets, 1) + auxiliary * share",
+        "max(targets, 1) + auxiliary * (y >= 0).sum() / max(targets, 1)",
+        "test_train.py -k auxiliary_losses_do_not",
+    ),
+    Mutant(
+        "norms in bf16 shares",
+        "distributed/fsdp.py",
+        "in_full = MixedPrecisionPolicy(reduce_dtype=exact",
+        "in_full = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=exact",
+        "test_parallel.py -k in_bfloat16",
+    ),
+    Mutant(
+        "a warm-up that begins at its peak",
+        "training/schedule.py",
+        "return peak * (step + 1) / (warmup_steps + 1)",
+        "return peak",
+        "test_train.py -k warms_up",
+    ),
+    Mutant(
+        "the best is the worst",
+        "training/atomic.py",
+        "return min(losses, key=losses.get, default=None)",
+        "return max(losses, key=losses.get, default=None)",
+        "test_checkpoint.py -k best",
+    ),
+    Mutant(
+        "the best one is pruned",
+        "training/atomic.py",
+        "if path != best_one and not is_kept:",
+        "if not is_kept:",
+        "test_checkpoint.py -k best",
+    ),
+    Mutant(
+        "bits per byte of all tokens",
+        "training/loss.py",
+        "bits_per_byte = text_nats / math.log(2) / size",
+        "bits_per_byte = nats / math.log(2) / size",
+        "test_train.py -k bits_per_byte_equal",
+    ),
+    Mutant(
+        "a spike lowers no bar",
+        "training/metrics.py",
+        "return value > mean + max(6 * spread, 0.1 * mean)",
+        "return value > mean + 6 * spread + 10 * mean",
+        "test_train.py -k spike",
+    ),
+    # ---- data ----
+    Mutant(
+        "targets not shifted",
+        "data/shards.py",
+        "tokens[:, 1:].copy()",
+        "tokens[:, :-1].copy()",
+        "test_data.py -k shifted",
+    ),
+    Mutant(
+        "ranks overlap",
+        "data/shards.py",
+        "batch_windows * rank // world_size, batch_windows * (rank + 1) // world_size",
+        "batch_windows * rank // world_size, batch_windows",
+        "test_data.py -k ranks_and_micro",
+    ),
+    Mutant(
+        "an epoch without a new order",
+        "data/shards.py",
+        "np.random.SeedSequence((self.seed, kind, epoch))",
+        "np.random.SeedSequence((self.seed, kind, 0))",
+        "test_data.py -k an_epoch_has",
+    ),
+    Mutant(
+        "the last window's filling is predicted",
+        "data/shards.py",
+        "y[starts[:, None] + 1 + np.arange(block_size) > targets] = -1",
+        "pass",
+        "test_data.py -k evaluation_has",
+    ),
+    # ---- Hugging Face, comparisons ----
+    Mutant(
+        "weights of a folder left out",
+        "hf.py",
+        "stored.to_ours(tensor)",
+        "stored.to_ours(tensor) if 'norm' not in name else None",
+        "test_parity.py -k 'qwen3 and logits and plain'",
+    ),
+    Mutant(
+        "weights of another shape",
+        "hf.py",
+        "if tensor.shape != stored.shape():",
+        "if False:",
+        "test_hf.py -k shape",
+    ),
+    Mutant(
+        "one degree of freedom too many",
+        "benchmarks/verdicts.py",
+        "(residual**2).sum() / ((variants - 1) * (seeds - 1))",
+        "(residual**2).sum() / (variants * (seeds - 1))",
+        "test_verdicts.py -k analysis_of_variance",
+    ),
+    Mutant(
+        "what a seed does to all counts as chance",
+        "benchmarks/verdicts.py",
+        "losses - losses.mean(1, keepdims=True) - losses.mean(0) + losses.mean()",
+        "losses - losses.mean(1, keepdims=True)",
+        "test_verdicts.py -k hard_for_all",
+    ),
+    Mutant(
+        "many comparisons as one",
+        "benchmarks/verdicts.py",
+        "inside**comparisons",
+        "inside",
+        "test_verdicts.py -k dunnett",
+    ),
+    Mutant(
+        "spread for the error of a mean",
+        "benchmarks/comparison.py",
+        "return statistics.stdev(values) / math.sqrt(len(values))",
+        "return statistics.stdev(values)",
+        "test_compare.py -k diverged_variant",
+    ),
+    Mutant(
+        "the worst rate",
+        "benchmarks/verdicts.py",
+        "return min(sweep, key=sweep.get)",
+        "return max(sweep, key=sweep.get)",
+        "test_verdicts.py -k gain",
+    ),
+]
+
+
+def table() -> str:
+    """Returns docs/mutations.md as it is when every mutant is noticed."""
+    lines = [
+        "# Mutations",
+        "",
+        "Each row is a mistake in one line of the project, and the tests that fail for it. `python -m tests.mutate`",
+        "makes them one by one in a copy of the project, and writes this table if none survives; with names, as in",
+        '`python -m tests.mutate "router in bf16"`, it tries these alone. It is run by hand; the other tests check',
+        "only that each text to replace stands once in its file.",
+        "",
+        f"All {len(MUTANTS)} are noticed.",
+        "",
+        "| mistake | file | noticed by |",
+        "|---|---|---|",
+    ]
+    for mutant in MUTANTS:
+        lines.append(f"| {mutant.name} | `{mutant.file}` | `{mutant.tests}` |")
+    return "\n".join(lines) + "\n"
+
+
+def outcome(mutant: Mutant, folder: Path) -> str:
+    """Breaks the copy in `folder`, runs the mutant's tests there, mends it; returns what came of it."""
+    file = folder / mutant.file
+    source = file.read_text()
+    assert source.count(mutant.before) == 1, mutant
+    file.write_text(source.replace(mutant.before, mutant.after))
+    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider"]
+    run = subprocess.run([*command, *shlex.split(f"tests/{mutant.tests}")], cwd=folder, capture_output=True, text=True)
+    file.write_text(source)
+    if run.returncode == 0:
+        return "SURVIVED"
+    if run.returncode == 1:  # tests failed; other codes are for tests that are not there or cannot be read
+        return "noticed"
+    return f"NOT TRIED: {run.stdout[-500:]}"
+
+
+def main(names: list[str]) -> None:
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    unknown = set(names) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        sys.exit(f"no mutants of these names: {', '.join(sorted(unknown))}")
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy_of_the_project(Path(folder))
+        for mutant in chosen:
+            begin = time.perf_counter()
+            outcomes.append(outcome(mutant, Path(folder)))
+            print(f"{time.perf_counter() - begin:5.1f} s  {mutant.name:<50} {outcomes[-1]}", flush=True)
+    noticed = outcomes.count("noticed")
+    print(f"{noticed} of {len(chosen)} noticed")
+    if noticed == len(MUTANTS):
+        TABLE.write_text(table())
+    if noticed < len(chosen):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
