@@ -20,7 +20,9 @@ VARIANCE_OF_A_CHOICE = 0.16
 # ---- the learning rate -----------------------------------------------------------------------------------------------
 def sweep_seeds(rates: int, seeds: int) -> int:
     """Returns with how many seeds each rate is tried, of a comparison with so many: a third, and none for one rate."""
-    return math.ceil(seeds / 3) if rates > 1 else 0
+    if rates == 1:
+        return 0
+    return math.ceil(seeds / 3)
 
 
 def best_rate(sweep: dict[float, float]) -> float:
@@ -36,7 +38,9 @@ def is_at_the_edge(sweep: dict[float, float]) -> bool:
 def rate_beyond(sweep: dict[float, float]) -> float:
     """Returns the rate that is as far beyond the best one, at an edge, as its neighbour is on the other side."""
     rates = sorted(sweep)
-    neighbour = rates[1] if best_rate(sweep) == rates[0] else rates[-2]
+    neighbour = rates[-2]
+    if best_rate(sweep) == rates[0]:
+        neighbour = rates[1]
     return best_rate(sweep) ** 2 / neighbour
 
 
@@ -55,7 +59,9 @@ def gain_between_rates(sweep: dict[float, float]) -> float:
     if not np.isfinite(losses).all():
         return 0.0
     a, b, c = np.polyfit(np.log(three) - np.log(three[1]), losses - losses[1], 2)
-    return max(0.0, b * b / (4 * a) - c) if a > 0 else 0.0
+    if a <= 0:  # all three are equal
+        return 0.0
+    return max(0.0, b * b / (4 * a) - c)
 
 
 # ---- the difference --------------------------------------------------------------------------------------------------
@@ -95,47 +101,63 @@ def critical_value(comparisons: int, freedom: int) -> float:
     return high
 
 
+def error_and_limit(rows: list[dict]) -> tuple[float, float]:
+    """Returns the standard error of each variant's difference from the first one, and what chance seldom exceeds."""
+    seeds = len(rows[0]["loss"])
+    variance = 2 / seeds  # of a difference of means, where a run's is 1
+    if rows[0]["sweep_seeds"]:
+        variance += 2 * VARIANCE_OF_A_CHOICE / rows[0]["sweep_seeds"]
+    error = residual_deviation(np.array([row["loss"] for row in rows])) * math.sqrt(variance)
+    comparisons = len(rows) - 1
+    return error, error * critical_value(comparisons, comparisons * (seeds - 1))
+
+
 def verdicts(rows: list[dict]) -> list[str]:
     """Says how each variant's loss differs from the first one's, ± standard error; rows are those of compare.py.
 
     The losses compared are those at each one's best rate of all. The error is pooled over the variants. A loss of None
     is that of a run that diverged.
     """
-    first = rows[0]
+    first, *others = rows
+    if None in first["loss"]:
+        return ["diverged"] * len(rows)
     finite = [row for row in rows if None not in row["loss"]]
-    seeds = len(first["loss"])
-    words = []
-    error = None
-    if len(finite) > 1 and seeds > 1:
-        variance_of_means = 2 / seeds
-        if first["sweep_seeds"]:
-            variance_of_means += 2 * VARIANCE_OF_A_CHOICE / first["sweep_seeds"]
-        error = residual_deviation(np.array([row["loss"] for row in finite])) * math.sqrt(variance_of_means)
-        limit = error * critical_value(len(finite) - 1, (len(finite) - 1) * (seeds - 1))
-    for row in rows:
-        if row not in finite or first not in finite:
+    several = len(first["loss"]) > 1 and len(finite) > 1
+    if several:
+        error, limit = error_and_limit(finite)
+    words = ["-"]
+    for row in others:
+        if None in row["loss"]:
             words.append("diverged")
             continue
-        if row is first:
-            words.append("-")
-            continue
         difference = best_loss(row) - best_loss(first)
-        if error is None:
+        if several:
+            words.append(f"{difference:+.4f} ± {error:.4f}: {in_words(difference, limit, row, first)}")
+        else:
             words.append(f"{difference:+.4f} (one seed)")
-            continue
-        word = "no difference seen"
-        if abs(difference) > limit:
-            word = "better" if difference < 0 else "worse"
-            loser = first if difference < 0 else row
-            if is_at_the_edge(rates_of(loser)):
-                word = f"not said, as {loser['name']} may be better at a rate beyond its sweep"
-        words.append(f"{difference:+.4f} ± {error:.4f}: {word}")
     return words
+
+
+def in_words(difference, limit, row, first):
+    """Says which variant is better. One that may be better at a rate beyond its sweep is not called the worse one."""
+    if abs(difference) <= limit:
+        return "no difference seen"
+    word = "better"
+    loser = first
+    if difference > 0:
+        word = "worse"
+        loser = row
+    if is_at_the_edge(rates_of(loser)):
+        return f"not said, as {loser['name']} may be better at a rate beyond its sweep"
+    return word
 
 
 def rates_of(row: dict) -> dict[float, float]:
     """Returns {rate: mean loss} of a row's sweep, infinity where a run diverged."""
-    return {float(rate): math.inf if loss is None else loss for rate, loss in row["sweep"].items()}
+    rates = {}
+    for rate, loss in row["sweep"].items():
+        rates[float(rate)] = math.inf if loss is None else loss
+    return rates
 
 
 def best_loss(row: dict) -> float:
