@@ -516,8 +516,8 @@ MUTANTS = [
     Mutant(
         "ranks overlap",
         "data/shards.py",
-        "batch_windows * rank // world_size, batch_windows * (rank + 1) // world_size",
-        "batch_windows * rank // world_size, batch_windows",
+        "self.last = batch_windows * (rank + 1) // world_size",
+        "self.last = batch_windows",
         "test_data.py -k ranks_and_micro",
     ),
     Mutant(
