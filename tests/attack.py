@@ -4,8 +4,8 @@
 
 Every run is killed with -9, one process or all, at random moments, and begun again by the same command until it is
 done. Then its losses, weights and optimizer state must be those of the undisturbed run to the last bit. After that each
-signal is sent to torchrun, to its ranks, and to both in either order, and the step at work must be on the disk. Last, the
-memory of two processes is watched over 5,000 steps. What came of it goes to results/attack.json, .md and .png.
+signal is sent to torchrun, to its ranks, and to both in either order, and the step at work must be on the disk. Last,
+the memory of two processes is watched over 5,000 steps. What came of it goes to results/attack.json, .md and .png.
 """
 
 import argparse
