@@ -20,6 +20,7 @@ from types import ModuleType
 import torch
 
 from benchmarks import decoding, kernels, loader, parallel, shakespeare, training, variants, workload
+from data.text import print_any_text
 
 ROOT = Path(__file__).resolve().parent
 BENCHMARKS = {  # each has RESULT, the name of its files; measure(arguments) -> results; markdown(result) -> its tables
@@ -111,6 +112,7 @@ def save(benchmark: ModuleType, result: dict, label: str, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    print_any_text()
     args = parse_arguments(argv)
     torch.set_float32_matmul_precision("high" if torch.cuda.is_available() else "highest")  # as train.py
     benchmark = BENCHMARKS[args.command]

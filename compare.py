@@ -37,6 +37,7 @@ import flops
 from benchmarks import comparison, timing, verdicts
 from configurator import resolve
 from data.shards import Shards
+from data.text import print_any_text
 from training import run_folder
 from training.disk import read_json
 from training.knobs import check
@@ -584,6 +585,7 @@ def compare(args) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
+    print_any_text()
     args = parse_arguments(argv)
     results = [Path(f"{args.results}.{kind}") for kind in ("json", "md", "png")]
     try:

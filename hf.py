@@ -53,11 +53,16 @@ def config_of(folder: str | Path) -> tuple[str, dict]:
 
 def end_ids(folder: str | Path) -> list[int]:
     """Returns the ids that end a text in a folder: those of generation_config.json, or else those of config.json."""
-    return token_ids(Path(folder), "eos_token_id")
+    ids = token_ids(Path(folder), "eos_token_id")
+    if ids is None:
+        return []
+    if isinstance(ids, int):
+        return [ids]
+    return ids
 
 
 def token_ids(folder, key):
-    """Returns the ids that a folder gives for bos_token_id or eos_token_id: none, one or several."""
+    """Returns what a folder says for bos_token_id or eos_token_id: None, an id, or a list of ids."""
     config = read_config(folder)
     defaults = READABLE[config["model_type"]].defaults
     found = (defaults | config).get(key)
@@ -67,11 +72,7 @@ def token_ids(folder, key):
         check_kinds(said, file)
         if said.get(key) is not None:
             found = said[key]
-    if found is None:
-        return []
-    if isinstance(found, list):
-        return found
-    return [found]
+    return found
 
 
 # ---- a folder --------------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def places_of(header, model, architecture):
     """Returns {name in the file: StoredWeight}; raises unless each weight of a folder has exactly one place."""
     missing = stored_weights(model, architecture)
     places = {}
-    for name, (file, shape) in header.items():
+    for name, (file, shape, dtype) in header.items():
         key = name
         if key not in missing:
             key = architecture.prefix + name
@@ -165,6 +166,8 @@ def places_of(header, model, architecture):
             wanted = list(places[name].shape())
             if shape != wanted:
                 raise ValueError(f"{file}: {name} is {shape}, not {wanted}, as config.json says")
+            if dtype not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"{file}: {name} is {dtype}: quantized weights are not read here")
         elif not name.endswith(architecture.ignored):
             raise ValueError(f"{file}: {name} is {shape}, and not in this model")
     if missing:
@@ -204,17 +207,15 @@ def weight_files(folder):
 
 
 def read_header(folder):
-    """Returns {name: (file, shape)} of the weights of a folder, of which none is read."""
+    """Returns {name: (file, shape, dtype)} of the weights of a folder, of which none is read."""
     header = {}
     for file in weight_files(folder):
         with opened(file) as tensors:
             for name in tensors.keys():
                 tensor = tensors.get_slice(name)
-                if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{file}: {name} is {tensor.get_dtype()}: quantized weights are not read here")
                 if name in header:
                     raise ValueError(f"{file}: {name} stands in {header[name][0].name} too: fetch both again")
-                header[name] = (file, tensor.get_shape())
+                header[name] = (file, tensor.get_shape(), tensor.get_dtype())
     return header
 
 
@@ -226,7 +227,7 @@ def read_safetensors(file):
 
 
 def read_tensor(header, name):
-    file, _ = header[name]
+    file = header[name][0]
     with opened(file) as tensors:
         return tensors.get_tensor(name)
 
@@ -294,8 +295,7 @@ def tokenizer_in(folder):
     if (folder / "generation_config.json").exists():
         generation = read_json(folder / "generation_config.json")
     for key in ("bos_token_id", "eos_token_id"):
-        ids = token_ids(folder, key)
-        generation[key] = ids[0] if len(ids) == 1 else ids or None
+        generation[key] = token_ids(folder, key)
     return found | {"generation_config.json": generation}
 
 

@@ -290,8 +290,8 @@ try:
         work = {"parameters": parameters, "flops_per_token": flops_per_token, "tokens": batch_tokens * max_steps}
         facts = {"seed": seed, **identity, "hardware": hardware, **work, "optimizer": muon.group_table(opt)}
         run_folder.describe(out, saved_config, train_data.meta, facts)
-        log = metrics.Log(out, step, config, wandb, tensorboard)
-        album = pictures.Album(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters", run_folder.metrics_of(out))
+        album = pictures.Album(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters")
+        log = metrics.Log(out, step, config, wandb, tensorboard, album)
         run_folder.write_state(out, "running", step, max_steps, go_on)
 except (OSError, ValueError, checkpoint.CheckpointError) as error:
     processes.fail(error)
@@ -313,12 +313,6 @@ def save():
                "scaler": scaler.state_dict(), "identity": identity, "machine": machine}  # fmt: skip
     is_last = step >= max_steps or stop > 0
     saver.save(step, trainer, wait=is_last or not async_save, must=is_last)
-
-
-def note(row):
-    """Adds a row to metrics.jsonl and to the pictures, on process 0."""
-    log.write(row)
-    album.add(row)
 
 
 def evaluate():
@@ -360,7 +354,7 @@ while True:
         say(metrics.evaluation_line(step, report))
         if main:
             bits = report["bits_per_byte"]
-            note(dict(step=step, val_loss=report["loss"], val_bits_per_byte=bits, tokens=tokens))
+            log.write(dict(step=step, val_loss=report["loss"], val_bits_per_byte=bits, tokens=tokens))
         if step > 0:
             saver.note_evaluation(step, report["loss"], tokens)
         evaluated_at = step
@@ -443,7 +437,7 @@ while True:
     if step % log_every == 0 or step == max_steps:
         say(metrics.step_line(row, max_steps, clock.seconds_left(max_steps - step)))
     if main:
-        note(row | metrics.of_model(raw_model, with_tables=step % log_every == 0))
+        log.write(row | metrics.of_model(raw_model, with_tables=step % log_every == 0))
     if clock.steps == 1:
         processes.set_timeout(timeout)  # the first step, which compiles, is done everywhere
     if skipped_in_a_row >= max_skipped:

@@ -15,16 +15,14 @@ import torch
 
 import flops
 import muon
+from training.knobs import find_device, find_dtype
 
 
 # ---- where and on what ----------------------------------------------------------------------------------------------
 def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
-    """Returns what train.py would take: the GPU if there is one, and bfloat16 on it."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    return device, dtype
+    """Returns what train.py would take."""
+    device = find_device(device)
+    return device, find_dtype(dtype, device)
 
 
 def cpu_name():

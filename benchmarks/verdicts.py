@@ -2,6 +2,8 @@
 
 Each rate is tried with a few seeds (the sweep), the best is repeated with other seeds, and only those are compared. A
 table of equal variants calls one better or worse in at most one of 20 cases; tests/test_verdicts.py simulates it.
+
+A row is what compare.py writes of a variant: "name", "loss" [of each seed], "sweep" {rate: mean loss}, "sweep_seeds".
 """
 
 import math
@@ -13,14 +15,16 @@ import torch
 
 FALSE_WINS = 0.05  # of the tables in which all variants are equal
 # A rate chosen among few noisy ones is not the best one. That changes the loss as if a run's variance were larger by
-# this part of itself, over the seeds of the sweep: simulated, for sweeps of three rates and more.
+# this part of itself, over the seeds of the sweep: found by the simulation in tests/test_verdicts.py, of three rates.
 VARIANCE_OF_A_CHOICE = 0.16
 
 
 # ---- the learning rate -----------------------------------------------------------------------------------------------
 def sweep_seeds(rates: int, seeds: int) -> int:
-    """Returns with how many seeds each rate is tried, of a comparison with so many: a third, and none for one rate."""
-    return math.ceil(seeds / 3) if rates > 1 else 0
+    """Returns with how many seeds each rate is tried: a third as many as are compared, and none where there is one."""
+    if rates == 1:
+        return 0
+    return math.ceil(seeds / 3)
 
 
 def best_rate(sweep: dict[float, float]) -> float:
@@ -34,9 +38,11 @@ def is_at_the_edge(sweep: dict[float, float]) -> bool:
 
 
 def rate_beyond(sweep: dict[float, float]) -> float:
-    """Returns the rate that is as far beyond the best one, at an edge, as its neighbour is on the other side."""
+    """Returns the rate beyond the best one, at an edge, by the factor that parts it from its neighbour."""
     rates = sorted(sweep)
-    neighbour = rates[1] if best_rate(sweep) == rates[0] else rates[-2]
+    neighbour = rates[-2]
+    if best_rate(sweep) == rates[0]:
+        neighbour = rates[1]
     return best_rate(sweep) ** 2 / neighbour
 
 
@@ -44,7 +50,7 @@ def gain_between_rates(sweep: dict[float, float]) -> float:
     """Returns how much lower the loss is at the best rate of all than at the best that was tried.
 
     It is read off the parabola through the best one and its two neighbours, over the logarithm of the rate; 0 where
-    the best has no neighbour on one side.
+    the best has no neighbour on one side, or one diverged.
     """
     if len(sweep) < 3 or is_at_the_edge(sweep):
         return 0.0
@@ -54,8 +60,10 @@ def gain_between_rates(sweep: dict[float, float]) -> float:
     losses = np.array([sweep[rate] for rate in three])
     if not np.isfinite(losses).all():
         return 0.0
-    a, b, c = np.polyfit(np.log(three) - np.log(three[1]), losses - losses[1], 2)
-    return max(0.0, b * b / (4 * a) - c) if a > 0 else 0.0
+    a, b, _ = np.polyfit(np.log(three) - np.log(three[1]), losses - losses[1], 2)  # it passes through (0, 0)
+    if a <= 0:  # all three are equal
+        return 0.0
+    return b * b / (4 * a)
 
 
 # ---- the difference --------------------------------------------------------------------------------------------------
@@ -73,7 +81,9 @@ def residual_deviation(losses: np.ndarray) -> float:
 def critical_value(comparisons: int, freedom: int) -> float:
     """Returns how many standard errors chance exceeds in FALSE_WINS of the cases, in any comparison with one baseline.
 
-    Dunnett's test (1955), two-sided, with equal numbers of runs; of one comparison it is Student's t.
+    Dunnett's test (1955), two-sided, with equal numbers of runs; of one comparison it is Student's t. Given the
+    baseline's mean z and the estimated deviation s, the comparisons are independent: their chances are multiplied, and
+    averaged over z and s.
     """
     z = torch.linspace(-6, 6, 121, dtype=torch.float64)[:, None]  # the baseline's mean, in its standard errors
     s = torch.logspace(-4, 1, 500, dtype=torch.float64)  # the deviation that is estimated, over the true one
@@ -95,49 +105,65 @@ def critical_value(comparisons: int, freedom: int) -> float:
     return high
 
 
+def error_and_limit(rows: list[dict]) -> tuple[float, float]:
+    """Returns the standard error of each variant's difference from the first one, and the limit that chance keeps."""
+    seeds = len(rows[0]["loss"])
+    variance = 2 / seeds  # of a difference of means, where a run's is 1
+    if rows[0]["sweep_seeds"]:
+        variance += 2 * VARIANCE_OF_A_CHOICE / rows[0]["sweep_seeds"]
+    error = residual_deviation(np.array([row["loss"] for row in rows])) * math.sqrt(variance)
+    comparisons = len(rows) - 1
+    return error, error * critical_value(comparisons, comparisons * (seeds - 1))
+
+
 def verdicts(rows: list[dict]) -> list[str]:
     """Says how each variant's loss differs from the first one's, ± standard error; rows are those of compare.py.
 
     The losses compared are those at each one's best rate of all. The error is pooled over the variants. A loss of None
     is that of a run that diverged.
     """
-    first = rows[0]
+    first, *others = rows
+    if None in first["loss"]:
+        return ["diverged", *["not compared, as the first one diverged"] * len(others)]
     finite = [row for row in rows if None not in row["loss"]]
-    seeds = len(first["loss"])
-    words = []
-    error = None
-    if len(finite) > 1 and seeds > 1:
-        variance_of_means = 2 / seeds
-        if first["sweep_seeds"]:
-            variance_of_means += 2 * VARIANCE_OF_A_CHOICE / first["sweep_seeds"]
-        error = residual_deviation(np.array([row["loss"] for row in finite])) * math.sqrt(variance_of_means)
-        limit = error * critical_value(len(finite) - 1, (len(finite) - 1) * (seeds - 1))
-    for row in rows:
-        if row not in finite or first not in finite:
+    several = len(first["loss"]) > 1 and len(finite) > 1
+    if several:
+        error, limit = error_and_limit(finite)
+    words = ["-"]
+    for row in others:
+        if None in row["loss"]:
             words.append("diverged")
             continue
-        if row is first:
-            words.append("-")
-            continue
         difference = best_loss(row) - best_loss(first)
-        if error is None:
+        if several:
+            words.append(f"{difference:+.4f} ± {error:.4f}: {in_words(difference, limit, row, first)}")
+        else:
             words.append(f"{difference:+.4f} (one seed)")
-            continue
-        word = "no difference seen"
-        if abs(difference) > limit:
-            word = "better" if difference < 0 else "worse"
-            loser = first if difference < 0 else row
-            if is_at_the_edge(rates_of(loser)):
-                word = f"not said, as {loser['name']} may be better at a rate beyond its sweep"
-        words.append(f"{difference:+.4f} ± {error:.4f}: {word}")
     return words
+
+
+def in_words(difference, limit, row, first):
+    """Says which variant is better. One that may be better at a rate beyond its sweep is not called the worse one."""
+    if abs(difference) <= limit:
+        return "no difference seen"
+    word = "better"
+    loser = first
+    if difference > 0:
+        word = "worse"
+        loser = row
+    if is_at_the_edge(rates_of(loser)):
+        return f"not said, as {loser['name']} may be better at a rate beyond its sweep"
+    return word
 
 
 def rates_of(row: dict) -> dict[float, float]:
     """Returns {rate: mean loss} of a row's sweep, infinity where a run diverged."""
-    return {float(rate): math.inf if loss is None else loss for rate, loss in row["sweep"].items()}
+    rates = {}
+    for rate, loss in row["sweep"].items():
+        rates[float(rate)] = math.inf if loss is None else loss
+    return rates
 
 
 def best_loss(row: dict) -> float:
-    """Returns the mean over seeds, less what the best rate of all would gain."""
+    """Returns the mean over seeds, less what the best rate of all is estimated to gain."""
     return statistics.mean(row["loss"]) - gain_between_rates(rates_of(row))

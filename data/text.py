@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 PART = 1 << 20  # bytes that are read at a time
 
@@ -24,7 +24,7 @@ class Unreadable(ValueError):
     """Raised for a file, a document or a line that is not the text it should be; says which, and why."""
 
 
-def stop(error: Unreadable) -> None:
+def stop(error: Unreadable) -> NoReturn:
     """Raises the error: what the readers do about a line that cannot be read, where they are told nothing else."""
     raise error
 
@@ -38,7 +38,8 @@ def open_utf8(source: Path | str | bytes, where: str | None = None) -> Iterator[
 
     where: the name in errors. Those of the disk, and of damage in a gzip file, become Unreadable in the whole block.
     """
-    where = where or source
+    if where is None:
+        where = "the input" if isinstance(source, bytes) else source
     try:
         if isinstance(source, bytes):
             opened = io.BufferedReader(io.BytesIO(source))
@@ -57,6 +58,8 @@ def open_utf8(source: Path | str | bytes, where: str | None = None) -> Iterator[
 def as_utf8(file, where):
     """Returns a file behind its byte order mark, or a temporary one that has its UTF-16 as UTF-8."""
     start = file.peek(4096)[:4096]
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise Unreadable(f"{where}: is UTF-32: convert it, for example with  iconv -f UTF-32 -t utf-8")
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         copy = tempfile.TemporaryFile()
         for part in decoded(file, "utf-16", where):
@@ -131,7 +134,10 @@ def read_text(source: Path | str | bytes, where: str | None = None) -> str:
 
 
 def separated(source: Path | bytes, separator: str, where: str | None = None, bad: Callable = stop) -> Iterator[str]:
-    """Yields the texts between separators, without the white space around them; only one is in memory at a time."""
+    """Yields the texts between separators, without the white space around them; only one is in memory at a time.
+
+    separator: without a line break. Texts between two that follow each other are empty.
+    """
     where = where or source
     with open_utf8(source, where) as file:
         for offset, document in split_bytes(file, separator.encode()):
@@ -213,7 +219,7 @@ def text_field(row: Any, where: str) -> str:
 def csv_rows(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
     """Yields ("FILE line N", fields) of every row of a table that is not blank, each with so many columns.
 
-    Between columns stands the one of , ; and tab that gives the first row so many: Excel takes ; where a comma is
+    The separator is the first of , ; and tab with which the first row has so many: Excel takes ; where a comma is
     decimal.
     """
     text = read_text(path)
@@ -223,12 +229,13 @@ def csv_rows(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=(fitting or [","])[0], strict=True)
         for row in reader:
             number = reader.line_num
-            if row and len(row) != columns:
+            if not row:
+                continue
+            if len(row) != columns:
                 raise Unreadable(f"{path} line {number}: a row has {columns} columns, and this one {len(row)}")
-            if row:
-                yield f"{path} line {number}", row
+            yield f"{path} line {number}", row
     except csv.Error as error:
-        raise Unreadable(f"{path}, behind line {number}: no CSV: {error}") from None
+        raise Unreadable(f"{path}, after line {number}: no CSV: {error}") from None
 
 
 def first_row(text, delimiter):

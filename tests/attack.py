@@ -4,8 +4,8 @@
 
 Every run is killed with -9, one process or all, at random moments, and begun again by the same command until it is
 done. Then its losses, weights and optimizer state must be those of the undisturbed run to the last bit. After that each
-signal is sent to torchrun, to its ranks, and to both in either order, and the step at work must be on the disk. What
-came of it goes to results/attack.json and .md.
+signal is sent to torchrun, to its ranks, and to both in either order, and the step at work must be on the disk. Last,
+the memory of two processes is watched over 5,000 steps. What came of it goes to results/attack.json, .md and .png.
 """
 
 import argparse
@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the ranks
+
+from matplotlib.figure import Figure
 
 from benchmarks import timing
 from tests.soak import ROOT, children, last_step, rows
@@ -174,6 +176,40 @@ def stops(args, name, order):
     return bool(saved) and int(saved[0].name[5:]) == last_step(run.folder) and state == "stopped"
 
 
+def memory(args):
+    """Returns the resident MB of each of two processes over many steps: {"steps": [...], "mb": [[...], [...]]}."""
+    flags = f"{DENSE} --max_steps={args.steps} --save_every=250 --eval_every=250 --log_every=1000"
+    run = Run(Path(args.out_dir) / "memory", args.data, 2, flags)
+    run.begin()
+    if not until(lambda: last_step(run.folder) >= 1):
+        sys.exit(f"error: see {run.log}")
+    ranks = run.ranks()
+    steps = []
+    mb = [[] for _ in ranks]
+    while run.process.poll() is None:
+        time.sleep(1)
+        try:
+            pages = [int(Path(f"/proc/{rank}/statm").read_text().split()[1]) for rank in ranks]
+        except (OSError, IndexError):  # they end
+            continue
+        steps.append(last_step(run.folder))
+        for found, n in zip(mb, pages):
+            found.append(n * os.sysconf("SC_PAGE_SIZE") / 1e6)
+    return {"steps": steps, "mb": mb}
+
+
+def draw_memory(found, path):
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for rank, mb in enumerate(found["mb"]):
+        axis.plot(found["steps"], mb, label=f"rank {rank}")
+    axis.set(xlabel="step", ylabel="resident MB", title="Memory of two processes that save every 250 steps")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
 def attack(args):
     rng = random.Random(args.seed)
     shutil.rmtree(args.out_dir, ignore_errors=True)
@@ -189,6 +225,7 @@ def attack(args):
     for name in SIGNALS:
         result["signals"][name] = {order: stops(args, name, order) for order in ORDERS}
         print(name, result["signals"][name], flush=True)
+    result["memory"] = memory(args)
     return result
 
 
@@ -212,6 +249,14 @@ def markdown(result):
     ]
     for name, found in result["signals"].items():
         lines.append(f"| {name} | {' | '.join('saved' if found[order] else 'LOST' for order in ORDERS)} |")
+    found = result["memory"]
+    late = [i for i, step in enumerate(found["steps"]) if step > found["steps"][-1] / 5]
+    grown = [f"rank {rank} from {mb[late[0]]:.0f} to {mb[-1]:.0f} MB" for rank, mb in enumerate(found["mb"])]
+    lines += [
+        f"\nResident memory over {found['steps'][-1]:,} steps of two processes, from a fifth of them on: "
+        f"{', '.join(grown)}.\n",
+        "![Memory of two processes](attack.png)",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -219,6 +264,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--kills", type=int, default=3, help="of each run")
+    add("--steps", type=int, default=5000, help="over which memory is watched")
     add("--seed", type=int, default=1, help="of when, and of whom")
     add("--data", default="data/stdlib")
     add("--out_dir", default="out/attack", help="is deleted first")
@@ -227,6 +273,7 @@ def main():
     result = attack(args)
     Path(f"{args.results}.json").write_text(json.dumps(result, indent=1) + "\n")
     Path(f"{args.results}.md").write_text(markdown(result))
+    draw_memory(result["memory"], f"{args.results}.png")
     print(markdown(result))
 
 

@@ -159,8 +159,8 @@ MUTANTS = [
     Mutant(
         "yarn's blend reversed",
         "model_baseline.py",
-        "inv_freq * (1 - share) + inv_freq / config.rope_factor * share",
-        "inv_freq * share + inv_freq / config.rope_factor * (1 - share)",
+        "inv_freq = inv_freq * (1 - share) + inv_freq / config.rope_factor * share",
+        "inv_freq = inv_freq * share + inv_freq / config.rope_factor * (1 - share)",
         "test_parity.py -k 'yarn and qwen3 and logits'",
     ),
     Mutant(
@@ -544,8 +544,8 @@ MUTANTS = [
     Mutant(
         "ranks overlap",
         "data/shards.py",
-        "batch_windows * rank // world_size, batch_windows * (rank + 1) // world_size",
-        "batch_windows * rank // world_size, batch_windows",
+        "self.last = batch_windows * (rank + 1) // world_size",
+        "self.last = batch_windows",
         "test_data.py -k ranks_and_micro",
     ),
     Mutant(
@@ -566,14 +566,14 @@ MUTANTS = [
     Mutant(
         "weights of a folder left out",
         "hf.py",
-        "stored.to_ours(tensor)",
-        "stored.to_ours(tensor) if 'norm' not in name else None",
+        "places[name].to_ours(tensor)",
+        "places[name].to_ours(tensor) if 'norm' not in name else None",
         "test_parity.py -k 'qwen3 and logits and plain'",
     ),
     Mutant(
         "weights of another shape",
         "hf.py",
-        "if tensor.shape != stored.shape():",
+        "if shape != wanted:",
         "if False:",
         "test_hf.py -k shape",
     ),

@@ -368,7 +368,7 @@ def test_where_all_checkpoints_are_bad_it_refuses_and_where_there_are_none_it_sa
     for path in tmp_path.glob("step-*"):
         flip(path / "model.safetensors")
     log = []
-    with pytest.raises(CheckpointError, match=r"no valid checkpoint in .* \(3 found, 3 rejected\); pass --overwrite"):
+    with pytest.raises(CheckpointError, match=r"no valid checkpoint in .* \(3 found, all rejected\); pass --overwrite"):
         newest(tmp_path, log.append)
     assert len(log) == 3
 
@@ -516,7 +516,7 @@ def check_failed_save(out):
     with pytest.raises(CheckpointError) as e:
         save(out, 40, model, adamw(model), CONFIG, {}, keep_last=1, best=True)
     pattern = r"checkpoint at step 40 failed: No space left on device \(need ~\d+\.\d MB, free \d+\.\d MB\); "
-    assert re.fullmatch(pattern + "previous checkpoint step-00000030 is intact", str(e.value))
+    assert re.fullmatch(pattern + "previous checkpoint step-00000030 is still there", str(e.value))
     assert names(out) == ["latest", "step-00000010", "step-00000020", "step-00000030"]
     assert newest(out).name == "step-00000030" == os.readlink(Path(out) / "latest")
 
@@ -552,7 +552,9 @@ def test_a_really_full_disk_leaves_the_checkpoints_before_it(tmp_path, monkeypat
         usage = shutil.disk_usage
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage("/"))  # the disk fills up after it was asked
         (tmp_path / "filler").write_bytes(bytes(usage(tmp_path).free - 12_000))
-        with pytest.raises(CheckpointError, match="step 40 failed: No space left on device .*step-00000030 is intact"):
+        with pytest.raises(
+            CheckpointError, match="step 40 failed: No space left on device .*step-00000030 is still there"
+        ):
             save(tmp_path, 40, Toy(vocab_size=1000), adamw(Toy()), CONFIG, {})
         assert newest(tmp_path).name == "step-00000030" and "step-00000040.tmp" not in names(tmp_path)
     finally:

@@ -711,6 +711,7 @@ def test_a_byte_order_mark_says_how_text_is_read(tmp_path, monkeypatch, name, en
         ("English\n".encode("utf-16-be"), "looks like UTF-16BE without a byte order mark.* iconv -f UTF-16BE"),
         ("и по-русски тоже\n".encode("utf-16-le"), "looks like UTF-16LE without"),  # it is valid UTF-8, too
         ("English".encode("utf-16")[:-1], "not whole UTF-16 text: truncated data at offset 14"),
+        ("English".encode("utf-32"), "is UTF-32: convert it"),
     ],
 )
 def test_utf16_without_its_mark_or_its_end_is_refused_as_what_it_looks_like(tmp_path, data, message):

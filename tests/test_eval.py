@@ -483,7 +483,7 @@ def test_a_table_of_mmlu_is_read_as_it_was_saved(tmp_path, table):
 )
 def test_a_bad_row_of_a_table_is_named_with_its_line(tmp_path, row, message):
     (tmp_path / "law_test.csv").write_text(f"{MMLU_ROW}{row}\n")
-    with pytest.raises(ValueError, match=f"law_test.csv(, behind line 1| line 2): {message}"):
+    with pytest.raises(ValueError, match=f"law_test.csv(, after line 1| line 2): {message}"):
         load_task("mmlu", tmp_path / "law_test.csv")
 
 

@@ -111,6 +111,7 @@ def test_gpt2_weights_without_prefix_and_with_stored_masks_load_as_the_hub_has_t
     folder, _, weights = saved(model, tmp_path / "a")
     weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
     masks = {"h.0.attn.bias": torch.ones(1, 1, 64, 64).tril(), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    masks["h.1.attn.bias"] = torch.ones(1, 1, 64, 64).tril().to(torch.uint8)
     save_file(weights | masks, folder / "model.safetensors")
     assert torch.equal(hf.load(folder)(tokens(1, 50)), model(tokens(1, 50)))
 
@@ -381,6 +382,8 @@ def test_a_trained_length_that_is_left_out_is_the_longest_text_and_one_beside_ro
     config = hf.config_to_hf(model.config, hf.QWEN3)
     del config["rope_scaling"]["original_max_position_embeddings"]
     assert hf.config_from_hf(config, hf.QWEN3)["rope_original"] == 64
+    config["rope_scaling"]["original_max_position_embeddings"] = 25
+    assert hf.config_from_hf(config, hf.QWEN3)["rope_original"] == 25
     config["original_max_position_embeddings"] = 30
     assert hf.config_from_hf(config, hf.QWEN3)["rope_original"] == 30
 

@@ -390,8 +390,9 @@ def test_dropout_is_active_in_training_only(name):
 def without_branches(model):
     """The model, with blocks that add nothing to the residual stream."""
     with torch.no_grad():
-        for p in model.blocks.parameters():
-            p.zero_()
+        for key, p in model.blocks.named_parameters():
+            if p.dim() > 1 or key.endswith("bias"):
+                p.zero_()
     return model
 
 

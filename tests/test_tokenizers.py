@@ -408,7 +408,7 @@ ADDED = {
     "runs of spaces of GPT-NeoX, Pythia and OLMo": [(" " * n, False, True) for n in range(24, 1, -1)],
     "words of a fine-tuned GPT-2": [("<gene>", False, True), ("COVID-19", False, True), ("\u00e9t\u00e9", False, True)],
     "thoughts of Qwen3": [("<think>", False, False), ("<|im_end|>", True, False), ("<|im_end|> ", False, False)],
-    "a word that merges make": [(" self", False, False)],
+    "a word that merges make": [("self", False, False)],
 }
 
 
@@ -556,7 +556,7 @@ def test_a_malformed_tokenizer_of_ours_is_refused_by_what_is_wrong(bpe):
         ("a{9}" * 600, "its regex has 4816 characters: no more than 4096"),
         (r"(?:a{1000}){1000}", "its regex .* is none"),
         (r"(?:(?=a)a|(?=a)a)*b|[\s\S]", "tiktoken's engine gave up at 'aaa.*BacktrackLimitExceeded"),
-        (r"(?:(?=a)a)*(?:(?=a)a)*b|[\s\S]", "its regex takes .* s for 'a' (300|1000) times: it is not read"),
+        (r"(?:(?=a)a)*(?:(?=a)a)*b|[\s\S]", "its regex takes .* s for 'a' [0-9]{3} times: it is not read"),
         (r"(?=a)|\w", "tiktoken's engine gave up at"),
     ],
 )

@@ -560,7 +560,7 @@ def test_a_full_disk_stops_no_run_before_its_end_and_loses_no_checkpoint(work, s
     warnings, last = result.err.splitlines()[:-1], result.err.splitlines()[-1]
     assert result.code == 2 and "Traceback" not in result.err, result.err
     assert warnings and all(line.startswith("WARNING: ") for line in warnings)
-    assert re.match(r"error: checkpoint at step 12 failed: No space left .* checkpoint step-\d+ is intact", last)
+    assert re.match(r"error: checkpoint at step 12 failed: No space left .* checkpoint step-\d+ is still there", last)
     assert [row["step"] for row in finished(small_disk / "run").steps] == list(range(1, 13))
     *old, newest = sorted(small_disk.glob("run/step-*"))
     assert not any(checkpoint.verify(path) for path in [*old, newest])
@@ -829,7 +829,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(work, base):
     for path in checkpoint.folders(work / "lost"):
         (path / "trainer.json").write_text("{")
     result = finish(*start(work, "--resume", out_dir="lost", **LONG))
-    assert result.code == 2 and "error: no valid checkpoint in lost (2 found, 2 rejected)" in result.err
+    assert result.code == 2 and "error: no valid checkpoint in lost (2 found, all rejected)" in result.err
 
 
 def test_a_finished_run_resumed_does_nothing_and_with_more_steps_goes_on(work, base):

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("processes")
 
 @pytest.fixture(autouse=True)
 def nothing_was_said(monkeypatch):
-    monkeypatch.setattr(disk, "said", set())
+    monkeypatch.setattr(disk, "already_said", set())
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,17 @@ def test_a_run_whose_folder_was_deleted_writes_nothing_into_the_next_one_s(work)
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
+def test_a_checkpoint_that_was_being_replaced_and_is_the_only_whole_one_stays(work):
+    run = train(work, "replaced", save_every=3, keep_last=1)
+    step = run.folder / "step-00000006"
+    shutil.copytree(step, run.folder / "step-00000006.old")
+    (step / "model.safetensors").write_bytes(b"damaged")
+    again = train(work, "replaced", "--resume", max_steps=7, save_every=3, keep_last=0)
+    assert "resuming from replaced/step-00000006.old" in again.out
+    assert [path.name for path in checkpoint.folders(run.folder)] == ["step-00000007", "step-00000006"]
+    assert checkpoint.verify(step) == "" and not (run.folder / "step-00000006.old").exists()
+
+
 LONGER = dict(eval_every=2, save_every=2, keep_last=1)
 
 
@@ -216,8 +227,10 @@ def test_the_history_that_is_drawn_is_bounded_and_evenly_thinned():
 
 
 def test_a_picture_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
-    rows = [dict(step=step, loss=1.0) for step in (1, 2)] + [dict(step=2, val_loss=1.0)]
-    album = pictures.Album(tmp_path, r"dollar $\b$ y: baseline", rows)
+    rows = [dict(step=1, loss=None), *(dict(step=step, loss=1.0) for step in range(2, 40)), dict(step=39, val_loss=1.0)]
+    album = pictures.Album(tmp_path, r"dollar $\b$ y: baseline")
+    for row in rows:
+        album.add(row)
     album.finish()
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
     monkeypatch.setattr(pictures, "plot_loss", lambda *_: 1 / 0)

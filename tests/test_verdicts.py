@@ -103,7 +103,10 @@ def test_what_is_said_where_little_can_be():
     assert verdicts.verdicts([row("a", [3.0]), row("b", [2.0])]) == ["-", "-1.0000 (one seed)"]
     diverged = row("c", [2.0, None])
     assert verdicts.verdicts([row("a", [3.0, 3.1]), diverged, row("b", [3.0, 3.1])])[1] == "diverged"
-    assert verdicts.verdicts([diverged, row("a", [3.0, 3.1])]) == ["diverged", "diverged"]
+    assert verdicts.verdicts([diverged, row("a", [3.0, 3.1])]) == [
+        "diverged",
+        "not compared, as the first one diverged",
+    ]
     assert verdicts.verdicts([row("a", [1.0, 1.0]), row("b", [1.0, 1.0])])[1].endswith("no difference seen")
 
 
@@ -121,3 +124,12 @@ def test_the_gain_between_rates_is_the_parabola_s():
     assert verdicts.gain_between_rates(sweep) == pytest.approx(0.3 * 0.2**2)
     assert verdicts.gain_between_rates(sweep | {0.5: math.inf}) == 0
     assert verdicts.gain_between_rates({1.0: 2.0}) == 0
+
+
+def test_the_limit_is_that_of_the_degrees_of_freedom_which_the_residual_has():
+    """Of 2 variants and 3 seeds 2 are left, and of 5 variants and 3 seeds 8 (Student's t 4.303, Dunnett's 3.02)."""
+    two = [row("a", [1.0, 2.0, 4.0]), row("b", [1.0, 3.0, 3.0])]
+    error, limit = verdicts.error_and_limit(two)
+    assert limit / error == pytest.approx(4.303, abs=2e-3)
+    error, limit = verdicts.error_and_limit([*two, *two, two[0]])
+    assert limit / error == pytest.approx(3.02, abs=6e-3)

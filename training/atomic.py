@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints: whole or not there, found to be damaged where they are, deleted last.
+"""The folders of a run's checkpoints: written whole or not at all, tested for damage, deleted last.
 
 One is written as step-N.tmp, flushed, then renamed; one to be deleted is first renamed to step-N.old. So what is called
 step-N was whole once, and the manifest tells whether it still is (it finds damage, not a forger). What an evaluation
@@ -27,7 +27,7 @@ STEP = r"step-(\d{8,})"
 
 # ---- names ----------------------------------------------------------------------------------------------------------
 def step_of(path):
-    """Returns the step in the name of a checkpoint's folder; None for another name."""
+    """Returns the step with which the name of a checkpoint's folder begins; None for another name."""
     found = re.match(STEP, path.name)
     return int(found[1]) if found else None
 
@@ -44,7 +44,7 @@ def folders(out_dir, suffix=""):
 
 
 def entries(folder, names):
-    """Returns what the manifest says of files: {name: [size, sha256]}."""
+    """Returns what a manifest is to say of files, measured: {name: [size, sha256]}."""
     found = {}
     for name in names:
         with open(folder / name, "rb") as file:
@@ -56,8 +56,8 @@ def entries(folder, names):
 # ---- the best of them ------------------------------------------------------------------------------------------------
 def write_evaluation(folder: Path, loss: float, facts: dict) -> bool:
     """Notes a checkpoint's validation loss in its folder; returns whether it is the best so far, and links it then."""
-    text = {"loss": loss if math.isfinite(loss) else None, **facts}
-    write_text(folder / EVALUATION, json.dumps(text) + "\n")
+    found = {"loss": loss if math.isfinite(loss) else None, **facts}
+    write_text(folder / EVALUATION, json.dumps(found) + "\n")
     is_best = best(folder.parent) == folder
     if is_best:
         link(folder, "best")
@@ -94,12 +94,17 @@ def link(folder, name):
         temporary.replace(folder.with_name(name))
     except OSError as error:  # Windows asks for rights, and a copy may have made the link a folder
         temporary.unlink(missing_ok=True)
-        warn_once(f"{folder.with_name(name)} cannot be made a link ({error.strerror}): it is found without")
+        warn_once(f"{folder.with_name(name)} cannot be made a link ({error.strerror}): the checkpoint is found without")
 
 
 def repair(folder, keep_last, keep_every):
-    """Does what a crash kept from happening after `folder`, the newest whole checkpoint, was in place."""
+    """Does what a crash kept from happening after `folder`, the newest whole checkpoint, was written."""
     clear(folder.parent)
+    if folder.suffix == ".old":  # it was being replaced, and its successor is not whole
+        step = folder.with_suffix("")
+        if os.path.lexists(step):
+            remove(step)
+        folder = folder.rename(step)
     link(folder, "latest")
     best_one = best(folder.parent)
     if best_one:
@@ -130,10 +135,10 @@ def commit(folder, step, files):
     tmp = Path(f"{folder}.tmp")
     manifest = {"format": FORMAT, "step": step, "torch": torch.__version__, "files": entries(tmp, TEXTS) | files}
     (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    for name in (*TEXTS, "manifest.json", ""):
+    for name in (*TEXTS, "manifest.json", ""):  # and the folder itself; who wrote tensors flushed them
         fsync(tmp / name)
     if os.path.lexists(folder):
-        for leftover in named(folder.parent, ".old"):  # of a crash between these renames
+        for leftover in named(folder.parent, ".old"):  # of a crash between these renames, or in prune
             remove(leftover)
         folder.rename(f"{folder}.old")
     tmp.rename(folder)
@@ -142,14 +147,17 @@ def commit(folder, step, files):
 
 
 def prune(folder, keep_last, keep_every):
-    """With its successor in place: deletes what was replaced, what a crash left while deleting, then the oldest."""
+    """With `folder` in place: deletes what was replaced, what a crash left while deleting, then the oldest ones.
+
+    keep_last: how many stay, `folder` among them, and 0 is all; besides the best and every keep_every-th step's.
+    """
     for path in named(folder.parent, ".old"):
         remove(path)
     if not keep_last:
         return
     best_one = best(folder.parent)
-    older = [path for path in folders(folder.parent) if step_of(path) <= step_of(folder)]
-    for path in older[keep_last:]:
+    up_to_it = [path for path in folders(folder.parent) if step_of(path) <= step_of(folder)]
+    for path in up_to_it[keep_last:]:
         is_kept = keep_every and step_of(path) % keep_every == 0
         if path != best_one and not is_kept:
             remove(path.rename(f"{path}.old"))
@@ -163,7 +171,7 @@ def give_up(folder, step, need, error):
     before = "there is none before"
     earlier = folders(folder.parent)
     if earlier:
-        before = f"previous checkpoint {earlier[0].name} is intact"
+        before = f"previous checkpoint {earlier[0].name} is still there"
     return f"checkpoint at step {step} failed: {reason} ({room}); {before}"
 
 
@@ -171,7 +179,7 @@ def give_up(folder, step, need, error):
 def verify(path: Path) -> str:
     """Says why the checkpoint in folder `path` is not what its manifest says; "" where it is whole."""
     try:
-        reason = cannot_be_read(path, "manifest.json")
+        reason = why_unreadable(path, "manifest.json")
         if reason:
             return reason
         manifest = json.loads((path / "manifest.json").read_bytes())
@@ -185,23 +193,23 @@ def verify(path: Path) -> str:
         if odd:  # so no name leads out of the folder
             return f"manifest.json: {odd[0]!r} refused: it must list {', '.join(names)}"
         for name in names:
-            reason = cannot_be_read(path, name)
+            reason = why_unreadable(path, name)
             if reason:
                 return reason
             size, digest = manifest["files"][name]
             found_size, found_digest = entries(path, [name])[name]
             if found_size != size:
-                return f"{name}: {found_size} bytes, manifest says {size} (truncated)"
+                return f"{name}: {found_size} bytes, manifest says {size}"
             if found_digest != digest:
                 return f"{name}: sha256 mismatch (corrupted)"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json: not a manifest (corrupted)"
     except OSError as error:
-        return f"{error.strerror} (corrupted)"
+        return f"cannot be read: {error.strerror}"
     return ""
 
 
-def cannot_be_read(path, name):
+def why_unreadable(path, name):
     if (path / name).is_symlink():
         return f"{name} is a symbolic link: refused"
     if not (path / name).is_file():
@@ -221,6 +229,7 @@ def find(out_dir, log):
             return path
         log(f"skipping {path.name}: {reason}")
     if found:
-        count = f"{len(found)} found, {len(found)} rejected"
-        raise CheckpointError(f"no valid checkpoint in {out_dir} ({count}); pass --overwrite to discard them")
+        raise CheckpointError(
+            f"no valid checkpoint in {out_dir} ({len(found)} found, all rejected); pass --overwrite to discard them"
+        )
     return None

@@ -1,4 +1,4 @@
-"""Files as a run writes and reads them: whole or not there, never through a link, with the fields that are expected."""
+"""How a run writes files, whole and through no link, and reads JSON with the fields that it expects; its warnings."""
 
 import errno
 import json
@@ -13,19 +13,19 @@ class CheckpointError(RuntimeError):
     """What was wrong with which checkpoint, for the user to read."""
 
 
-said = set()
+already_said = set()
 
 
 def warn_once(text: str) -> None:
-    if text not in said:
-        said.add(text)
+    if text not in already_said:
+        already_said.add(text)
         print(f"WARNING: {text}", file=sys.stderr)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that has all of the text, or what it had before; what a link at its name points to stays as it is.
+    """Writes a file that has all of the text, or what it had before if this process is killed meanwhile.
 
-    The file beside has a name that nobody can have put a link at.
+    What a link at its name points to stays as it is. The temporary file has a name that nobody can have put a link at.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -38,7 +38,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path, **kinds: type) -> dict:
-    """Returns what a file says, with fields of these kinds among others. ValueError names what is not so."""
+    """Returns the object that a file holds. kinds: {field: its type}; other fields may be there.
+
+    ValueError names the file, and the field that is missing or of another type.
+    """
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -47,7 +50,7 @@ def read_json(path: Path, **kinds: type) -> dict:
         raise ValueError(f"{path} holds a {type(found).__name__}, and not an object")
     for field, kind in kinds.items():
         if not isinstance(found.get(field), kind):
-            value = repr(found.get(field))[:40]
+            value = repr(found[field])[:40] if field in found else "missing"
             raise ValueError(f"{path}: {field} is {value}, and must be a {kind.__name__}")
     return found
 
@@ -56,7 +59,7 @@ def fsync(path):
     """Waits until a file, or what a folder lists, is on the disk, where the disk can say so."""
     if os.name == "nt" and Path(path).is_dir():
         return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -76,6 +79,6 @@ def remove(path):
 
 
 def tensor_files(parts: int, i: int = 0) -> list[str]:
-    """Returns the names of the i-th process's files, where `parts` processes write some."""
+    """Returns the names of the i-th process's files (from 0) in a checkpoint that `parts` processes write."""
     end = f"-{i + 1:05d}-of-{parts:05d}" if parts > 1 else ""
     return [f"model{end}.safetensors", f"trainer{end}.safetensors"]

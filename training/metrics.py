@@ -25,16 +25,20 @@ class Log:
     """A run's metrics: rows for metrics.jsonl, and, if asked for, Weights & Biases and TensorBoard.
 
     wandb: online or offline. step: where the run goes on; rows of later steps are dropped, since these steps will be
-    done again. What fails here ends no run: rows wait for room on the disk, and a service costs a warning.
+    done again. album: the pictures, which get each row. What fails here ends no run: rows wait for room on the disk,
+    and a service costs a warning.
     """
 
-    def __init__(self, out: Path, step: int, config: dict, wandb: str = "", tensorboard: bool = False):
+    def __init__(self, out: Path, step: int, config: dict, wandb: str = "", tensorboard: bool = False, album=None):
+        self.album = album
         path = out / "metrics.jsonl"
         kept = path.with_name(f".metrics.jsonl.{uuid.uuid4().hex}.tmp")
         with open(kept, "x", encoding="utf-8") as file:
             for row in metrics_of(out):
                 if step > 0 and row["step"] <= step:
                     file.write(json.dumps(row) + "\n")
+                    if album:
+                        album.add(row)
         kept.replace(path)
         self.file = open(path, "ab", buffering=0)
         self.waiting = b""  # lines for which there was no room
@@ -84,6 +88,8 @@ class Log:
         except OSError as error:
             warn_once(f"metrics.jsonl: {error.strerror}: rows wait in memory for room")
 
+        if self.album:
+            self.album.add(row)
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
         for log in self.services:
             try:

@@ -1,8 +1,7 @@
-"""The pictures of a run: loss.png, and what the model's own metrics() gave, drawn by its shape."""
+"""The pictures of a run, drawn beside it from what metrics.jsonl says."""
 
 import gc
 import math
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,11 +9,12 @@ import numpy as np
 
 from training.disk import warn_once
 
+# What train.py notes of each step, besides its number and its loss; all else is the model's own.
 NOT_DRAWN = "lr grad_norm ms tokens_per_second mfu memory_gb resident_gb tokens skipped spikes".split()
 
 
 class Thinned:
-    """Every n-th of what is added, with n such that `most` at the most are kept, and the last one."""
+    """Every n-th of what is added, with n such that `most` at the most are kept; and besides the last one."""
 
     def __init__(self, most: int = 4000):
         self.most = most
@@ -45,31 +45,29 @@ class Album:
     numbers share metrics.png, an axis each, and a table, such as (layers, experts), has a picture metrics-<name>.png.
     """
 
-    def __init__(self, out: Path, title: str, rows: Iterable[dict] = ()):
+    def __init__(self, out: Path, title: str):
         self.out = out
         self.title = title.replace("$", r"\$")  # which begins a formula
         self.steps = Thinned()
         self.evaluations = Thinned()
         self.with_tables = Thinned()
-        self.thread = ThreadPoolExecutor(1)  # the same one each time: a new one's memory would not be used again
+        self.drawer = ThreadPoolExecutor(1)  # one thread for all: each new one would leave its memory behind
         self.drawing = None
-        for row in rows:
-            self.add(row)
 
     def add(self, row: dict) -> None:
         if "val_loss" in row:
             self.evaluations.add(row)
-        elif any(is_table(value) for value in row.values()):
+        if any(is_table(value) for value in row.values()):
             self.with_tables.add(row)
         if "loss" in row:
-            self.steps.add({key: x for key, x in row.items() if key not in NOT_DRAWN and not is_table(x)})
+            self.steps.add({key: x for key, x in row.items() if key not in NOT_DRAWN and isinstance(x, int | float)})
 
     def draw(self) -> None:
         """Begins to draw, unless a drawing is still at work. One that fails costs a warning."""
         if self.drawing is None or self.drawing.done():
             self.warn()
             kinds = (self.steps, self.evaluations, self.with_tables)
-            self.drawing = self.thread.submit(plot, self.out, self.title, *(thinned.items() for thinned in kinds))
+            self.drawing = self.drawer.submit(plot, self.out, self.title, *(thinned.items() for thinned in kinds))
 
     def finish(self) -> None:
         """Draws all there is, and waits for it."""
@@ -96,7 +94,7 @@ def plot(out, title, steps, evaluations, with_tables):
 
 
 def new_figure(size, **options):
-    """Returns a figure and its axes, which pyplot does not know of: that keeps them, and is for one thread alone."""
+    """Returns a figure and its axes. pyplot would keep them, and is for one thread alone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -110,7 +108,7 @@ def is_table(value):
 def plot_loss(steps, evaluations, title, path):
     """Draws the losses of training and validation over the steps."""
     figure, axis = new_figure((8, 4.5))
-    training = [row for row in steps if row["loss"] is not None]
+    training = [row for row in steps if "loss" in row]  # it was finite
     losses = [row["loss"] for row in training]
     axis.plot([row["step"] for row in training], losses, label="training", color="C0", alpha=0.4, lw=1)
 
@@ -119,7 +117,9 @@ def plot_loss(steps, evaluations, title, path):
     axis.plot([row["step"] for row in validation], val_losses, label="validation", color="C1", marker="o", ms=3)
 
     if len(losses) > 20:
-        high = sorted(losses)[-1 - len(losses) // 50]  # 2 % are higher: the first steps, which would flatten the rest
+        high = sorted(losses)[
+            -1 - len(losses) // 50
+        ]  # 2 % are higher, as the first steps are, and would flatten the rest
         axis.set_ylim(top=high * 1.03)
     if val_losses:
         title = f"{title}, validation loss {val_losses[-1]:.3f}"
@@ -152,14 +152,14 @@ def plot_table(rows, name, title, path):
     values = np.array([row[name] for row in rows], dtype=float)  # (times, rows, columns)
     times, bands, columns = values.shape
     share = values / values.mean(axis=2, keepdims=True).clip(min=1e-12)
-    lines = share.reshape(times, bands * columns).T
+    rows_of_image = share.reshape(times, bands * columns).T
     first = rows[0]["step"]
     last = rows[-1]["step"] + 1
 
     figure, axis = new_figure((8, 1.5 + bands))
-    size = (first, last, bands, 0)
+    extent = (first, last, bands, 0)
     colors = dict(cmap="RdBu_r", vmin=0, vmax=2)
-    image = axis.imshow(lines, aspect="auto", extent=size, interpolation="nearest", **colors)
+    image = axis.imshow(rows_of_image, aspect="auto", extent=extent, interpolation="nearest", **colors)
     axis.hlines(range(1, bands), first, last, color="black", lw=0.8)
     label = name.replace("_", " ")
     axis.set(xlabel="step", ylabel="row of the table", yticks=range(bands + 1), title=f"{title}: {label}")
