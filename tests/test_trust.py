@@ -275,19 +275,18 @@ def test_a_service_that_fails_costs_a_warning(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("reader", ["gone", "full"])
-def test_a_program_outlasts_the_reader_of_what_it_prints(reader):
-    code = "from training.output import outlast_readers; outlast_readers()\nfor i in range(99999): print(i)\n"
-    code += "open(3, 'w').write('.')"
-    read, write = os.pipe()
-    came, told = os.pipe()
+def test_a_program_outlasts_the_reader_of_what_it_prints(reader, tmp_path):
+    code = "import sys; from training.output import outlast_readers; outlast_readers()\n"
+    code += "for i in range(99999): print(i)\nopen(sys.argv[1], 'w').write('came to its end')"
     if reader == "gone":
+        read, write = os.pipe()
         os.close(read)
     else:
         write = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(told, 3) if told != 3 else None
-    os.set_inheritable(3, True)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=write, pass_fds=[3], stderr=-1, timeout=60)
-    assert done.returncode == 0 and done.stderr == b"" and os.read(came, 9) == b"."
+    command = [sys.executable, "-c", code, tmp_path / "end"]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == b"" and (tmp_path / "end").read_text() == "came to its end"
 
 
 def test_spikes_are_known_after_a_resume_by_what_was_before_it(work):
