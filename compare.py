@@ -49,11 +49,7 @@ MORE_RATES = 2  # at most, beyond the ends of the sweep
 EVALUATIONS = 5  # of a run
 MATCHES = ("flops", "flops_per_token", "parameters")
 OWN_KNOBS = ("--seed", "--max_steps", "--out_dir")  # what the comparison sets for each run
-NOT_COMPARED = (
-    "eot_id",
-    "out_dir",
-    "data",
-)  # of finished runs: a folder may have moved, and the data have a fingerprint
+NOT_COMPARED = ("eot_id", "out_dir", "data")  # a finished run may have moved, and its data have a fingerprint
 FROM_LENGTH = ("max_steps", "eval_every", "save_every")
 
 
@@ -117,21 +113,14 @@ def parse_arguments(argv):
     add("--budget", type=number, default=1e13, help="training FLOPs of a run; with another match, of the first variant")
     add("--budgets", type=numbers, help="several budgets: curves of loss against size at each (isoflop)")
     add("--sizes", help="the sizes for --budgets, with commas: KNOB=VALUE:KNOB=VALUE,...")
-    add(
-        "--seeds",
-        type=int,
-        default=3,
-        help="runs at the best learning rate, each with another seed; a third as many try each of the rates before",
-    )
+    add("--seeds", type=int, default=3, help="runs at the best learning rate, each with another seed; a third as many "
+        "try each of the rates before")  # fmt: skip
     add("--lrs", type=numbers, default="0.5,1,2", help="the learning rates to try, as multiples of the config's")
     add("--data", help="a folder that data/prepare.py made (default: the config's)")
     add("--out_dir", type=folder, default="out/compare", help="the runs, one folder each")
     add("--jobs", type=int, default=1, help="runs at once: each gets its share of the cores, and one of the GPUs")
-    add(
-        "--results",
-        type=folder,
-        help="where the result goes: FILE.json, FILE.md and FILE.png (default: OUT_DIR/comparison)",
-    )
+    add("--results", type=folder, help="where the result goes: FILE.json, FILE.md and FILE.png (default: "
+        "OUT_DIR/comparison)")  # fmt: skip
     add("--title", default="Variants at equal compute")
     add("--rounds", type=int, default=5, help="of measuring the speed; 0: leave it out")
     args, more = parser.parse_known_args(argv)
@@ -450,7 +439,7 @@ def curve(run):
 
 
 def none_if_infinite(loss):
-    """Returns None for the loss of a run that diverged, since JSON has no infinity."""
+    """Returns None for infinity, which JSON has not: the mean loss at a rate at which a run diverged."""
     return loss if math.isfinite(loss) else None
 
 
@@ -476,7 +465,7 @@ def outcome(variant: Variant, sweep: list[Run], repeats: list[Run]) -> dict:
         "sweep": {f"{lr:g}": none_if_infinite(loss) for lr, loss in mean_losses(sweep).items()},
         "sweep_seeds": len({run.seed for run in sweep}),
         "lr": repeats[0].lr,
-        "loss": [none_if_infinite(loss_of(run)) for run in repeats],
+        "loss": [final(run)["val_loss"] for run in repeats],
         "bits_per_byte": [final(run)["val_bits_per_byte"] for run in repeats],
         "memory_gb": max(
             row["memory_gb"] for run in repeats for row in run_folder.read_metrics(run.folder) if "ms" in row

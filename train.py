@@ -358,10 +358,10 @@ while True:
         if step > 0:
             saver.note_evaluation(step, report["loss"], tokens)
         evaluated_at = step
-    if main and (save_is_due or evaluation_is_due):
-        album.draw()
     if step >= max_steps:
         break
+    if main and step > 0 and (save_is_due or evaluation_is_due):
+        album.draw()
 
     # 2. agree on what all processes must know: the number of targets, and whether to stop
     started = time.perf_counter()

@@ -6,7 +6,10 @@ import os
 import secrets
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 
 class CheckpointError(RuntimeError):
@@ -22,19 +25,26 @@ def warn_once(text: str) -> None:
         print(f"WARNING: {text}", file=sys.stderr)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that has all of the text, or what it had before if this process is killed meanwhile.
+@contextmanager
+def replaced(path: Path) -> Iterator[TextIO]:
+    """Opens a text file that takes the place of another when the block ends, and leaves nothing where it fails.
 
     What a link at its name points to stays as it is. The temporary file has a name that nobody can have put a link at.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
+            yield file
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that has all of the text, or what it had before if this process is killed meanwhile."""
+    with replaced(path) as file:
+        file.write(text)
 
 
 def read_json(path: Path, **kinds: type) -> dict:

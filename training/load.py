@@ -96,8 +96,10 @@ def hide_padding(model, tokenizer) -> None:
 
 
 def stop_tokens(tokenizer, path: Path | None = None) -> set[int]:
-    """Returns the ids that end a text: that of the next document, that of the end of a turn in a chat, and those that
-    the Hugging Face folder of this path names."""
+    """Returns the ids that end a text: that of the next document, and that of the end of a turn in a chat.
+
+    path: where the model is from; a Hugging Face folder may name further ones.
+    """
     ids = {tokenizer.eot_id}
     if path is not None and is_from_hugging_face(path):
         ids |= set(hf.end_ids(path))

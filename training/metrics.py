@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from training.disk import warn_once, write_text
+from training.disk import replaced, warn_once, write_text
 from training.run_folder import metrics_of
 
 try:
@@ -32,14 +32,12 @@ class Log:
     def __init__(self, out: Path, step: int, config: dict, wandb: str = "", tensorboard: bool = False, album=None):
         self.album = album
         path = out / "metrics.jsonl"
-        kept = path.with_name(f".metrics.jsonl.{uuid.uuid4().hex}.tmp")
-        with open(kept, "x", encoding="utf-8") as file:
+        with replaced(path) as file:
             for row in metrics_of(out):
                 if step > 0 and row["step"] <= step:
                     file.write(json.dumps(row) + "\n")
                     if album:
                         album.add(row)
-        kept.replace(path)
         self.file = open(path, "ab", buffering=0)
         self.waiting = b""  # lines for which there was no room
 
