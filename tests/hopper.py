@@ -6,6 +6,7 @@ Triton compiles what a launch asks for, with the launch's own types, alignments 
 is left out. What the functions called here return was therefore never written. Not to be run with TRITON_INTERPRET=1.
 """
 
+import ast
 import hashlib
 import inspect
 import json
@@ -126,14 +127,17 @@ def report():
 
 
 def digest() -> str:
-    """Stands for all that decides what the compiler makes: sources without comments, and Triton's version.
+    """Stands for all that decides what the compiler makes: code without its sentences, and Triton's version.
 
-    The sources are the kernels with their launches, and what is launched here.
+    The code is the kernels with their launches, and what is launched here.
     """
     sources = [Path(module.__file__).read_text() for module in (kernels, kernels_delta)]
     sources += [inspect.getsource(function) for function in (operations, report)]
-    lines = [line.partition("#")[0].rstrip() for source in sources for line in source.splitlines()]
-    code = "\n".join([triton.__version__, *(line for line in lines if line)])
+    trees = [ast.parse(source) for source in sources]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node):
+            del node.body[0]
+    code = "\n".join([triton.__version__, *map(ast.unparse, trees)])
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
