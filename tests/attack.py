@@ -24,6 +24,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the ranks
 
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
 
 from benchmarks import timing
 from tests.soak import ROOT, children, last_step, rows
@@ -119,7 +120,10 @@ class Run:
         """Returns what must be equal: rows of metrics without times, and the last step's tensors."""
         keys = ("step", "loss", "grad_norm", "val_loss", "skipped")
         last = checkpoint.folders(self.folder)[0]
-        tensors = {path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))}
+        tensors = {}
+        for path in sorted(last.glob("*.safetensors")):  # their headers list the tensors in any order
+            for name, tensor in load_file(path).items():
+                tensors[path.name, name] = (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
         return [[{key: row.get(key) for key in keys} for row in rows(self.folder)], tensors]
 
 
