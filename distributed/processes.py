@@ -177,10 +177,19 @@ def on_first(call: Callable, *args):
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
 def averaging_gradients(model: torch.nn.Module, device: str) -> torch.nn.Module:
-    """Returns the model wrapped so that its backward averages gradients over the processes (DDP)."""
+    """Returns the model wrapped so that its backward averages gradients over the processes (DDP).
+
+    Gradients go in buckets, which DDP fills in another order after its first step; and where a number stands in its
+    bucket decides in which order three processes add it up. On CPUs a resumed run has to be the same to the last bit,
+    so each parameter has a bucket of its own there.
+    """
     index = torch.device(device).index
-    ids = None if index is None else [index]
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)  # counts are each process's own
+    options = {"broadcast_buffers": False}  # counts are each process's own
+    if index is not None:
+        options["device_ids"] = [index]
+    if torch.device(device).type == "cpu":
+        options["bucket_cap_mb_list"] = [1e-6]
+    return DistributedDataParallel(model, **options)
 
 
 def backward_of(model: torch.nn.Module, last: bool, reshard: bool = True):

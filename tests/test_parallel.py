@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import muon
 from distributed import fsdp, processes
-from tests import test_train
+from tests import test_train, tiny
 from tests.test_train import FORK, KNOBS, close, fail, finish, finished, together, train, weights
 from tests.tiny import BLOCK, EOT, MODELS, ROOT, TINY, VOCAB, module, tokens
 
@@ -213,6 +213,25 @@ def test_accumulation_reduces_gradients_once_a_step_and_gathers_weights_once_wit
         for result in everywhere(2, partial(counted, **options)):
             same_curve(result, one)
             assert result["counts"] == [gathers, 4]
+
+
+def gradients_of_three_steps():
+    model = tiny.build("baseline")
+    net = processes.averaging_gradients(model, "cpu")
+    idx = tokens(2, 33, seed=dist.get_rank())
+    found = []
+    for _ in range(3):
+        net(idx[:, :-1], idx[:, 1:]).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_three_processes_average_gradients_in_the_same_order_in_every_step():
+    """DDP fills its buckets anew after a first step: a resumed run would add up in another order than its original."""
+    for first, *later in everywhere(3, gradients_of_three_steps):
+        for gradients in later:
+            assert all(torch.equal(gradients[name], first[name]) for name in first)
 
 
 def test_offloaded_to_the_cpu_it_trains_the_same():
