@@ -313,6 +313,13 @@ def check(key, value, knob, given_as):
             fail(f"{given_as}: {hint}")
 
 
+def as_float(value, knob):
+    """Returns an int as a float where the knob takes floats alone."""
+    if type(value) is int and "float" in knob.kinds and "int" not in knob.kinds:
+        return float(value) if abs(value) < sys.float_info.max else math.inf
+    return value
+
+
 def shortened(text):
     """Returns a text that fits into a line of an error."""
     return text if len(text) <= 60 else f"{text[:60]}..."
@@ -388,8 +395,7 @@ def configure(
             value = parse(value, knob.kinds)
         else:
             given_as = f"{key}={shortened(repr(value))}{place}"
-        if type(value) is int and "float" in knob.kinds and "int" not in knob.kinds:
-            value = float(value) if abs(value) < sys.float_info.max else math.inf
+        value = as_float(value, knob)
         if isinstance(value, str) and value.startswith("~"):
             value = os.path.expanduser(value)  # a shell does so in front of an argument alone
         check(key, value, knob, given_as)
@@ -404,6 +410,19 @@ def configure(
     for key in script_knobs:
         script_globals[key] = values[key]
     return values
+
+
+def check_values(script: str | Path, config: dict, given: dict, place: str) -> dict:
+    """Returns values for some knobs, checked as configure does it. config: what configure returned for the script.
+
+    A value that the knob does not take ends the program; `place` says where it stands.
+    """
+    knobs = read_knobs(script, config) | model_knobs(config["model"])
+    found = {}
+    for key, value in given.items():
+        found[key] = as_float(value, knobs[key])
+        check(key, found[key], knobs[key], f"{key}={shortened(repr(value))} {place}")
+    return found
 
 
 def resolve(script: str | Path, argv: list[str]) -> dict:

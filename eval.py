@@ -17,7 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.shards import Shards, eval_batches
+from data.loader import eval_batches
+from data.shards import Shards
 from data.text import print_any_text
 from data.tokenizers import tokenizer_from_dict
 from evals import sandbox

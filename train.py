@@ -9,7 +9,6 @@ the number of devices and micro_batch change how it is computed, and not the res
 router_jitter draw. `--help` lists all the knobs.
 """
 
-import dataclasses
 import importlib
 import math
 import os
@@ -19,6 +18,7 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -29,34 +29,37 @@ from tqdm import tqdm
 import flops
 import muon
 from configurator import configure
-from data.shards import Loader, Shards, check_evaluation, eval_batches
 from data.text import print_any_text
 from data.tokenizers import tokenizer_from_dict
 from distributed import processes
-from training import checkpoint, load, metrics, output, pictures, run_folder, saving
+from training import atomic, checkpoint, load, metrics, output, pictures, run_folder, saving
 from training.calibration import count_steps
-from training.knobs import check, find_device, find_dtype, minutes_or_steps, why_not_compiled, windows_of_a_step
+from training.knobs import check, find_device, find_dtype, minutes_or_steps, why_not_compiled
 from training.loss import bytes_of_tokens, loss_report, loss_sums
 from training.schedule import learning_rate as learning_rate_at
 from training.signals import DIVERGED, StopSignals
+from training.stages import Plan, change, names_of
 
 # ---- knobs: every field of the model's GPTConfig is one too ----------------------------------------------------------
 # model and data
 model = "baseline"  # which model_<model>.py
 init_from = ""  # start from the weights of this run, checkpoint or Hugging Face folder: new optimizer, step 0
-data = "data/stdlib"  # a folder that data/prepare.py made
+data: str | list = "data/stdlib"  # a folder that data/prepare.py made; ["data/web:0.7", "data/math:0.3"]: a mixture
 out_dir = "out/run"  # the run: config, metrics, checkpoints, picture
 seed = 1  # of weights, data order and dropout
 vocab_size = 0  # 0: the data's, rounded up to a multiple of 64
 document_mask = False  # nothing crosses from one document to the next (sets the model's eot_id)
 document_start_probability = 0.0  # this share of the windows begins where a document does
 mask_document_crossing = False  # no loss where the target is the next document's first token
+pack: Literal["stream", "documents"] = "stream"  # documents: windows of whole ones, filled up with ignored targets
+long_documents: Literal["cut", "skip"] = "cut"  # what pack=documents does with those longer than a window
 # size
 max_steps = 1000  # of the optimizer
 minutes = 0.0  # above 0: measure this machine when a new run begins, and set max_steps so that it takes about so long
 batch_tokens = 32768  # 32 * 1024 tokens a step, over all devices
 block_size = 1024  # tokens in a window
 micro_batch = 8  # windows at once on a device: lower it if memory runs out
+stages = {}  # {1000: dict(block_size=2048)}: from that step on these knobs hold; 0.75: from that share of max_steps on
 # optimizer
 optimizer: Literal["muon", "adamw"] = "muon"  # muon is for matrices, with AdamW for the rest
 learning_rate = 2e-3  # the same for both, as Muon's updates are scaled to AdamW's size: try 5e-4 to 5e-3
@@ -148,50 +151,37 @@ peak_flops = flops.peak_flops(device_name, dtype)  # None where it is not known,
 say(f"{world_size} x {device_name}, {dtype}, {'compiled' if compile else 'eager'}, parallel={parallel}")
 
 # ---- data ------------------------------------------------------------------------------------------------------------
+variant = importlib.import_module(f"model_{model}")
 try:
-    train_data = Shards(data, "train")
-    val_data = Shards(data, "val")
-    windows = windows_of_a_step(batch_tokens, block_size, world_size)
-    loader = Loader(train_data, block_size, windows, seed, rank, world_size, micro_batch, device,
-                    document_start_probability, mask_document_crossing)  # fmt: skip
-    check_evaluation(val_data, block_size)
-    tokenizer = None
-    if train_data.meta["tokenizer"]:
-        tokenizer = tokenizer_from_dict(train_data.meta["tokenizer"])
+    plan = Plan(config, __file__, variant.GPTConfig)  # a run without stages has one
+    plan.lay_out(max_steps, rank, world_size, device)
+    meta = plan.texts[0].meta  # that of all texts in what counts here
+    tokenizer = tokenizer_from_dict(meta["tokenizer"]) if meta["tokenizer"] else None
 except (OSError, ValueError) as error:
     processes.fail(error)
 if vocab_size == 0:
-    vocab_size = math.ceil(train_data.vocab_size / 64) * 64
-if vocab_size < train_data.vocab_size:
-    processes.fail(f"vocab_size={vocab_size} is smaller than that of {data}, {train_data.vocab_size}: try 0")
+    vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
+if vocab_size < meta["vocab_size"]:
+    processes.fail(f"vocab_size={vocab_size} is smaller than that of {data}, {meta['vocab_size']}: try 0")
 if config["eot_id"] >= vocab_size:
     processes.fail(f"eot_id={config['eot_id']} is no token of a vocabulary of {vocab_size}: try 0 to {vocab_size - 1}")
-bytes_of = bytes_of_tokens(tokenizer, vocab_size, val_data)
 # What a resumed run must find again: the data order is a function of the seed and the tokens drawn before.
-identity = {
-    "data": data,
-    "data_fingerprint": train_data.fingerprint,
-    "tokenizer": tokenizer and tokenizer.fingerprint,
-    "shards": [train_data.contents, val_data.contents],
-}
-some_are_ignored = mask_document_crossing or train_data.targets is not None  # targets of -1
-say(f"{data}: {len(train_data):,} tokens to train on, {len(val_data):,} to validate")
+identity = {"data": data, "tokenizer": tokenizer and tokenizer.fingerprint, **plan.identity()}
+for train_data, val_data in plan.opened.values():
+    say(f"{train_data.folder}: {len(train_data):,} tokens to train on, {len(val_data):,} to validate")
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 torch.manual_seed(seed)
-variant = importlib.import_module(f"model_{model}")
 config["vocab_size"] = vocab_size
-fields = {field.name: config[field.name] for field in dataclasses.fields(variant.GPTConfig)}
-if document_mask:
-    fields["eot_id"] = train_data.eot_id
 try:
     processes.check_same(config=config, data=identity, code=run_folder.code_of(model))
-    model_config = variant.GPTConfig(**fields)
+    plan.settle(variant.GPTConfig, variant.GPT, vocab_size, meta["eot_id"])
+    stage = plan.stages[0]
     if parallel == "fsdp":  # on no device yet: no process ever holds the whole model
         fsdp = importlib.import_module("distributed.fsdp")
-        raw_model = fsdp.empty(variant.GPT, model_config)
+        raw_model = fsdp.empty(variant.GPT, stage.model_config)
     else:
-        raw_model = variant.GPT(model_config)
+        raw_model = variant.GPT(stage.model_config)
 except ValueError as error:
     processes.fail(error)
 if kernels:
@@ -209,23 +199,29 @@ if parallel == "ddp":
     net = processes.averaging_gradients(net, device)
 
 # ---- optimizer -------------------------------------------------------------------------------------------------------
-peak_lr = learning_rate
-if lr_batch_tokens:
-    peak_lr = learning_rate * math.sqrt(batch_tokens / lr_batch_tokens)
+
+
+def peak_lr(stage):
+    """Returns the learning rate of a stage before the schedule."""
+    if not lr_batch_tokens:
+        return learning_rate
+    return learning_rate * math.sqrt(stage.batch_tokens / lr_batch_tokens)
+
+
 muon_type = None if muon_dtype == "auto" else getattr(torch, muon_dtype)
 make_optimizer = partial(
-    muon.make_optimizer, optimizer=optimizer, learning_rate=peak_lr, weight_decay=weight_decay, beta1=beta1,
+    muon.make_optimizer, optimizer=optimizer, learning_rate=peak_lr(stage), weight_decay=weight_decay, beta1=beta1,
     beta2=beta2, muon_momentum=muon_momentum, muon_steps=muon_steps, muon_polynomial=muon_polynomial,
     muon_dtype=muon_type, decay_with_lr=decay_with_lr, cautious_decay=cautious_decay,
 )  # fmt: skip
 opt = make_optimizer(raw_model)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 parameters = sum(p.numel() for p in raw_model.parameters())
-flops_per_token = math.nan
 if main:
-    flops_per_token = flops.training_flops_per_token(model, raw_model.config, block_size)
+    for each in plan.stages:
+        each.flops_per_token = flops.training_flops_per_token(model, each.model_config, each.block_size)
 groups = ", ".join(f"{tensors} {group} by {method}" for group, method, tensors, *_ in muon.group_table(opt))
-say(f"{model}: {parameters:,} parameters, {flops_per_token:.3g} FLOPs a token; {groups}")
+say(f"{model}: {parameters:,} parameters, {stage.flops_per_token:.3g} FLOPs a token; {groups}")
 
 # ---- run folder ------------------------------------------------------------------------------------------------------
 out = Path(out_dir)
@@ -254,16 +250,21 @@ try:
             raise ValueError("minutes is for models that one process holds: with parallel=fsdp give max_steps")
         measured = 0
         if main:  # on a copy of the model: the run that follows is as if nothing had been
-            to_evaluate = eval_batches(val_data, block_size, eval_tokens, micro_batch, rank, world_size, device)
-            measured = count_steps(minutes, raw_model, make_optimizer, loader.batches, to_evaluate, eval_every,
-                                   autocast, compile)  # fmt: skip
+            to_evaluate = chain(*(batches for _, batches in stage.evaluations(eval_tokens, rank, world_size, device)))
+            measured = count_steps(minutes, raw_model, make_optimizer, plan.parts(variant.GPT), to_evaluate,
+                                   eval_every, autocast, compile)  # fmt: skip
         config["max_steps"] = max_steps = int(processes.all_sum([measured], device)[0])
         say(f"minutes={minutes:g}: max_steps={max_steps} on this machine")
-    knobs = {key: value for key, value in config.items() if key not in (*fields, "model", "resume", "overwrite")}
-    saved_config = {"model": model, "model_config": fields, "knobs": knobs}
+    if minutes:
+        plan.lay_out(max_steps, rank, world_size, device)
+    knobs = {key: value for key, value in config.items() if key not in (*stage.fields, "model", "resume", "overwrite")}
+    saved_config = {"model": model, "model_config": stage.fields, "knobs": knobs}
 
     path = checkpoint.newest(out, say) if resume else None
     if path:
+        stage = plan.at(atomic.step_of(path))
+        change(raw_model, variant.GPT, stage.model_config)
+        saved_config["model_config"] = stage.fields
         state = saving.go_on_from(path, raw_model, opt, scaler, saved_config, identity, machine, say)
         step = state["step"]
         tokens = state["tokens"]
@@ -271,8 +272,8 @@ try:
         skipped_in_a_row = state.get("skipped_in_a_row", 0)  # checkpoints of earlier versions lack these
         recent_losses.extend(state.get("recent_losses", []))
         recent_norms.extend(state.get("recent_norms", []))
-        loader.go_on(step, tokens // block_size)
-        if tokens != step * batch_tokens:
+        if tokens != plan.tokens_before(step):
+            plan.go_on(step, tokens)
             say(f"{step} steps had {tokens:,} tokens, and the batch is another now: {max_steps - step} steps are left, "
                 "by which the schedule goes, too")  # fmt: skip
     else:
@@ -287,10 +288,12 @@ try:
             run_folder.delete(out)
         hardware = {"device": device_name, "processes": world_size, "parallel": parallel, "dtype": dtype,
                     "compile": compile, "peak_flops": peak_flops}  # fmt: skip
-        work = {"parameters": parameters, "flops_per_token": flops_per_token, "tokens": batch_tokens * max_steps}
+        work = {"parameters": parameters, "flops_per_token": plan.stages[0].flops_per_token,
+                "tokens": plan.tokens_before(max_steps), "stages": plan.described()}  # fmt: skip
         facts = {"seed": seed, **identity, "hardware": hardware, **work, "optimizer": muon.group_table(opt)}
-        run_folder.describe(out, saved_config, train_data.meta, facts)
-        album = pictures.Album(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters")
+        run_folder.describe(out, saved_config, meta, facts)
+        album = pictures.Album(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters",
+                               [each.first for each in plan.stages[1:]])  # fmt: skip
         log = metrics.Log(out, step, config, wandb, tensorboard, album)
         run_folder.write_state(out, "running", step, max_steps, go_on)
 except (OSError, ValueError, checkpoint.CheckpointError) as error:
@@ -298,14 +301,17 @@ except (OSError, ValueError, checkpoint.CheckpointError) as error:
 saver = saving.Saver(out, lock, raw_model, opt, saved_config, keep_last, keep_every, say)
 if path:
     saver.repair(path)
-accumulation = len(range(loader.first, loader.last, micro_batch))
-say(f"a step is {windows} windows of {block_size} = {accumulation} x {min(micro_batch, loader.last - loader.first)} on "
-    f"each process; {max_steps} steps are {max_steps * windows / loader.windows_per_epoch:.2f} epochs")  # fmt: skip
+say(stage.describe())
+for each in plan.stages[1:]:
+    say(f"from step {each.first} on {each.describe()}")
+epochs = ", ".join(f"{n:.2f} epochs of {name}" for name, n in plan.epochs(max_steps).items())
+say(f"{max_steps} steps are {epochs}")
+bytes_of = {shards: bytes_of_tokens(tokenizer, vocab_size, shards) for shards in plan.splits}
 
 
 def save():
     """All processes take part; afterwards, or with async_save some steps later, the checkpoint is on the disk."""
-    changed = train_data.changed() + val_data.changed()
+    changed = [path for shards in plan.splits for path in shards.changed()]
     if changed:  # what was read since may be anything, and so may the weights
         processes.fail(f"{changed[0]} was written to while this run read it: restore it, and go on with --resume")
     trainer = {"tokens": tokens, "skipped": skipped, "skipped_in_a_row": skipped_in_a_row,
@@ -316,15 +322,23 @@ def save():
 
 
 def evaluate():
-    """Returns the loss_report over the first eval_tokens of the validation split, without auxiliary losses."""
+    """Returns {name of a text: its loss_report}, without auxiliary losses; where there are many, that of all is first.
+
+    They share eval_tokens, the same ones every time, by their weights.
+    """
     raw_model.eval()
-    batches = eval_batches(val_data, block_size, eval_tokens, micro_batch, rank, world_size, device)
-    if parallel == "fsdp":  # a forward is everybody's
-        batches = fsdp.in_step(raw_model, batches, block_size, device)
+    sums = {}
+    for shards, batches in stage.evaluations(eval_tokens, rank, world_size, device):
+        if parallel == "fsdp":  # a forward is everybody's
+            batches = fsdp.in_step(raw_model, batches, stage.block_size, device)
+        sums[shards] = loss_sums(raw_model, batches, bytes_of[shards], autocast)
+    raw_model.train()
+    sums = [torch.tensor(processes.all_sum(found, device), dtype=torch.float64) for found in sums.values()]
     try:
-        sums = loss_sums(raw_model, batches, bytes_of, autocast)
-        raw_model.train()
-        return loss_report(processes.all_sum(sums, device))
+        reports = {"": loss_report(sum(sums))}
+        if len(sums) > 1:
+            reports |= dict(zip(names_of(stage.val_texts), map(loss_report, sums)))
+        return reports
     except ValueError as error:
         processes.fail(error)
 
@@ -342,6 +356,11 @@ clock = metrics.Clock()
 raw_model.train()
 while True:
     saver.finish(wait=False)  # a save that a thread is at may be done by now
+    if plan.at(step) is not stage:
+        stage = plan.at(step)
+        change(raw_model, variant.GPT, stage.model_config)
+        saver.config = saved_config | {"model_config": stage.fields}
+        say(f"step {step:>6} | {stage.describe()}")
 
     # 1. save, then evaluate: what was learned is on the disk before anything that can fail
     evaluation_is_due = step != evaluated_at and (step % eval_every == 0 or step >= max_steps)
@@ -350,11 +369,11 @@ while True:
         save()
         saved_at = step
     if evaluation_is_due:
-        report = evaluate()
-        say(metrics.evaluation_line(step, report))
+        reports = evaluate()
+        report = reports[""]
+        say(metrics.evaluation_line(step, reports))
         if main:
-            bits = report["bits_per_byte"]
-            log.write(dict(step=step, val_loss=report["loss"], val_bits_per_byte=bits, tokens=tokens))
+            log.write(metrics.evaluation_row(step, reports, tokens))
         if step > 0:
             saver.note_evaluation(step, report["loss"], tokens)
         evaluated_at = step
@@ -366,11 +385,11 @@ while True:
     # 2. agree on what all processes must know: the number of targets, and whether to stop
     started = time.perf_counter()
     try:
-        batches = list(loader.batches(step))
+        batches = list(stage.loader.batches(step))
     except (OSError, ValueError) as error:  # a token that the vocabulary does not have
         processes.fail(error)
     own_targets = 0
-    if some_are_ignored:
+    if stage.ignores_targets:
         own_targets = sum((y >= 0).sum().item() for _, y in batches)
     targets, stop = processes.all_sum([own_targets, signals.count()], device)
     if stop:
@@ -386,11 +405,11 @@ while True:
     total_loss = torch.zeros((), device=device)
     for i, (x, y) in enumerate(batches):
         is_last = i == len(batches) - 1
-        share = len(x) * world_size / windows  # processes are averaged: world_size makes it a sum
+        share = len(x) * world_size / stage.loader.batch_windows  # processes are averaged: world_size makes it a sum
         # Gradients go between processes in the last backward alone: before it they only add up.
         with processes.backward_of(net, is_last, reshard):
             with autocast:
-                if some_are_ignored:  # a loss for each token, at the price of computing the logits twice
+                if stage.ignores_targets:  # a loss for each token, at the price of computing the logits twice
                     losses, auxiliary = net(x, y, per_token=True)
                     loss = losses.sum() * world_size / max(targets, 1) + auxiliary * share
                 else:
@@ -401,7 +420,7 @@ while True:
     # 4. update, unless the gradient is not finite: one bad batch must not spoil the weights
     scaler.unscale_(opt)
     norm = processes.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)).item()
-    lr = learning_rate_at(step, peak_lr, min_lr, warmup_steps, max_steps, schedule, decay_fraction, decay_shape)
+    lr = learning_rate_at(step, peak_lr(stage), min_lr, warmup_steps, max_steps, schedule, decay_fraction, decay_shape)
     for group in opt.param_groups:
         group["lr"] = lr
     is_finite = math.isfinite(norm)
@@ -415,14 +434,14 @@ while True:
     skipped += not is_finite
     loss = processes.all_sum([total_loss.item() / world_size], device)[0]
     step += 1
-    tokens += batch_tokens
+    tokens += stage.batch_tokens
 
     # 5. log
     seconds = time.perf_counter() - started
     clock.tick()
     bar.update()
-    speed = batch_tokens / seconds
-    mfu = speed * flops_per_token / (peak_flops * world_size) if peak_flops else None
+    speed = stage.batch_tokens / seconds
+    mfu = speed * stage.flops_per_token / (peak_flops * world_size) if peak_flops else None
     row = dict(step=step, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds, tokens_per_second=speed, mfu=mfu,
                memory_gb=metrics.peak_gb(device_type), resident_gb=metrics.resident_gb(), tokens=tokens,
                skipped=skipped, spikes=metrics.spikes(loss, recent_losses, norm, recent_norms))  # fmt: skip

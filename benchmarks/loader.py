@@ -11,7 +11,8 @@ import numpy as np
 
 import muon
 from benchmarks.timing import build, describe, machine, make_step
-from data.shards import Loader, Shards, write_shard
+from data.loader import Loader
+from data.shards import Shards, write_shard
 
 RESULT = "loader"
 BATCH = (12, 64)  # windows, and tokens in one: the shortest step that we train with
@@ -66,7 +67,7 @@ def peak_mb_of_a_reader(tokens):
 def read_everything(folder: str) -> float:
     """Returns the peak MB of this process after it has read an epoch of a folder's windows (Linux)."""
     loader = Loader(Shards(folder, "train"), 1024, 64)
-    for step in range(loader.windows_per_epoch // 64):
+    for step in range(loader.mixture.texts[0].windows_per_epoch // 64):
         list(loader.batches(step))
     status = Path("/proc/self/status").read_text()  # getrusage's peak would begin at that of the parent
     kilobytes = status.split("VmHWM:")[1].split()[0]

@@ -43,6 +43,7 @@ IMPORTS = (
     "matplotlib.pyplot",
     "flops",
     "muon",
+    "data.loader",
     "data.shards",
     "data.tokenizers",
     "training.checkpoint",

@@ -1,4 +1,4 @@
-"""Token shards, the loader's order, and data/prepare.py from text to shards."""
+"""Token shards, and data/prepare.py from text to shards."""
 
 import base64
 import gzip
@@ -13,13 +13,11 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 import data.prepare as prepare_module
 import data.sources as sources_module
@@ -28,7 +26,7 @@ import data.text as text_module
 from data.bpe_training import count_words
 from data.prepare import main as prepare
 from data.prepare import pieces
-from data.shards import Loader, Shards, eval_batches, shuffled, write_shard
+from data.shards import Shards, write_shard
 from data.tokenizers import load_tokenizer, tokenizer_from_dict, train_bpe
 from evals.tasks import load_task
 from training.load import find_tokenizer
@@ -136,145 +134,12 @@ def test_a_token_outside_of_the_vocabulary_is_an_error_that_names_file_and_token
         Shards(tmp_path, "train").read(40, 40)
 
 
-def test_text_shorter_than_one_window_is_an_error_with_the_numbers(tmp_path):
-    shards = make_shards(tmp_path, np.arange(32))
-    with pytest.raises(ValueError, match="32 train tokens are less than one window of block_size . 1 = 33"):
-        Loader(shards, 32, 4)
-    assert rows(Loader(shards, 31, 2).batches(0)).tolist() == [list(range(31))] * 2
-
-
 def test_shards_that_are_replaced_while_in_use_keep_their_tokens(tmp_path, numbered):
     os.rename(numbered.folder, tmp_path / "old")
     make_shards(numbered.folder, np.arange(10))
     for path in (tmp_path / "old").iterdir():
         path.unlink()
     assert numbered.read(0, 1000).tolist() == list(range(1000))
-
-
-# the loader
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000])
-def test_the_order_is_a_permutation_that_each_key_changes(n):
-    orders = [
-        shuffled(np.arange(n), n, np.random.SeedSequence(i).generate_state(6, np.uint64)).tolist() for i in range(20)
-    ]
-    assert all(sorted(order) == list(range(n)) for order in orders)
-    assert n < 5 or len({tuple(order) for order in orders}) > 15
-    assert n < 64 or np.mean(np.abs(np.diff(orders[0]))) > n / 5  # neighbours do not stay together
-
-
-def test_targets_are_the_inputs_shifted_by_one(numbered):
-    for x, y in Loader(numbered, 16, 5, micro_batch=2).batches(3):
-        assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape and x.shape[1] == 16
-        assert x.is_contiguous() and y.is_contiguous() and torch.equal(y, x + 1)
-        assert torch.equal(x, x[:, :1] + torch.arange(16))
-
-
-def test_an_epoch_has_every_window_once_and_the_next_has_others(numbered):
-    loader = Loader(numbered, 16, 1, seed=3)
-    n = loader.windows_per_epoch
-    assert n == 61  # 1000 // 16 - 1
-    epochs = [[int(loader.starts(epoch * n + i)[0]) for i in range(n)] for epoch in range(4)]
-    for starts in epochs:
-        assert np.diff(sorted(starts)).tolist() == [16] * (n - 1) and 0 <= min(starts) and max(starts) + 17 <= 1000
-    assert len({min(starts) for starts in epochs}) > 1  # the grid moves
-    assert len({tuple(np.argsort(starts)) for starts in epochs}) == 4  # so does the order
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("p", [0.0, 0.4])
-def test_ranks_and_micro_batches_only_cut_the_same_batch(tmp_path, world_size, p):
-    tokens = np.arange(1000)
-    tokens[::37] = EOT
-    shards = make_shards(tmp_path, tokens)
-    options = {"seed": 5, "document_start_probability": p}
-    for step in (0, 7, 1000):  # 1000 * 13 windows are many epochs
-        whole = rows(Loader(shards, 16, 13, **options).batches(step))
-        assert len(whole) == 13
-        for micro_batch in (None, 1, 2, 5):
-            ranks = [Loader(shards, 16, 13, rank=r, world_size=world_size, micro_batch=micro_batch, **options)
-                     for r in range(world_size)]  # fmt: skip
-            assert np.array_equal(np.concatenate([rows(loader.batches(step)) for loader in ranks]), whole)
-
-
-@pytest.mark.parametrize("prefetch", [False, True])
-def test_a_batch_is_a_function_of_seed_and_step_alone(numbered, prefetch):
-    loader = Loader(numbered, 16, 4, seed=1)
-    loader._thread = ThreadPoolExecutor(1) if prefetch else None
-    forwards = [rows(loader.batches(step)) for step in range(30)]
-    for step in (29, 3, 17, 17, 18, 10**9):
-        assert np.array_equal(rows(Loader(numbered, 16, 4, seed=1).batches(step)), rows(loader.batches(step)))
-        if step < 30:
-            assert np.array_equal(rows(loader.batches(step)), forwards[step])
-    assert not np.array_equal(rows(Loader(numbered, 16, 4, seed=2).batches(3)), forwards[3])
-
-
-def test_windows_start_uniformly_over_the_text(tmp_path):
-    shards = make_shards(tmp_path, np.arange(100))
-    starts = []
-    for seed in range(500):
-        loader = Loader(shards, 8, 1, seed=seed)
-        starts += [int(loader.starts(step)[0]) for step in range(0, 64, 11)]  # one of each of 6 epochs
-    counts = np.bincount(starts)
-    assert len(counts) == 88  # 11 windows of 8: phases 0 to 7, and the last one ends at 88 + 8 < 100
-    chi_square = ((counts - 3000 / 88) ** 2 / (3000 / 88)).sum()
-    assert 50 < chi_square < 140  # 87 degrees of freedom: 99.9 % lie between 51 and 134
-
-
-def test_with_probability_one_windows_start_at_documents_each_once_before_any_again(tmp_path):
-    tokens = np.arange(500)
-    beginnings = [0, 3, 120, 250, 251, 400]
-    tokens[[*beginnings, 490]] = EOT
-    shards = make_shards(tmp_path, tokens, [100])  # the document at 490 is too near the end
-    loader = Loader(shards, 16, 6, document_start_probability=1.0)
-    for step in range(5):
-        assert sorted(loader.starts(step)) == beginnings
-    assert len({tuple(loader.starts(step)) for step in range(5)}) > 1
-    with pytest.raises(ValueError, match="no document .eot_id=50256. starts"):
-        Loader(make_shards(tmp_path / "none", np.arange(99)), 16, 6, document_start_probability=0.5)
-
-
-def test_with_probability_p_that_share_starts_at_documents_and_the_grid_stays_complete(tmp_path):
-    tokens = np.arange(2000)
-    tokens[5::100] = EOT  # no grid phase has these places only
-    shards = make_shards(tmp_path, tokens)
-    loader = Loader(shards, 16, 4, document_start_probability=0.25)
-    starts = np.concatenate([loader.starts(step) for step in range(4 * loader.windows_per_epoch // 3 // 4)])
-    at_document = tokens[starts] == EOT
-    plain = Loader(shards, 16, 1)
-    grid = {int(plain.starts(g)[0]) for g in range(plain.windows_per_epoch)}
-    assert abs(at_document.mean() - 0.25) < 0.03
-    assert len(set(starts[~at_document])) == (~at_document).sum() and set(starts[~at_document]) <= grid
-
-
-def test_masked_are_exactly_the_targets_that_begin_the_next_document(tmp_path):
-    tokens = np.arange(400)
-    tokens[::9] = EOT
-    shards = make_shards(tmp_path, tokens)
-    masked = list(Loader(shards, 16, 8, mask_document_crossing=True).batches(0))
-    plain = list(Loader(shards, 16, 8).batches(0))
-    for (x, y), (x_plain, y_plain) in zip(masked, plain):
-        assert torch.equal(x, x_plain) and (y == -1).sum() > 8
-        assert torch.equal(y == -1, y_plain == EOT) and torch.equal(y[y != -1], y_plain[y != -1])
-
-
-def test_a_batch_too_small_for_the_ranks_is_an_error(numbered):
-    with pytest.raises(ValueError, match="2 windows is too small for 3 ranks"):
-        Loader(numbered, 16, 2, world_size=3)
-
-
-@pytest.mark.parametrize("n_tokens, expected", [(0, 999), (100, 100), (96, 96), (5000, 999)])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_has_each_of_the_first_targets_once_over_all_ranks(numbered, n_tokens, expected, world_size):
-    for micro_batch in (1, 4):
-        seen = []
-        for rank in range(world_size):
-            for x, y in eval_batches(numbered, 16, n_tokens, micro_batch, rank, world_size):
-                assert x.shape == y.shape and x.shape[1] == 16 and len(x) <= micro_batch
-                assert torch.equal(y[y != -1], x[y != -1] + 1)
-                seen += y[y != -1].tolist()
-        assert seen == list(range(1, expected + 1))
 
 
 def test_memory_does_not_grow_with_what_was_read(tmp_path):
@@ -925,21 +790,6 @@ def test_no_worker_outlives_a_run_that_is_ended_by_a_signal(tmp_path, number, to
     finally:
         for pid in running(workers):
             os.kill(int(pid), signal.SIGKILL)
-
-
-def test_after_a_change_of_batch_every_window_comes_once_an_epoch(tmp_path):
-    write_shard(tmp_path / "train_0.bin", np.arange(20 * 101) % 300, 300)
-    shards = Shards(tmp_path, "train")
-    before, after, back = (Loader(shards, 20, windows, seed=3) for windows in (8, 5, 8))
-    seen = [start for step in range(4) for start in before.starts(step)]  # 32 windows
-    after.go_on(4, 32)
-    seen += [start for step in range(4, 12) for start in after.starts(step)]  # and 40
-    back.go_on(12, 72)
-    seen += [start for step in range(12, 16) for start in back.starts(step)]  # and 32
-    epoch = before.windows_per_epoch
-    assert len(set(seen[:epoch])) == epoch == 100
-    whole = [start for step in range(13) for start in Loader(shards, 20, 8, seed=3).starts(step)]
-    assert seen == whole
 
 
 def test_data_that_other_text_made_is_never_replaced_without_being_named(tmp_path, monkeypatch, capsys):

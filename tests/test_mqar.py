@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from data.loader import Loader, eval_batches
 from data.prepare import main as prepare
-from data.shards import Loader, Shards, eval_batches, write_shard
+from data.shards import Shards, write_shard
 from data.synthetic import MQAR
 
 PAIRS, QUERIES, KEYS, VALUES = 5, 4, 12, 7
@@ -80,7 +81,7 @@ def test_a_lookup_in_the_window_gets_every_learned_answer_and_nothing_else_is_le
     block = windows * TOKENS
     loader = Loader(Shards(folder, "train"), block, 8, seed=3, micro_batch=3)
     seen = 0
-    for step in range(2 * loader.windows_per_epoch // 8):  # two epochs, of different order
+    for step in range(2 * loader.mixture.texts[0].windows_per_epoch // 8):  # two epochs, of different order
         for x, y in loader.batches(step):
             for row, targets in zip(x.tolist(), y.tolist()):
                 assert row[::TOKENS] == [0] * windows and row.count(0) == windows  # whole documents and nothing else

@@ -24,7 +24,7 @@ def count_steps(
     minutes: float,
     model: torch.nn.Module,
     make_optimizer: Callable,
-    batches_of_step: Callable[[int], Iterable[tuple]],
+    stages: list[tuple[float, Callable, Callable[[int], Iterable[tuple]]]],
     evaluation_batches: Iterable[tuple],
     eval_every: int,
     autocast=None,
@@ -34,6 +34,7 @@ def count_steps(
 
     Everything is done with a copy of the model, and torch's random numbers go on as if nothing had been: a run that is
     given the returned max_steps has the same weights in the end. What passes between processes is not timed.
+    stages: of each its share of the steps, what puts a model into it, and what gives the batches of its n-th step.
     evaluation_batches: those that this process has in each evaluation.
     """
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
@@ -43,18 +44,21 @@ def count_steps(
         autocast = autocast or nullcontext()
 
         # 1. steps
-        seconds = []
-        for step in range(WARM_UP + TIMED):
-            started = now(trial)
-            for x, y in batches_of_step(step):
-                with autocast:
-                    loss = net(x, y)
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(trial.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds.append(now(trial) - started)
-        a_step = statistics.median(seconds[WARM_UP:])
+        a_step = 0.0
+        for share, put_into_stage, batches_of_step in stages:
+            put_into_stage(trial)
+            seconds = []
+            for step in range(WARM_UP + TIMED):
+                started = now(trial)
+                for x, y in batches_of_step(step):
+                    with autocast:
+                        loss = net(x, y)
+                    loss.backward()
+                torch.nn.utils.clip_grad_norm_(trial.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                seconds.append(now(trial) - started)
+            a_step += share * statistics.median(seconds[WARM_UP:])
 
         # 2. an evaluation
         trial.eval()

@@ -124,7 +124,7 @@ def config_to_start_from(path: str) -> dict:
     if is_from_hugging_face(folder):
         name, fields = hf.config_of(folder)
         return {"model": name, **fields}
-    saved = checkpoint.load_config(folder)
+    saved = checkpoint.load_config((checkpoint.folders(folder) or [folder])[0])  # a run's last stage counts
     return {"model": saved["model"], **saved["model_config"]}
 
 

@@ -154,11 +154,23 @@ class Clock:
         return steps * (time.perf_counter() - self.started) / (self.steps - 1)
 
 
-def evaluation_line(step: int, report: dict) -> str:
+def evaluation_line(step: int, reports: dict) -> str:
+    report = reports[""]
     bits = "n/a"
     if report["bits_per_byte"] is not None:
         bits = f"{report['bits_per_byte']:.4f}"
-    return f"step {step:>6} | validation loss {report['loss']:.4f} | {bits} bits per byte"
+    texts = "".join(f" | {name} {of_text['loss']:.4f}" for name, of_text in reports.items() if name)
+    return f"step {step:>6} | validation loss {report['loss']:.4f} | {bits} bits per byte{texts}"
+
+
+def evaluation_row(step: int, reports: dict, tokens: int) -> dict:
+    """Returns the row of an evaluation. reports: {name of a text: its loss_report}; "" stands for all of them."""
+    row = {"step": step}
+    for name, report in reports.items():
+        of_text = f"_{name}" if name else ""
+        row[f"val_loss{of_text}"] = report["loss"]
+        row[f"val_bits_per_byte{of_text}"] = report["bits_per_byte"]
+    return row | {"tokens": tokens}
 
 
 def step_line(row: dict, max_steps: int, seconds_left: float) -> str:

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,8 +46,9 @@ class Album:
     numbers share metrics.png, an axis each, and a table, such as (layers, experts), has a picture metrics-<name>.png.
     """
 
-    def __init__(self, out: Path, title: str):
+    def __init__(self, out: Path, title: str, stages: Sequence[int] = ()):
         self.out = out
+        self.stages = stages  # the steps from which later stages hold
         self.title = title.replace("$", r"\$")  # which begins a formula
         self.steps = Thinned()
         self.evaluations = Thinned()
@@ -67,7 +69,9 @@ class Album:
         if self.drawing is None or self.drawing.done():
             self.warn()
             kinds = (self.steps, self.evaluations, self.with_tables)
-            self.drawing = self.drawer.submit(plot, self.out, self.title, *(thinned.items() for thinned in kinds))
+            self.drawing = self.drawer.submit(
+                plot, self.out, self.title, self.stages, *(thinned.items() for thinned in kinds)
+            )
 
     def finish(self) -> None:
         """Draws all there is, and waits for it."""
@@ -83,8 +87,8 @@ class Album:
             warn_once(f"no pictures of {self.out}: {type(error).__name__}: {error}")
 
 
-def plot(out, title, steps, evaluations, with_tables):
-    plot_loss(steps, evaluations, title, out / "loss.png")
+def plot(out, title, stages, steps, evaluations, with_tables):
+    plot_loss(steps, evaluations, stages, title, out / "loss.png")
     own = sorted({key for row in steps for key in row} - {"step", "loss"})
     if own:
         plot_numbers(steps, own, title, out / "metrics.png")
@@ -105,9 +109,11 @@ def is_table(value):
     return isinstance(value, list) and len(value) > 0 and isinstance(value[0], list)
 
 
-def plot_loss(steps, evaluations, title, path):
-    """Draws the losses of training and validation over the steps."""
+def plot_loss(steps, evaluations, stages, title, path):
+    """Draws the losses of training and validation over the steps, and a line where a stage begins."""
     figure, axis = new_figure((8, 4.5))
+    for first in stages:
+        axis.axvline(first, color="gray", ls=":")
     training = [row for row in steps if "loss" in row]  # it was finite
     losses = [row["loss"] for row in training]
     axis.plot([row["step"] for row in training], losses, label="training", color="C0", alpha=0.4, lw=1)
