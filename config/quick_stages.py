@@ -20,7 +20,7 @@ batch_tokens = 2048  # 16 * 128
 micro_batch = 16
 stages = {
     0.4: dict(block_size=256, micro_batch=8),
-    0.8: dict(block_size=512, micro_batch=4, rope_theta=10000.0, rope_scaling="yarn", rope_factor=2.0, rope_original=256),
+    0.8: dict(block_size=512, micro_batch=4, rope_scaling="yarn", rope_factor=2.0, rope_original=256),
 }
 minutes = 2.75
 if torch.cpu._is_avx512_bf16_supported():
