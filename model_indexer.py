@@ -478,7 +478,7 @@ class KVCache:
         return place - doc_start, (same & causal)[:, None]  # (B, T), (B, 1, T, S)
 
     def append(self, layer, kv, index_k):
-        """Writes kv (B, T, R + D) and index_k (B, T, Z) of the newest tokens; returns those of all so far (B, S, ...)."""
+        """Writes kv (B, T, R + D) and index_k (B, T, Z) of the newest tokens; returns them of all so far, (B, S, *)."""
         place = self.last_places(kv.size(1))
         self.kv[layer].index_copy_(1, place, kv.type_as(self.kv[layer]))
         self.index_k[layer].index_copy_(1, place, index_k.type_as(self.index_k[layer]))
