@@ -1,14 +1,15 @@
-"""A small indexer chooses the K tokens that a query attends to (DeepSeek-V3.2, https://arxiv.org/abs/2512.02556).
+"""A small indexer chooses the tokens that latent attention attends to (https://arxiv.org/abs/2512.02556).
 
-    I_ts = sum over J small heads of w_tj ReLU(q_tj k_s)                    q from MLA's query latent, k and w from u
-    y_t = latent attention, as in model_mla.py, to the K keys s <= t of the largest I_ts
-    x = x + Wo y, then x = x + Wdown (silu(Wgate u) * (Wup u))              u = RMSNorm(x)
-    loss = cross-entropy + sum over layers of mean over t of KL(p_t || softmax over s of I_ts)
+    I_ts = sum over J small heads of w_tj ReLU(q_tj k_s)            q from MLA's query latent, w and k from u
+    y_t = attention as in model_mla.py, to the K keys s <= t with the largest I_ts
+    x = x + Wo y, then x = x + Wdown (silu(Wgate u) * (Wup u))      u = RMSNorm(x)
+    loss = cross-entropy + sum over layers of KL(p_t || softmax of I_t), a mean over t
 
-p_t is the mean of the heads' softmax, without gradient, and the indexer reads u and the latent without gradient: it
-learns from the KL alone to say where attention goes, and all else from the cross-entropy alone. A choice has none. Two
-stages: "dense" attends to all keys, for I to learn from all of p while the rest stands still; "sparse" to the chosen.
-Scores still cost T J Z products a query, but J Z is much less than what a key costs attention.
+A choice has no gradient. The indexer learns something else instead: where attention goes, p_t, the mean of its heads.
+p_t and what the indexer reads are detached, so that it learns from the KL alone, and all else from the cross-entropy
+alone. Training has two stages. "dense": a query attends to all keys, and only the indexers learn. "sparse": it attends
+to the chosen keys, p_t and the softmax of I_t are taken over these, and everything learns.
+The indexer still scores all keys, with T J Z products a query: far fewer than attention to them would take.
 
 B  batch
 T  time: the tokens of one call
@@ -171,6 +172,7 @@ class Indexer(nn.Module):
         Z = config.index_dim
         self.index_dim = Z
         self.rope_dim = config.rope_dim
+        self.scale = (J * Z) ** -0.5
         latent_dim = config.q_rank if config.q_rank > 0 else C
         self.wq = nn.Linear(latent_dim, J * Z, bias=False)
         self.wk = nn.Linear(C, Z, bias=False)
@@ -182,7 +184,7 @@ class Indexer(nn.Module):
         B, T, _ = x.shape
         q = self.wq(q_latent).view(B, T, -1, self.index_dim)  # (B, T, J, Z)
         k = self.k_norm(self.wk(x))[:, :, None]  # (B, T, 1, Z)
-        weight = self.w_head(x) * (q.size(2) * self.index_dim) ** -0.5  # (B, T, J)
+        weight = self.w_head(x) * self.scale  # (B, T, J)
         return self.rotate(q, rope), weight, self.rotate(k, rope)[:, :, 0]
 
     def rotate(self, x, rope):
@@ -313,27 +315,27 @@ class Attention(nn.Module):
         return q, k
 
     def masked(self, q_nope, q_rope, kv, scores, mask, sparse):
-        """Returns y (B, T, H, M) and the indexer's loss; the definition, in which products with all keys are made."""
+        """Returns y (B, T, H, M) by the mask that defines it, computed from all keys, and the indexer's loss."""
         B, T, S = scores.shape
         seen = as_one_mask(mask, B, T, S, scores.device)
         if sparse:
-            seen = seen & choose(scores, seen, self.config.index_topk)  # (B, T, S): what a query attends to
+            seen = seen & choose(scores, seen, self.config.index_topk)  # (B, T, S), what each query attends to
             mask = seen[:, None]
         q, k, v = self.expand(q_nope, q_rope, kv)
         y = self.attend(q, k, v, mask).transpose(1, 2)
         return y, self.indexer_loss(scores, q, k, seen, self.scale)
 
     def gathered(self, q_nope, q_rope, kv, index_q, weight, index_k, mask):
-        """Returns the same y from products with the chosen keys alone, in memory for a few queries at a time."""
+        """Returns the same y, computed from the chosen keys alone."""
         B, T, H, _ = q_nope.shape
         S = kv.size(1)
         K = self.config.index_topk
         seen = as_one_mask(mask, B, T, S, kv.device)
         row = torch.arange(B, device=kv.device)[:, None, None]
         outputs = []
-        for first in range(0, T, 64):
+        for first in range(0, T, 64):  # whose own keys are in memory together: B 64 K (R + D) numbers
             some = slice(first, first + 64)
-            # 1. the places of the K chosen keys, of which a mask with K ones has no other ones
+            # 1. the places of the chosen keys; topk of a mask with K ones finds these, whatever their order
             scores = self.indexer(index_q[:, some], weight[:, some], index_k)  # (B, t, S)
             chosen = choose(scores, seen[:, some], K)  # (B, t, S)
             place = chosen.int().topk(K, dim=-1, sorted=False).indices.sort(dim=-1).values  # (B, t, K)
@@ -574,7 +576,10 @@ class GPT(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.logits(x)
-        loss = self.token_losses(x, targets) if per_token else self.lm_loss(x, targets)
+        if per_token:
+            loss = self.token_losses(x, targets)  # (B, T)
+        else:
+            loss = self.lm_loss(x, targets)
         auxiliary = torch.zeros((), device=x.device)
         if self.training:
             auxiliary = torch.stack(indexer_losses).sum()

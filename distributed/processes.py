@@ -180,7 +180,14 @@ def averaging_gradients(model: torch.nn.Module, device: str) -> torch.nn.Module:
     """Returns the model wrapped so that its backward averages gradients over the processes (DDP)."""
     index = torch.device(device).index
     ids = None if index is None else [index]
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)  # counts are each process's own
+    # DDP would wait for gradients of all parameters. In this stage the indexers alone have any.
+    some_stand_still = getattr(model.config, "indexer_stage", "sparse") == "dense"
+    return DistributedDataParallel(
+        model,
+        device_ids=ids,
+        broadcast_buffers=False,  # counts are each process's own
+        find_unused_parameters=some_stand_still,
+    )
 
 
 def backward_of(model: torch.nn.Module, last: bool, reshard: bool = True):

@@ -49,7 +49,7 @@ def test_the_best_keys_are_chosen_and_of_ties_the_latest_however_many_keys_come_
 
 
 def slow_attention(attn, u, x, eot_id):
-    """Returns what one layer of sparse attention gives for u (T, C) of the tokens x, by the formulas, a loop each."""
+    """Returns scores and output of a layer of sparse attention for u (T, C) of the tokens x, by loops over formulas."""
     c = attn.config
     T = len(x)
     start = [max([s for s in range(t + 1) if x[s] == eot_id], default=0) for t in range(T)]
@@ -70,6 +70,7 @@ def slow_attention(attn, u, x, eot_id):
     indexer = attn.indexer
     index_k = F.layer_norm(u @ indexer.wk.weight.T, (c.index_dim,), indexer.k_norm.weight, indexer.k_norm.bias, 1e-6)
     rows = []
+    all_scores = torch.zeros(T, T, dtype=torch.float64)
     for t in range(T):
         seen = [start[t] <= s <= t for s in range(T)]
         scores = [0.0] * T
@@ -78,6 +79,7 @@ def slow_attention(attn, u, x, eot_id):
             q = turn((q_latent[t] @ indexer.wq.weight.T).view(-1, c.index_dim)[j], t)
             for s in range(t + 1):
                 scores[s] += (w * max(q @ turn(index_k[s], s), torch.tensor(0.0))).item()
+        all_scores[t] = torch.tensor(scores)
         places = slow_choice(scores, seen, c.index_topk)
         heads = []
         for h in range(c.n_head):
@@ -89,7 +91,7 @@ def slow_attention(attn, u, x, eot_id):
             p = torch.stack([q @ k * (c.nope_dim + c.rope_dim) ** -0.5 for k in keys]).softmax(dim=0)
             heads.append(p @ torch.stack(values))
         rows.append(torch.cat(heads) @ attn.wo.weight.T)
-    return torch.stack(rows)
+    return all_scores, torch.stack(rows)
 
 
 @pytest.mark.parametrize("eot_id", [-1, EOT])
@@ -97,14 +99,17 @@ def test_a_layer_is_a_slow_loop_over_the_formulas_masked_and_gathered(eot_id):
     model = build("indexer", n_layer=1, eot_id=eot_id, **FEW).double()
     x = tokens(1, 18)
     x[0, 7] = EOT
-    outputs = []
-    model.blocks[0].attn.register_forward_hook(lambda module, inputs, output: outputs.append((inputs[0], output[0])))
+    attn = model.blocks[0].attn
+    inputs, outputs, scores = [], [], []
+    attn.register_forward_hook(lambda module, given, output: inputs.append(given[0]) or outputs.append(output[0]))
+    attn.indexer.register_forward_hook(lambda module, given, output: scores.append(output))
     with torch.no_grad():
         model(x)
         model.train()(x)
-        for u, y in outputs:
-            want = slow_attention(model.blocks[0].attn, u[0], x[0].tolist(), eot_id)
-            torch.testing.assert_close(y[0], want, atol=1e-6, rtol=0)  # angles are in fp32
+        want_scores, want = slow_attention(attn, inputs[0][0], x[0].tolist(), eot_id)
+    for training in (0, 1):
+        torch.testing.assert_close(outputs[training][0], want, atol=1e-6, rtol=0)  # angles are in fp32
+        torch.testing.assert_close(scores[training][0].tril(), want_scores, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("eot_id", [-1, EOT])
