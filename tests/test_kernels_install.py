@@ -76,13 +76,14 @@ def check_report(installed, model):
     if getattr(model.config, "rotary_fraction", 1.0) < 1:
         left_alone["Attention.rotate (computes something else)"] = rotations
         rotations = 0
-    chosen_by_mask = parts["Indexer"] > 0 and model.config.eot_id >= 0
+    chosen_by_mask = parts["Indexer"] > 0 and model.config.eot_id >= 0  # who chooses keys asks the mask for all
     if chosen_by_mask:
         left_alone["Attention.attend (its mask: another one needs the mask)"] = parts["Attention"]
     assert installed.left_alone == +left_alone
     assert swapped["swiglu"] == parts["MLP"] * gated
     assert swapped["norm_rope"] + swapped["rope"] == rotations
     assert swapped["rms_norm"] == parts["RMSNorm"] - 2 * swapped["norm_rope"]
+    assert parts["Attention"] > 0
     assert swapped["flash_attention"] == parts["Attention"] * (not chosen_by_mask)
     assert swapped["moe"] == parts["MoE"]
     assert swapped["gated_delta_rule"] == parts["GatedDelta"]
