@@ -389,7 +389,7 @@ def optimizer_cost(model: str, config, optimizer: str = "muon") -> tuple[int, in
 
 def decode_flops(model: str, config, context: int) -> dict[str, float]:
     """Returns {component: FLOPs} of one token that is decoded with context tokens in the cache, itself among them."""
-    longest = max(LONGEST_RUN, 4 * getattr(config, "window", 0))
+    longest = max(LONGEST_RUN, 4 * getattr(config, "window", 0), 4 * getattr(config, "index_topk", 0))
     if context > longest:  # linear in the context, from where all windows are full
         near = decode_flops(model, config, longest // 2)
         far = decode_flops(model, config, longest)

@@ -1375,7 +1375,8 @@ def install(model: torch.nn.Module, seams: Sequence[Seam] = SEAMS) -> Installed:
         attending = [module for module, seam, _ in taken if seam.method == "attend"]
         if attending and (model.config.eot_id >= 0 or hasattr(model.config, "window")):
             candidate, why = DOCUMENTS.choose(model, model)
-            if len(attending) < sum(hasattr(module, "attend") for module in modules):
+            needing = [m for m in modules if hasattr(m, "attend") or type(m).__name__ == "Indexer"]
+            if len(attending) < len(needing):
                 candidate = None
                 why = "another one needs the mask"
             if candidate is None:

@@ -196,7 +196,8 @@ else:
     raw_model.to(device)
     net = torch.compile(raw_model) if compile else raw_model
 if parallel == "ddp":
-    net = processes.averaging_gradients(net, device)
+    trains_a_part = any(getattr(each.model_config, "indexer_stage", "") == "dense" for each in plan.stages)
+    net = processes.averaging_gradients(net, device, trains_a_part)
 
 # ---- optimizer -------------------------------------------------------------------------------------------------------
 

@@ -176,15 +176,17 @@ def on_first(call: Callable, *args):
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
-def averaging_gradients(model: torch.nn.Module, device: str) -> torch.nn.Module:
+def averaging_gradients(model: torch.nn.Module, device: str, some_stand_still: bool = False) -> torch.nn.Module:
     """Returns the model wrapped so that its backward averages gradients over the processes (DDP).
+
+    some_stand_still: there are steps in which some parameters have no gradient, for which DDP would wait.
 
     Gradients go in buckets, which DDP fills in another order after its first step; and where a number stands in its
     bucket decides in which order three processes add it up. On CPUs a resumed run has to be the same to the last bit,
     so each parameter has a bucket of its own there.
     """
     index = torch.device(device).index
-    options = {"broadcast_buffers": False}  # counts are each process's own
+    options = {"broadcast_buffers": False, "find_unused_parameters": some_stand_still}  # counts are each process's own
     if index is not None:
         options["device_ids"] = [index]
     if torch.device(device).type == "cpu":

@@ -108,6 +108,8 @@ CASES = [(name, {}) for name in MODELS] + [
     ("moe", dict(n_dense_layer=0, n_layer=3, moe_every=2)),
     ("mla", dict(q_rank=0)),
     ("gated", dict(qkv_gates="qkv", output_gate="head")),
+    ("indexer", dict(index_topk=5)),
+    ("indexer", dict(indexer_stage="dense", q_rank=0)),
     ("sliding", dict(layer_pattern="lmn", n_layer=3, n_global_token=2, attention_sink=True)),
     ("hybrid", dict(layer_pattern="dd")),
     ("hybrid", dict(layer_pattern="da", qkv_gates="v", n_layer=4)),
@@ -127,7 +129,7 @@ def test_flops_and_parameters_of_each_component_are_those_of_the_closed_form(nam
 def counted(model, backward):
     """FLOPs of a batch of 2 by torch's counter, which sees attention only where it is made of matmuls."""
     idx = tokens(2, T)
-    model = model.double()  # no grouped product, which the counter does not know
+    model = model.train().double()  # no grouped product, which the counter does not know
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = model(idx, idx)
         if backward:
@@ -251,6 +253,7 @@ def test_weights_read_and_active_are_those_that_move_a_decoded_tokens_logits(nam
                 moved[key] = moved.get(key, 0) + (p.grad != 0)
     moved = {key: count.count_nonzero().item() for key, count in moved.items()}
     want = flops.weights_read(name, model.config, 1)
+    want -= sum(p.numel() for key, p in model.named_parameters() if "indexer" in key)  # a choice has no gradient
     tied = getattr(model, "lm_head", None) is None
     # A tied embedding is one matrix, of which the head reads all and the embedding a row: the gradient counts it once.
     assert sum(moved.values()) == pytest.approx(want - tied * model.config.n_embd)

@@ -19,6 +19,7 @@ from tests.kernel_checks import kernels_run  # noqa: F401
 from tests.tiny import EOT, MODELS, ROOT, build, module, tokens
 
 FITTING = {"mla": dict(nope_dim=8, rope_dim=8, v_dim=16)}  # keys as wide as values, as the kernel wants them
+FITTING["indexer"] = FITTING["mla"]
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -75,16 +76,20 @@ def check_report(installed, model):
     if getattr(model.config, "rotary_fraction", 1.0) < 1:
         left_alone["Attention.rotate (computes something else)"] = rotations
         rotations = 0
+    chosen_by_mask = parts["Indexer"] > 0 and model.config.eot_id >= 0  # who chooses keys asks the mask for all
+    if chosen_by_mask:
+        left_alone["Attention.attend (its mask: another one needs the mask)"] = parts["Attention"]
     assert installed.left_alone == +left_alone
     assert swapped["swiglu"] == parts["MLP"] * gated
     assert swapped["norm_rope"] + swapped["rope"] == rotations
     assert swapped["rms_norm"] == parts["RMSNorm"] - 2 * swapped["norm_rope"]
-    assert swapped["flash_attention"] == parts["Attention"] > 0
+    assert parts["Attention"] > 0
+    assert swapped["flash_attention"] == parts["Attention"] * (not chosen_by_mask)
     assert swapped["moe"] == parts["MoE"]
     assert swapped["gated_delta_rule"] == parts["GatedDelta"]
     assert swapped["linear_cross_entropy"] == 1
     has_window = hasattr(model.config, "window")
-    assert swapped["document_starts"] == (model.config.eot_id >= 0 and not has_window)
+    assert swapped["document_starts"] == (model.config.eot_id >= 0 and not has_window and not chosen_by_mask)
     assert swapped["window_starts"] == has_window
 
 

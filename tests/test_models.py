@@ -304,7 +304,7 @@ def test_matrices_that_write_to_the_residual_stream_start_smaller(name):
 @each_model
 @pytest.mark.parametrize("eot_id", [-1, EOT])
 def test_every_parameter_is_trained_and_in_exactly_one_optimizer_group(name, eot_id):
-    model, x = build(name, eot_id=eot_id), tokens(2, BLOCK)
+    model, x = build(name, eot_id=eot_id).train(), tokens(2, BLOCK)
     model(x, tokens(2, BLOCK, seed=2)).backward()
     for n, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, n
@@ -345,7 +345,7 @@ def test_a_model_compiled_for_any_length_equals_the_eager_one(name):
 @each_model
 @pytest.mark.parametrize("eot_id", [-1, EOT])
 def test_the_compiled_model_has_the_loss_and_gradients_of_the_eager_one(name, eot_id):
-    model, x, y = build(name, eot_id=eot_id), tokens(2, 16), tokens(2, 16, seed=2)
+    model, x, y = build(name, eot_id=eot_id).train(), tokens(2, 16), tokens(2, 16, seed=2)
     eager = model(x, y)
     want = torch.autograd.grad(eager, list(model.parameters()))
     loss = torch.compile(model, backend="aot_eager", fullgraph=True)(x, y)

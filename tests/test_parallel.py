@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 import muon
 from distributed import fsdp, processes
@@ -102,7 +101,9 @@ def curve(name, how, optimizer="muon", steps=20, micro=2, dtype=torch.float64, *
 def curve_in(dtype, name, how, optimizer, steps, micro, options):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = build(name, how, dtype, **options)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if how == "ddp" else model
+    net = model
+    if how == "ddp":
+        net = processes.averaging_gradients(model, "cpu", options.get("indexer_stage") == "dense")
     # eps: a gradient that is zero but for rounding, like that of a key's bias, moves no weight.
     opt = muon.make_optimizer(model, optimizer, 5e-3, eps=1e-4)
     generator, rows, positions = torch.Generator().manual_seed(7), [], torch.arange(33)
@@ -193,6 +194,15 @@ def test_experts_balanced_over_all_processes_train_like_those_of_one():
         for name in ("bias", "load"):
             name = f"blocks.1.mlp.router.{name}"
             assert torch.equal(result["weights"][name], one["weights"][name])
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_stage_in_which_most_weights_have_no_gradient_trains_like_in_one_process(how):
+    options = dict(indexer_stage="dense", steps=3)
+    one = curve("indexer", "none", **options)
+    for result in everywhere(2, partial(curve, "indexer", how, **options)):
+        same_curve(result, one)
+        torch.testing.assert_close(result["weights"], one["weights"], atol=1e-8, rtol=0)
 
 
 def counted(**options):
