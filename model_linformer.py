@@ -26,7 +26,7 @@ N  windows, or blocks of queries
 V  vocabulary
 
 Differs from model_baseline.py in: GPTConfig, Attention, KVCache, GPT.init_weights, GPT.positions_and_mask,
-window_starts, what_is_seen, query_blocks, key_blocks
+window_starts, blocks_of, what_is_seen, query_blocks, key_blocks
 """
 
 import copy
@@ -164,6 +164,13 @@ def window_starts(place, doc_start, window):
     return place - (place - doc_start) % window
 
 
+def blocks_of(T, window):
+    """Returns N and Q: T queries stand in N blocks of Q, each as long as a window, or one block of all that are fewer."""
+    if T < window:
+        return 1, T
+    return (T + window - 1) // window, window
+
+
 def what_is_seen(place, doc_start, slot_start, config):
     """Returns the mask (B N, 1, Q, S) of queries at place (T,), in blocks as query_blocks and key_blocks make them.
 
@@ -175,11 +182,11 @@ def what_is_seen(place, doc_start, slot_start, config):
     """
     W = config.window
     T = len(place)
-    Q = min(T, W)
+    N, Q = blocks_of(T, W)
     # 1. the last block is filled up with queries that go on in the last document
-    n = torch.arange(T + -T % Q, device=place.device)
-    place = (place[0] + n).view(-1, Q, 1)  # (N, Q, 1)
-    doc_start = doc_start[:, n.clamp(max=T - 1)].unflatten(1, (-1, Q))[..., None]  # (B, N, Q, 1)
+    n = torch.arange(N * Q, device=place.device)
+    place = (place[0] + n).view(N, Q, 1)
+    doc_start = doc_start[:, n.clamp(max=T - 1)].view(-1, N, Q, 1)
     window_start = window_starts(place, doc_start, W)
     # 2. of the keys those of the same window, up to the query's own
     key_place = place[:, :1] - W + torch.arange(W + Q, device=place.device)  # (N, 1, W + Q)
@@ -190,21 +197,24 @@ def what_is_seen(place, doc_start, slot_start, config):
     return torch.cat((same_window, has_ended), dim=3).flatten(0, 1)[:, None]
 
 
-def query_blocks(q, Q):
+def query_blocks(q, window):
     """Returns q (B, H, T, D) as blocks of Q queries (B N, H, Q, D), the last one filled up with zeros."""
-    q = F.pad(q, (0, 0, 0, -q.size(2) % Q))
-    return q.unflatten(2, (-1, Q)).transpose(1, 2).flatten(0, 1)
+    T = q.size(2)
+    N, Q = blocks_of(T, window)
+    q = F.pad(q, (0, 0, 0, N * Q - T))
+    return q.unflatten(2, (N, Q)).transpose(1, 2).flatten(0, 1)
 
 
-def key_blocks(k, slots, Q, W):
+def key_blocks(k, slots, window):
     """Returns for each block the keys that its queries may see (B N, G, S, D): its own, the W before, and all slots.
 
     k (B, G, W + T, D) begins W places before the queries; slots (B, G, N, R, D).
     """
-    T = k.size(2) - W
-    k = F.pad(k, (0, 0, 0, -T % Q)).unfold(2, W + Q, Q)  # (B, G, N, D, W + Q)
-    k = k.permute(0, 2, 1, 4, 3)  # (B, N, G, W + Q, D)
-    slots = slots.flatten(2, 3)[:, None].expand(-1, k.size(1), -1, -1, -1)  # (B, N, G, N R, D)
+    T = k.size(2) - window
+    N, Q = blocks_of(T, window)
+    k = F.pad(k, (0, 0, 0, N * Q - T))
+    k = k.unfold(2, window + Q, Q).permute(0, 2, 1, 4, 3)  # (B, N, G, W + Q, D)
+    slots = slots.flatten(2, 3)[:, None].expand(-1, N, -1, -1, -1)  # (B, N, G, N R, D)
     return torch.cat((k, slots), dim=3).flatten(0, 1)
 
 
@@ -250,10 +260,9 @@ class Attention(nn.Module):
         if cache is not None:
             slots_k, slots_v = cache.append_slots(self.layer, slots_k, slots_v)
         # 4. attend, in blocks of Q queries
-        Q = min(T, W)
-        q = query_blocks(q, Q)  # (B N, H, Q, D)
-        k = key_blocks(k, slots_k, Q, W)  # (B N, G, S, D)
-        v = key_blocks(v, slots_v, Q, W)  # (B N, G, S, D)
+        q = query_blocks(q, W)  # (B N, H, Q, D)
+        k = key_blocks(k, slots_k, W)  # (B N, G, S, D)
+        v = key_blocks(v, slots_v, W)  # (B N, G, S, D)
         y = self.attend(q, k, v, seen)  # (B N, H, Q, D)
         # 5. merge blocks and heads
         y = y.unflatten(0, (B, -1)).transpose(2, 3)  # (B, N, Q, H, D)
@@ -577,7 +586,7 @@ class GPT(nn.Module):
 
 TINY = dict(
     vocab_size=256, block_size=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, n_embd=64, n_inner=160,
-    window=8, n_slot=2,
+    window=4, n_slot=2,
 )  # fmt: skip
 
 
