@@ -1,6 +1,6 @@
-# The quickstart with windows of 64 tokens, of which each that has ended is pooled to 8 slots: 3,348,544 parameters, and as many
-# steps as fit into 2 3/4 minutes on a CPU. At 256 tokens the cache has 64 + 5 * 8 = 104 keys and values of a head in each
-# layer, in the quickstart 256.
+# The quickstart with windows of 64 tokens, of which each that has ended is pooled to 8 slots: 3,348,544 parameters, and
+# as many steps as fit into 2 3/4 minutes on a CPU. At 256 tokens the cache has 64 + 5 * 8 = 104 keys and values of a
+# head in each layer, in the quickstart 256.
 # The data: python data/prepare.py stdlib --tokenizer bpe:4096
 import torch
 

@@ -1,7 +1,7 @@
-# Windows of 256 tokens, of which each that has ended is pooled to 8 slots, at GPT-2's size on 2.5B tokens of FineWeb-Edu:
-# 1.9e18 FLOPs, not timed yet; one node of 8 GPUs (torchrun --standalone --nproc_per_node=8 train.py
-# config/train_linformer.py), or one GPU with patience. At 1,024 tokens the cache has 256 + 5 * 8 = 296 keys and values of
-# a head in each layer, where the baseline has 1,024.
+# Windows of 256 tokens, of which each that has ended is pooled to 8 slots, at GPT-2's size on 2.5B tokens of
+# FineWeb-Edu: 1.9e18 FLOPs, not timed yet; one node of 8 GPUs (torchrun --standalone --nproc_per_node=8 train.py
+# config/train_linformer.py), or one GPU with patience. At 1,024 tokens the cache has 256 + 5 * 8 = 296 keys and values
+# of a head in each layer, where the baseline has 1,024.
 # The data: python data/prepare.py fineweb-edu --tokenizer gpt2 --max_tokens 2500000000
 model = "linformer"
 data = "data/fineweb-edu"
