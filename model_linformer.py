@@ -1,4 +1,4 @@
-"""A window that has ended is pooled to a few slots by learned weights: a causal Linformer (https://arxiv.org/abs/2006.04768).
+"""A causal Linformer: each window that has ended is pooled to a few slots (https://arxiv.org/abs/2006.04768).
 
     q, k, v = Wq u, Wk u, Wv u, then q, k = rope(norm(q)), rope(norm(k))        u = RMSNorm(x)
     K, V = E k, F v                 of W tokens, E and F (R, W): the R slots of each window of a document
@@ -7,11 +7,11 @@
     x = x + Wdown (silu(Wgate u) * (Wup u))                                     u = RMSNorm(x)
 
 Linformer itself multiplies all keys of a text by one E (R, T). Every slot then holds a part of every token, later ones
-too: right for an encoder, but a decoder would read in a slot the token that it has to predict. Here a slot is seen by
-the windows after it alone, as in DeepSeek-V4's heavily compressed attention, which pools 128 tokens to one slot.
+too: right for an encoder, but a decoder would read in the slots the token that it has to predict. Here only the windows
+after it see a slot, as in DeepSeek-V4's heavily compressed attention, where it holds 128 tokens.
 
-A query meets up to 2 W + R T / W keys in place of T: with W = 256 and R = 8 those of 16,384 tokens are 1,024. So time
-is not quite linear in T, but far from where attention dominates it is: see keys_seen. No tensor is (T, T).
+In place of T keys a query meets 2 W keys and R T / W slots, so that time is nearly linear in T: with window=256 and
+n_slot=4 those of 16,384 tokens are 768. The cache has W keys and values, and R of each window. Nothing is (T, T).
 
 B  batch
 T  time: the tokens of one call
@@ -50,8 +50,8 @@ class GPTConfig:
     head_dim: int = 64  # n_head * head_dim need not be n_embd
     n_embd: int = 768
     n_inner: int = 2048  # width of the MLP, about 8/3 n_embd
-    window: int = 256  # so many tokens attend to each other exactly, counted from where their document begins
-    n_slot: int = 8  # keys and values that stand for a window once it has ended: window is the memory of all of it
+    window: int = 256  # tokens that attend to each other as they are, counted from where their document begins
+    n_slot: int = 4  # keys and values that stand for a window once it has ended; as many as window lose nothing
     qk_norm: bool = True  # RMSNorm on each query and key head: attention logits stay small at high learning rates
     rope_theta: float = 10000.0  # wavelengths reach 2 pi rope_theta tokens: 1e6 for long context
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # turns more slowly, to read longer texts
@@ -371,8 +371,8 @@ class KVCache:
         if B != len(self.pad) or too_long:
             size = (len(self.pad), self.max_len)
             raise ValueError(f"{B} x ({int(self.length)} + {T}) tokens do not fit a cache of {size}")
+        place = self.length + self.places[:T]  # (T,)
         self.length += T
-        place = self.last_places(T)  # (T,)
         # 1. Where a token's document begins is the last of three: its own place if it is eot_id, the first place after
         # the padding, and where the document of the token before it begins. An empty cache says 0.
         at_eot = torch.where(idx == self.config.eot_id, place, 0)  # (B, T)
@@ -404,12 +404,6 @@ class KVCache:
         self.slots_k[layer].scatter_(2, slot, slots_k.type_as(self.slots_k[layer]))
         self.slots_v[layer].scatter_(2, slot, slots_v.type_as(self.slots_v[layer]))
         return self.slots_k[layer], self.slots_v[layer]
-
-    def last_places(self, T):
-        """Returns the places (T,) of the newest T tokens."""
-        if self.static:
-            return self.length - T + self.places[:T]
-        return self.places[self.length - T : self.length]
 
     def rewind(self, length):
         """Forgets all tokens but the first `length`: all of them, or none."""

@@ -1,5 +1,5 @@
-# The quickstart with windows of 64 tokens, of which each that has ended is pooled to 8 slots: 3,348,544 parameters, and
-# as many steps as fit into 2 3/4 minutes on a CPU. At 256 tokens the cache has 64 + 5 * 8 = 104 keys and values of a
+# The quickstart with windows of 64 tokens, of which each that has ended is pooled to 4 slots: 3,346,496 parameters, and
+# as many steps as fit into 2 3/4 minutes on a CPU. At 256 tokens the cache has 64 + 5 * 4 = 84 keys and values of a
 # head in each layer, in the quickstart 256.
 # The data: python data/prepare.py stdlib --tokenizer bpe:4096
 import torch
@@ -15,7 +15,7 @@ n_embd = 192
 n_inner = 512
 block_size = 256
 window = 64
-n_slot = 8
+n_slot = 4
 rope_theta = 1000.0
 tie_embeddings = False
 zero_init_residual = True

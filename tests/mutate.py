@@ -259,7 +259,7 @@ MUTANTS = [
         "model_linformer.py",
         "whole = (last < T) & (window_start.gather(1, last.clamp(max=T - 1)) == start)",
         "whole = last < T",
-        "test_linformer.py -k many_documents",
+        "test_linformer.py -k places_of_their_own",
     ),
     Mutant(
         "slots of the text before",

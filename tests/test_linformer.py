@@ -191,6 +191,23 @@ def test_many_documents_in_chunks_of_any_length_leave_the_right_slots(static):
         torch.testing.assert_close(run_in_pieces(model, x, chunks, static=static), full, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("lengths", [[60], [7, 1, 30, 22]])
+def test_whole_windows_are_written_to_places_of_their_own_and_the_others_to_the_last(lengths):
+    """Which of two writes to one place comes last is not said on a GPU."""
+    W = 4
+    cache = build("linformer", eot_id=EOT, window=W).new_cache(20, 60)
+    x = torch.where(torch.rand(20, 60, generator=torch.Generator().manual_seed(0)) < 0.2, EOT, tokens(20, 60))
+    for new in x.split(lengths, dim=1):
+        cache.advance(new)
+        for row in cache.slot.tolist():
+            whole = [slot for slot in row if slot < 60 // W]
+            assert len(set(whole)) == len(whole)
+    for row, slot_start in zip(x.tolist(), cache.slot_start.tolist()):
+        starts = document_starts(row)
+        want = [t - W + 1 for t in range(60) if (t + 1 - starts[t]) % W == 0]
+        assert [start for start in slot_start if start >= 0] == want and slot_start[-1] == -1
+
+
 def test_rows_with_padding_count_their_windows_from_behind_it():
     model = build("linformer").double()
     x, pad = tokens(4, 24), torch.tensor([0, 3, 4, 7])
