@@ -165,7 +165,7 @@ def window_starts(place, doc_start, window):
 
 
 def blocks_of(T, window):
-    """Returns N and Q: T queries stand in N blocks of Q, each as long as a window, or one block of all that are fewer."""
+    """Returns N and Q: T queries stand in N blocks of Q, each as long as a window, or in one if they are fewer."""
     if T < window:
         return 1, T
     return (T + window - 1) // window, window

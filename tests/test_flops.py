@@ -99,7 +99,7 @@ def sliding(c):
 
 
 def keys_computed(c):
-    """How many keys and slots a query of linformer is multiplied with: masked ones too, those of filled-up blocks too."""
+    """How many keys and slots a query of linformer is multiplied with, masked ones and filled-up blocks among them."""
     blocks = -(-T // c.window)
     return blocks * c.window * (2 * c.window + c.n_slot * blocks) / T
 
@@ -116,7 +116,8 @@ def linformer(c):
     }
 
 
-CLOSED = {"linformer": linformer, "sliding": sliding, "baseline": baseline, "gpt2": gpt2, "moe": moe, "switch": moe, "mla": mla, "gated": gated}
+CLOSED = {"sliding": sliding, "baseline": baseline, "gpt2": gpt2, "moe": moe, "switch": moe, "mla": mla, "gated": gated}
+CLOSED |= {"linformer": linformer}
 CASES = [(name, {}) for name in MODELS] + [
     ("baseline", dict(tie_embeddings=False)),
     ("baseline", dict(qk_norm=False, n_layer=3)),
