@@ -6,8 +6,9 @@
 Any model_<name>.py is built of fake tensors, which have shapes and no contents, and run once: every operation that
 passes is asked what it multiplies, and every tensor how long it lives. A multiply and an add are 2 FLOPs, and only
 matrix products, attention, convolutions, triangular solves and Fourier transforms count. Attention is counted over all
-T keys, as PaLM and torchtitan do; the causal count has the keys that a query sees, (T + 1) / 2 on average, or what the
-mixer says in keys_seen(T). Attention's backward is twice its forward, without what fused kernels compute again.
+keys that are multiplied, mostly T, as PaLM and torchtitan do; the causal count has the keys that a query sees,
+(T + 1) / 2 on average, or what the mixer says in keys_seen(T). Attention's backward is twice its forward, without what
+fused kernels compute again.
 """
 
 import argparse

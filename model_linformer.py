@@ -22,7 +22,8 @@ G  key/value heads
 D  head_dim
 W  window
 R  n_slot, the slots of a window
-N  windows, or blocks of queries
+N  blocks of queries in a call, each as long as a window; at most so many windows end in it
+M  windows that have slots: N, or those of the cache
 V  vocabulary
 
 Differs from model_baseline.py in: GPTConfig, Attention, KVCache, GPT.init_weights, GPT.positions_and_mask,
@@ -72,9 +73,9 @@ class GPTConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd, and RoPE turns pairs: try {self.head_dim + 1}")
         if not 1 <= self.window <= self.block_size:
-            raise ValueError(f"window={self.window} is not between 1 and block_size={self.block_size}")
+            raise ValueError(f"window={self.window} is not between 1 and block_size={self.block_size}: try a quarter")
         if self.n_slot < 1 or self.window % self.n_slot:
-            raise ValueError(f"window={self.window} is not divisible by n_slot={self.n_slot}: try 1 or window")
+            raise ValueError(f"window={self.window} is not divisible by n_slot={self.n_slot}: try 1 or {self.window}")
         if self.rope_scaling not in ("none", "linear", "yarn", "llama3"):
             raise ValueError(f"rope_scaling={self.rope_scaling!r} is unknown: try none, linear, yarn or llama3")
         if self.rope_scaling in ("yarn", "llama3") and self.rope_original < 1:
@@ -174,7 +175,7 @@ def blocks_of(T, window):
 def what_is_seen(place, doc_start, slot_start, config):
     """Returns the mask (B N, 1, Q, S) of queries at place (T,), in blocks as query_blocks and key_blocks make them.
 
-    doc_start (B, T): where the document of each query begins. slot_start (B, N): where the window of each slot begins.
+    doc_start (B, T): where the document of each query begins. slot_start (B, M): where the window of each slot begins.
     With window 2 and 1 slot, x is seen:
         block of 4 and 5    keys 2 3 4 5    slots of 0 2 4
         query 4                  . . x .             x x .
@@ -192,8 +193,8 @@ def what_is_seen(place, doc_start, slot_start, config):
     key_place = place[:, :1] - W + torch.arange(W + Q, device=place.device)  # (N, 1, W + Q)
     same_window = (window_start <= key_place) & (key_place <= place)  # (B, N, Q, W + Q)
     # 3. of the slots those of windows of the same document that have ended
-    slot_start = slot_start[:, None, None, :].repeat_interleave(config.n_slot, dim=3)  # (B, 1, 1, N R)
-    has_ended = (doc_start <= slot_start) & (slot_start < window_start)  # (B, N, Q, N R)
+    slot_start = slot_start[:, None, None, :].repeat_interleave(config.n_slot, dim=3)  # (B, 1, 1, M R)
+    has_ended = (doc_start <= slot_start) & (slot_start < window_start)  # (B, N, Q, M R)
     return torch.cat((same_window, has_ended), dim=3).flatten(0, 1)[:, None]
 
 
@@ -208,13 +209,14 @@ def query_blocks(q, window):
 def key_blocks(k, slots, window):
     """Returns for each block the keys that its queries may see (B N, G, S, D): its own, the W before, and all slots.
 
-    k (B, G, W + T, D) begins W places before the queries; slots (B, G, N, R, D).
+    As documents begin anywhere, so do windows: that of a query may have begun in the block before. k (B, G, W + T, D)
+    begins W places before the queries; slots (B, G, M, R, D).
     """
     T = k.size(2) - window
     N, Q = blocks_of(T, window)
     k = F.pad(k, (0, 0, 0, N * Q - T))
     k = k.unfold(2, window + Q, Q).permute(0, 2, 1, 4, 3)  # (B, N, G, W + Q, D)
-    slots = slots.flatten(2, 3)[:, None].expand(-1, N, -1, -1, -1)  # (B, N, G, N R, D)
+    slots = slots.flatten(2, 3)[:, None].expand(-1, N, -1, -1, -1)  # (B, N, G, M R, D)
     return torch.cat((k, slots), dim=3).flatten(0, 1)
 
 
@@ -253,12 +255,12 @@ class Attention(nn.Module):
             v = F.pad(v, (0, 0, W, 0))  # (B, G, W + T, D)
         else:
             k, v = cache.append(self.layer, k, v)  # (B, G, W + T, D)
-        # 3. pool windows
+        # 3. pool the windows that end in this call
         starts, seen = mask
         slots_k = self.pool(self.w_pool_k, k, starts)  # (B, G, N, R, D)
         slots_v = self.pool(self.w_pool_v, v, starts)  # (B, G, N, R, D)
         if cache is not None:
-            slots_k, slots_v = cache.append_slots(self.layer, slots_k, slots_v)
+            slots_k, slots_v = cache.append_slots(self.layer, slots_k, slots_v)  # (B, G, M, R, D)
         # 4. attend, in blocks of Q queries
         q = query_blocks(q, W)  # (B N, H, Q, D)
         k = key_blocks(k, slots_k, W)  # (B N, G, S, D)
@@ -330,8 +332,8 @@ class KVCache:
     """Keys and values of the last W tokens, (B, G, W, D), and of the slots of each window, (B, G, M, R, D), by layer.
 
     A forward pass calls advance once, which takes places for its tokens; then each layer appends what belongs there.
-    The slots of the window that begins at a place are those of index place // W, as no two whole windows begin within W
-    places. M = max_len // W + 1: none that begins in the last part can be whole, and slots that are not go there.
+    No two whole windows begin within W places, so that the slots of one that begins at a place have index place // W.
+    M = max_len // W + 1: a window of the last index cannot be whole, and there go all that are not.
     slot_start (B, M) holds where the window of each begins, -1 while there is none.
 
     doc_start (B, 1) is the place where the newest document begins. Padding at the left is a document of its own. Two
