@@ -42,7 +42,7 @@ def slow_loop(attn, q, k, v, starts):
     return y
 
 
-@pytest.mark.parametrize("window, n_slot", [(4, 2), (4, 4), (3, 1), (1, 1), (20, 2)])
+@pytest.mark.parametrize("window, n_slot", [(4, 2), (3, 1), (1, 1), (18, 2)])
 def test_attention_is_that_of_a_slow_loop_over_the_keys_and_slots_that_are_seen(window, n_slot):
     model = build("linformer", window=window, n_slot=n_slot, eot_id=EOT).double()
     attn = model.blocks[0].attn
@@ -174,7 +174,7 @@ CONTRACT = {
 
 
 @pytest.mark.parametrize("contract", CONTRACT)
-@pytest.mark.parametrize("window, n_slot", [(1, 1), (3, 3), (6, 1)])
+@pytest.mark.parametrize("window, n_slot", [(1, 1), (6, 2)])
 def test_other_windows_keep_the_contract(contract, window, n_slot, monkeypatch):
     monkeypatch.setattr(test_models, "build", lambda *a, **more: build(*a, window=window, n_slot=n_slot, **more))
     test, argument = CONTRACT[contract]
