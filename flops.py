@@ -6,8 +6,9 @@
 Any model_<name>.py is built of fake tensors, which have shapes and no contents, and run once: every operation that
 passes is asked what it multiplies, and every tensor how long it lives. A multiply and an add are 2 FLOPs, and only
 matrix products, attention, convolutions, triangular solves and Fourier transforms count. Attention is counted over all
-T keys, as PaLM and torchtitan do; the causal count has the keys that a query sees, (T + 1) / 2 on average, or what the
-mixer says in keys_seen(T). Attention's backward is twice its forward, without what fused kernels compute again.
+keys that are multiplied, mostly T, as PaLM and torchtitan do; the causal count has the keys that a query sees,
+(T + 1) / 2 on average, or what the mixer says in keys_seen(T). Attention's backward is twice its forward, without what
+fused kernels compute again.
 """
 
 import argparse
@@ -113,6 +114,7 @@ class Cost:
     forward: dict = field(default_factory=lambda: defaultdict(int))
     backward: dict = field(default_factory=lambda: defaultdict(int))
     scores: dict = field(default_factory=lambda: defaultdict(int))  # {module's path: FLOPs of its causal attention}
+    pairs: dict = field(default_factory=dict)  # {module's path: queries times the keys that each is multiplied with}
     peak_bytes: int = 0
 
 
@@ -166,10 +168,11 @@ class Counter(TorchDispatchMode):
                 self.follow(tensor.untyped_storage())
         return out
 
-    def attending(self, attend, *args):
+    def attending(self, attend, q, k, *args):
         """Calls a module's attend, whose products are those of causal attention however it multiplies."""
         self.in_attention = True
-        out = attend(*args)
+        self.cost.pairs[self.paths[-1]] = q.size(0) * q.size(2) * k.size(2)
+        out = attend(q, k, *args)
         self.in_attention = False
         return out
 
@@ -321,7 +324,7 @@ def from_shorter_runs(measure, T):
     def extrapolate(a, b, c):
         return a + n * (b - a) + n * (n - 1) // 2 * (c - 2 * b + a)
 
-    for name in ("forward", "backward", "scores"):
+    for name in ("forward", "backward", "scores", "pairs"):
         for key in getattr(costs[0], name):
             getattr(result, name)[key] = extrapolate(*(getattr(cost, name)[key] for cost in costs))
     result.peak_bytes = extrapolate(*(cost.peak_bytes for cost in costs))
@@ -347,7 +350,8 @@ def forward_flops(model: str, config, T: int, causal: bool = False) -> dict[str,
         for path, flops in cost.scores.items():
             mixer = gpt.get_submodule(path)
             seen = mixer.keys_seen(T) if hasattr(mixer, "keys_seen") else (T + 1) / 2
-            total[f"{component(path)} between tokens"] -= flops * (1 - seen / T)
+            computed = cost.pairs.get(path, T * T) / T  # all T keys, but where a mixer leaves out some that nobody sees
+            total[f"{component(path)} between tokens"] -= flops * (1 - seen / computed)
     return {row: whole(flops / T) for row, flops in total.items()}
 
 
@@ -471,9 +475,10 @@ def cache_bytes(model: str, config, length: int, bytes_per_number: int) -> int:
 
 
 def cache_bytes_per_token(model: str, config, bytes_per_number: int) -> int:
-    """Returns what one token more adds to the cache of a full context."""
+    """Returns what one token more adds to the cache of a full context, on average where slots come by the window."""
+    tokens = config.window if hasattr(config, "n_slot") else 1
     full = cache_bytes(model, config, config.block_size, bytes_per_number)
-    return full - cache_bytes(model, config, config.block_size - 1, bytes_per_number)
+    return whole((full - cache_bytes(model, config, config.block_size - tokens, bytes_per_number)) / tokens)
 
 
 def state_bytes(model: str, config, bytes_per_number: int) -> int:

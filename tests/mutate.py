@@ -268,6 +268,34 @@ MUTANTS = [
         'if letter == "x":',
         "test_sliding.py -k gemma_3",
     ),
+    Mutant(
+        "a window sees its own slots",
+        "model_linformer.py",
+        "(slot_start < window_start)",
+        "(slot_start <= window_start)",
+        "test_linformer.py -k to_the_bit",
+    ),
+    Mutant(
+        "slots of the document before",
+        "model_linformer.py",
+        "has_ended = (doc_start <= slot_start) & (slot_start < window_start)",
+        "has_ended = slot_start < window_start",
+        "test_linformer.py -k slow_loop",
+    ),
+    Mutant(
+        "slots of a window that a document cut off",
+        "model_linformer.py",
+        "whole = (last < T) & (window_start.gather(1, last.clamp(max=T - 1)) == start)",
+        "whole = last < T",
+        "test_linformer.py -k places_of_their_own",
+    ),
+    Mutant(
+        "slots of the text before",
+        "model_linformer.py",
+        "self.slot_start.fill_(-1)",
+        "self.slot_start.add_(0)",
+        "test_linformer.py -k used_again",
+    ),
     # ---- experts ----
     Mutant(
         "sigmoid shares not of sum 1",

@@ -98,7 +98,26 @@ def sliding(c):
     return form | {"attn": (flops_of_attn, parameters_of_attn + c.n_layer * c.n_head * c.attention_sink)}
 
 
+def keys_computed(c):
+    """How many keys and slots a query of linformer is multiplied with, masked ones and filled-up blocks among them."""
+    blocks = -(-T // c.window)
+    return blocks * c.window * (2 * c.window + c.n_slot * blocks) / T
+
+
+def linformer(c):
+    L, W, R = c.n_layer, c.window, c.n_slot
+    form = baseline(c)
+    flops_of_attn, parameters_of_attn = form["attn"]
+    pooled = -(-T // W) * W / T  # windows that are pooled, the last one too, which has not ended
+    pool = 4 * L * R * c.n_kv_head * c.head_dim * pooled
+    return form | {
+        "attn": (flops_of_attn + pool, parameters_of_attn + 2 * L * R * W),
+        "attn between tokens": (4 * L * c.n_head * c.head_dim * keys_computed(c), 0),
+    }
+
+
 CLOSED = {"sliding": sliding, "baseline": baseline, "gpt2": gpt2, "moe": moe, "switch": moe, "mla": mla, "gated": gated}
+CLOSED |= {"linformer": linformer}
 CASES = [(name, {}) for name in MODELS] + [
     ("baseline", dict(tie_embeddings=False)),
     ("baseline", dict(qk_norm=False, n_layer=3)),
@@ -111,6 +130,7 @@ CASES = [(name, {}) for name in MODELS] + [
     ("indexer", dict(index_topk=5)),
     ("indexer", dict(indexer_stage="dense", q_rank=0)),
     ("sliding", dict(layer_pattern="lmn", n_layer=3, n_global_token=2, attention_sink=True)),
+    ("linformer", dict(window=16, n_slot=1, n_kv_head=4)),
     ("hybrid", dict(layer_pattern="dd")),
     ("hybrid", dict(layer_pattern="da", qkv_gates="v", n_layer=4)),
 ]
@@ -201,7 +221,7 @@ def test_causal_attention_is_the_mean_over_queries_and_the_rest_is_the_same(name
     assert changed == {"attn between tokens"}
     mixers = [part for part in build(name).modules() if hasattr(part, "attend")]
     seen = [part.keys_seen(T) if hasattr(part, "keys_seen") else (T + 1) / 2 for part in mixers]
-    share = sum(seen) / len(seen) / T
+    share = sum(seen) / len(seen) / (keys_computed(c) if name == "linformer" else T)
     assert causal["attn between tokens"] == pytest.approx(full["attn between tokens"] * share, rel=1e-12)
     trained = flops.training_flops(name, c, T, causal=True)
     spared = flops.training_flops(name, c, T)["attn between tokens"] - trained["attn between tokens"]
@@ -254,6 +274,8 @@ def test_weights_read_and_active_are_those_that_move_a_decoded_tokens_logits(nam
     moved = {key: count.count_nonzero().item() for key, count in moved.items()}
     want = flops.weights_read(name, model.config, 1)
     want -= sum(p.numel() for key, p in model.named_parameters() if "indexer" in key)  # a choice has no gradient
+    if name == "linformer":  # what pools a window is read too, and moves those after it
+        want -= sum(p.numel() for key, p in model.named_parameters() if "w_pool" in key)
     tied = getattr(model, "lm_head", None) is None
     # A tied embedding is one matrix, of which the head reads all and the embedding a row: the gradient counts it once.
     assert sum(moved.values()) == pytest.approx(want - tied * model.config.n_embd)

@@ -76,7 +76,11 @@ def check_report(installed, model):
     if getattr(model.config, "rotary_fraction", 1.0) < 1:
         left_alone["Attention.rotate (computes something else)"] = rotations
         rotations = 0
+    has_slots = hasattr(model.config, "n_slot")
     chosen_by_mask = parts["Indexer"] > 0 and model.config.eot_id >= 0  # who chooses keys asks the mask for all
+    own_mask = has_slots or chosen_by_mask
+    if has_slots:
+        left_alone["Attention.attend (its mask: computes something else)"] = parts["Attention"]
     if chosen_by_mask:
         left_alone["Attention.attend (its mask: another one needs the mask)"] = parts["Attention"]
     assert installed.left_alone == +left_alone
@@ -84,12 +88,12 @@ def check_report(installed, model):
     assert swapped["norm_rope"] + swapped["rope"] == rotations
     assert swapped["rms_norm"] == parts["RMSNorm"] - 2 * swapped["norm_rope"]
     assert parts["Attention"] > 0
-    assert swapped["flash_attention"] == parts["Attention"] * (not chosen_by_mask)
+    assert swapped["flash_attention"] == parts["Attention"] * (not own_mask)
     assert swapped["moe"] == parts["MoE"]
     assert swapped["gated_delta_rule"] == parts["GatedDelta"]
     assert swapped["linear_cross_entropy"] == 1
-    has_window = hasattr(model.config, "window")
-    assert swapped["document_starts"] == (model.config.eot_id >= 0 and not has_window and not chosen_by_mask)
+    has_window = hasattr(model.config, "window") and not has_slots
+    assert swapped["document_starts"] == (model.config.eot_id >= 0 and not has_window and not own_mask)
     assert swapped["window_starts"] == has_window
 
 
