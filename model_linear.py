@@ -2,14 +2,17 @@
 
     q, k, v = Wq u, Wk u, Wv u                                                  u = RMSNorm(x)
     M = decay M + k v^T;  y = M^T q                which is attention with weights q . k instead of their softmax
-    none     https://arxiv.org/abs/2006.16236    q, k: elu + 1;  no decay;  x + Wo (y / sum of q . k)
-    head     https://arxiv.org/abs/2501.08313    q, k, v: silu;  decay fixed;  x + Wo (sigmoid(Wz u) * RMSNorm(y))
-    channel  https://arxiv.org/abs/2312.06635    decay = sigmoid(Wa u)^(1/16);  x + Wo (silu(Wz u) * RMSNorm(y))
+    none      elu(q) + 1, elu(k) + 1; decay 1                   x = x + Wo (y / sum of q . k)
+    head      silu(q), silu(k), silu(v); decay e^-slope         x = x + Wo (sigmoid(Wz u) * RMSNorm(y))
+    channel   decay sigmoid(Wa u)^(1/16)                        x = x + Wo (silu(Wz u) * RMSNorm(y))
+
+none is https://arxiv.org/abs/2006.16236; head the lightning attention of https://arxiv.org/abs/2501.08313, whose decay
+is RetNet's (https://arxiv.org/abs/2307.08621); channel is GLA (https://arxiv.org/abs/2312.06635).
 
 Without the softmax the sum over the past can be kept instead of the past: M has one size at every length, so a token
-costs as much after 100,000 others as after 10. But D^2 numbers hold no 100,000 keys. A decay lets old ones fade: none
-never, one number per head at one speed, one per channel (a row of M) at a speed that the token chooses. These layers
-know no positions but by decay. Where layer_pattern says a, a layer is the attention of the baseline.
+costs as much after 100,000 others as after 10. But D^2 numbers do not hold 100,000 keys. With a decay the old ones make
+room: one number per head fades all of them at a fixed speed, one number per channel, a row of M, at a speed that each
+token sets. A linear layer knows positions by its decay alone. Where layer_pattern says a, a layer is the baseline's.
 
 B  batch
 T  time: the tokens of one call
@@ -370,7 +373,7 @@ class LinearAttention(nn.Module):
         return self.wo(y.to(x.dtype))  # (B, T, C)
 
     def fixed_log_decay(self, q):
-        """Returns log_decay (1, H, 1, 1) for q (B, H, T, D): from -1/2 of a head that forgets fast to -1/256 with 8.
+        """Returns log_decay (1, H, 1, 1) for q (B, H, T, D): with 8 heads of the first layer -1/2, -1/4, ... -1/256.
 
         Later layers remember longer, the last one nearly all.
         """
