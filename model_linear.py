@@ -54,8 +54,8 @@ class GPTConfig:
     n_inner: int = 2048  # width of the MLP, about 8/3 n_embd
     qk_norm: bool = True  # RMSNorm on each query and key head: attention logits stay small at high learning rates
     layer_pattern: str = "kkka"  # a full attention, k linear attention; repeated and cut to n_layer letters
-    decay: Literal["none", "head", "channel"] = "channel"  # how linear layers forget: not, fixed per head, learned
-    decay_rank: int = 16  # decay="channel": n_embd numbers become so few, and these one decay per channel
+    decay: Literal["none", "head", "channel"] = "channel"  # forget never, at fixed speeds, or as tokens say
+    decay_rank: int = 16  # decay="channel": so many numbers of a token say how fast each channel forgets
     rope_theta: float = 10000.0  # wavelengths reach 2 pi rope_theta tokens: 1e6 for long context
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # turns more slowly, to read longer texts
     rope_factor: float = 1.0  # how much more slowly: 4.0 for a block_size of 4 times the trained length
@@ -267,14 +267,14 @@ def in_chunks(x, L):
 
 
 def decayed_scores(q, k, log_decay):
-    """Returns (..., L, L): at i, j <= i the sum over channels of q_i k_j times what the steps j + 1 to i leave of it.
+    """Returns (..., L, L): q_i . k_j, of each channel what the decays of j + 1 to i leave; j > i is for others to mask.
 
-    q, k (..., L, D), log_decay (..., L, D or 1). With a decay of its own in each channel that is no matrix product.
-    But between the halves of a chunk it is one, since what happens on the way from j to i is what happens up to the
-    middle times what happens from there on; and each half is a shorter chunk:
-        (q2 decay2) . (k1 decay1)        decay1 from k1 to the middle, decay2 from the middle to q2
-    Both are sums of log_decay before they are powers of e, and at most 1. Dividing running products, as in
-    (q2 decay2 decay1) . (k1 / decay1), would be 0 times infinity where a channel forgets fast.
+    q, k (..., L, D), log_decay (..., L, D or 1). One decay for all channels is a factor of the score. With one in each
+    they have to be on q and k before the product, and k_j divided by all decays up to j would be infinite where a
+    channel forgets fast. So the late half of the tokens meets the early half in the middle, with factors of at most 1,
+    and each half is a shorter chunk. Of 4 tokens with decays d1 to d4:
+        q3 d3        k1 d2
+        q4 d4 d3     k2         (q4 d4 d3) . (k1 d2) has the decays of the tokens 2 to 4
     """
     L = q.size(-2)
     if log_decay.size(-1) == 1:
@@ -307,7 +307,7 @@ class LinearAttention(nn.Module):
         D = config.head_dim
         width = config.n_head * D
         self.layer = layer
-        self.depth = depth
+        self.depth = depth  # which block of the model, where layer is which linear one
         self.n_layer = config.n_layer
         self.decay = config.decay
         self.head_dim = D
@@ -380,8 +380,8 @@ class LinearAttention(nn.Module):
         H = q.size(1)
         h = torch.arange(1, H + 1, device=q.device).type_as(q)
         slope = 2 ** (-8 * h / H)  # those of ALiBi (https://arxiv.org/abs/2108.12409)
-        depth = self.depth / (self.n_layer - 1 + 1e-5)  # 0 in the first layer, 1 in the last
-        return -slope.view(1, H, 1, 1) * (1 - depth + 1e-5)
+        share = self.depth / (self.n_layer - 1 + 1e-5)  # 0 in the first layer, 1 in the last
+        return -slope.view(1, H, 1, 1) * (1 - share + 1e-5)
 
 
 class MLP(nn.Module):

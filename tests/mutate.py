@@ -264,7 +264,7 @@ MUTANTS = [
     Mutant(
         "all layers forget as the first one does",
         "model_linear.py",
-        "* (1 - depth + 1e-5)",
+        "* (1 - share + 1e-5)",
         "* (1 + 1e-5)",
         "test_linear.py -k minimax",
     ),
