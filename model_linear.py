@@ -511,14 +511,11 @@ class KVCache:
         return self.max_len if self.static else self.length
 
     def rewind(self, length):
-        """Forgets all tokens but the first `length`; a state can only forget all."""
+        """Forgets all tokens but the first `length`; a state only all, as it does at the first one of a document."""
         if not 0 <= length <= self.length:
             raise ValueError(f"a cache of {int(self.length)} tokens cannot be rewound to {length}")
         if self.state and 0 < length < self.length:
             raise ValueError(f"the state of {int(self.length)} tokens cannot be rewound to {length}: only to 0")
-        if length == 0:
-            for state in self.state:
-                state.zero_()
         if self.static:
             self.length.fill_(length)
         else:

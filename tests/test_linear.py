@@ -60,7 +60,7 @@ def token_by_token(q, k, v, log_decay, first, state):
 
 
 @each_shape
-@pytest.mark.parametrize("T", [1, 2, 63, 65, 150])
+@pytest.mark.parametrize("T", [1, 2, 64, 130])
 def test_chunks_and_tokens_equal_the_slow_loop_over_all_pairs(shape, T):
     *given, state = inputs(shape, T)
     want = quadratic_form(*given)
@@ -97,7 +97,7 @@ def test_gradients_of_chunks_are_those_of_tokens(shape):
 @each_shape
 @pytest.mark.parametrize("speed", [20.0, 1e4])
 def test_decays_of_10_a_step_and_far_more_are_right_in_fp32(shape, speed):
-    *given, state = inputs(shape, 150, torch.float32, speed)
+    *given, state = inputs(shape, 80, torch.float32, speed)
     if given[3].size(-1) > 1:
         given[3][..., ::2] *= 1e-4  # other channels of the same heads forget slowly
     want = quadratic_form(*[x.double() if x.is_floating_point() else x for x in given])
