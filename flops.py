@@ -236,7 +236,8 @@ def kind(block: nn.Module) -> tuple:
     """Returns what blocks that cost the same have in common: shapes, classes, and plain attributes but the index."""
     facts = [(name, tuple(p.shape)) for name, p in block.named_parameters()]
     for name, module in block.named_modules():
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | tuple) and k != "layer"}
+        held = vars(module).items()
+        plain = {k: v for k, v in held if isinstance(v, int | float | str | tuple) and k not in ("layer", "depth")}
         facts.append((name, type(module).__name__, tuple(sorted(plain.items(), key=str))))
     return tuple(facts)
 

@@ -296,6 +296,34 @@ MUTANTS = [
         "self.slot_start.add_(0)",
         "test_linformer.py -k used_again",
     ),
+    Mutant(
+        "documents leak from chunk to chunk",
+        "model_linear.py",
+        "log_decay.cumsum(dim=-2).exp() * (document == 0)",
+        "log_decay.cumsum(dim=-2).exp()",
+        "test_linear.py -k slow_loop",
+    ),
+    Mutant(
+        "a token fades as it is written",
+        "model_linear.py",
+        "behind = F.pad(x[..., 1:, :], (0, 0, 0, 1))",
+        "behind = x",
+        "test_linear.py -k slow_loop",
+    ),
+    Mutant(
+        "weights that do not sum to 1",
+        "model_linear.py",
+        "y[..., :-1] / y[..., -1:].clamp(min=1e-10)",
+        "y[..., :-1]",
+        "test_linear.py -k sum_to_1",
+    ),
+    Mutant(
+        "all layers forget as the first one does",
+        "model_linear.py",
+        "* (1 - share + 1e-5)",
+        "* (1 + 1e-5)",
+        "test_linear.py -k minimax",
+    ),
     # ---- experts ----
     Mutant(
         "sigmoid shares not of sum 1",

@@ -141,7 +141,7 @@ def test_a_decoding_step_reads_the_weights_but_for_idle_experts_and_rows_and_the
         experts = [p for key, p in model.named_parameters() if p.ndim == 3]
         read -= sum(p.nbytes for p in experts) * (1 - model.config.n_expert_per_token / model.config.n_expert) ** batch
     cache = model.new_cache(1, 24)
-    state = cache.state_bytes() if name == "hybrid" else 0
+    state = cache.state_bytes() if name in ("hybrid", "linear") else 0
     if name == "sliding":  # the rings of local layers
         state = sum(x.nbytes for x in cache.k + cache.v if x.size(2) < 24)
     if name == "linformer":  # the window, and a place for slots that are not whole

@@ -354,6 +354,7 @@ def test_every_parameter_is_in_exactly_one_group_and_only_matrices_inside_blocks
 SHARED = dict(n_shared_expert=1, shared_gate=True)
 MODELS = [("baseline", {}), ("gpt2", {}), ("mla", {}), ("hybrid", {}), ("moe", {}), ("moe", SHARED)]
 MODELS += [("sliding", dict(attention_sink=True)), ("indexer", {}), ("linformer", {})]
+MODELS += [("linear", {}), ("linear", dict(decay="head"))]
 OUTSIDE_MUON = {  # whatever else a model has is a matrix
     "router (adamw)": ("*.router.weight",),
     "shared_router (adamw, weight_decay=0.0)": ("*.shared_router.weight",),  # one row: a vector
