@@ -273,7 +273,8 @@ def run(model: str, config, T: int, batch: int = 1, dtype: str = "float32", reco
     key = (module_of(model).GPT, repr(config), T, batch, dtype, recompute)
     if key not in REMEMBERED:
         measure = partial(run_once, model, config, batch=batch, dtype=dtype, recompute=recompute)
-        REMEMBERED[key] = measure(T=T) if T <= LONGEST_RUN else from_shorter_runs(measure, T)
+        at_once = T <= LONGEST_RUN or has_key_blocks(config)
+        REMEMBERED[key] = measure(T=T) if at_once else from_shorter_runs(measure, T)
     return REMEMBERED[key]
 
 
@@ -312,6 +313,11 @@ def drop_gradient(p):
 LONGEST_RUN = 4096  # a loop over chunks of T takes too long beyond
 
 
+def has_key_blocks(config):
+    """Returns whether a query meets chosen blocks of keys, so that costs are no polynomial of the length."""
+    return hasattr(config, "key_block")
+
+
 def from_shorter_runs(measure, T):
     """Returns measure(T) from three short lengths: costs are quadratic in T, in steps of 512, which chunks divide."""
     costs = [measure(T=T % 512 + n * 512) for n in (1, 2, 3)]
@@ -337,7 +343,8 @@ def whole(number):
 def forward_flops(model: str, config, T: int, causal: bool = False) -> dict[str, float]:
     """Returns {component: FLOPs of one token} of a forward pass over T tokens.
 
-    causal: attention over the keys that a query sees alone, by its module's keys_seen(T), else (T + 1) / 2.
+    causal: attention over the keys that a query sees alone, by its module's keys_seen(T), else (T + 1) / 2. What was
+    counted is over all T, or where the module has keys_computed(T), over so many.
     """
     cost = run(model, config, T)
     total = dict(cost.forward)
@@ -347,7 +354,8 @@ def forward_flops(model: str, config, T: int, causal: bool = False) -> dict[str,
         for path, flops in cost.scores.items():
             mixer = gpt.get_submodule(path)
             seen = mixer.keys_seen(T) if hasattr(mixer, "keys_seen") else (T + 1) / 2
-            total[f"{component(path)} between tokens"] -= flops * (1 - seen / T)
+            computed = mixer.keys_computed(T) if hasattr(mixer, "keys_computed") else T
+            total[f"{component(path)} between tokens"] -= flops * (1 - seen / computed)
     return {row: whole(flops / T) for row, flops in total.items()}
 
 
@@ -390,7 +398,7 @@ def optimizer_cost(model: str, config, optimizer: str = "muon") -> tuple[int, in
 def decode_flops(model: str, config, context: int) -> dict[str, float]:
     """Returns {component: FLOPs} of one token that is decoded with context tokens in the cache, itself among them."""
     longest = max(LONGEST_RUN, 4 * getattr(config, "window", 0))
-    if context > longest:  # linear in the context, from where all windows are full
+    if context > longest and not has_key_blocks(config):  # linear in the context, from where all windows are full
         near = decode_flops(model, config, longest // 2)
         far = decode_flops(model, config, longest)
         steps = context / (longest // 2) - 1
@@ -472,8 +480,9 @@ def cache_bytes(model: str, config, length: int, bytes_per_number: int) -> int:
 
 def cache_bytes_per_token(model: str, config, bytes_per_number: int) -> int:
     """Returns what one token more adds to the cache of a full context."""
+    step = getattr(config, "key_block", 1)  # a block of keys adds something, too
     full = cache_bytes(model, config, config.block_size, bytes_per_number)
-    return full - cache_bytes(model, config, config.block_size - 1, bytes_per_number)
+    return (full - cache_bytes(model, config, config.block_size - step, bytes_per_number)) // step
 
 
 def state_bytes(model: str, config, bytes_per_number: int) -> int:

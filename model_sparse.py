@@ -354,7 +354,7 @@ def attend_to_slots(q, k, v, start, slots, b):
 
 def tiles(M, N):
     """Returns how many tiles are enough for M choices of N blocks, and their rows: half the mean of a block's."""
-    r = max(-(-M // (2 * N)), 1)
+    r = max(-(-M // max(2 * N, 1)), 1)
     return N + (M - N) // r, r  # the most that can be needed: one a block, and one for r choices beyond those
 
 
@@ -412,7 +412,7 @@ class Attention(nn.Module):
         H / G heads share a key, and each of them has its own choice.
         """
         S = k.size(2)
-        if self.gathered_keys(q.size(2), S) * 4 > S:  # sorting takes longer than what it saves
+        if 3 * self.gathered_keys(q.size(2), S) > S:  # sorting would take longer than what it saves
             mask = mask_of_blocks(blocks, slots, chosen)
             return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.size(1) != k.size(1))
         return self.attend_gathered(q, k, v, blocks, slots, chosen)
@@ -427,20 +427,39 @@ class Attention(nn.Module):
         return share[..., :1] * own + (share[..., 1:, None] * others).sum(dim=3)
 
     def queries_at_once(self, S):
-        """Returns how many queries may have SCORES_AT_ONCE scores with the keys of their blocks, or all of S keys."""
+        """Returns how many queries have SCORES_AT_ONCE scores with the keys of all blocks that they can choose of S."""
         b = self.config.key_block
-        P = most_blocks(S // b, self.config)
-        return max(SCORES_AT_ONCE // (self.config.n_head * (P + 1) * b), b)
+        most = 1 + most_blocks(S // b, self.config)
+        return max(SCORES_AT_ONCE // (self.config.n_head * most * b), b)
 
     def gathered_keys(self, T, S):
-        """Returns with how many keys attend_gathered multiplies a query, on average over T of them: with padding."""
+        """Returns how many keys attend_gathered multiplies a query with, in the mean of T, padding among them."""
         b = self.config.key_block
-        N = S // b
-        P = most_blocks(N, self.config)
+        heads = self.config.n_head // self.config.n_kv_head
         w = min(T, b)
         own = -(-T // w) * w * (w + b - 1)
-        n, r = tiles(T * P, max(N, 1))
-        return (own + n * r * b) / T
+        n, r = tiles(heads * T * most_blocks(S // b, self.config), S // b)
+        return (own + n * r * b / heads) / T
+
+    def keys_computed(self, T):
+        """Returns how many of T keys a query is multiplied with, on average."""
+        at_once = self.queries_at_once(T)
+        total = 0
+        for first in range(0, T, at_once):
+            n = min(at_once, T - first)
+            keys = self.gathered_keys(n, T)
+            total += n * (keys if 3 * keys <= T else T)
+        return total / T
+
+    def keys_seen(self, T):
+        """Returns how many of T keys a query sees on average: of its own block so far, and of the chosen blocks."""
+        b = self.config.key_block
+        first = torch.arange(0, T, b, device="cpu")  # of each block, whose queries choose equally many
+        doc_start = torch.zeros(1, T, dtype=torch.long, device="cpu")
+        n_static = (blocks_of(first, doc_start, self.config).rule[0] == math.inf).sum(dim=-1)
+        n_chosen = torch.minimum(n_static + self.config.top_k_block - 1, first // b)
+        n_queries = (T - first).clamp(max=b)
+        return (n_queries * b * n_chosen + n_queries * (n_queries + 1) / 2).sum().item() / T
 
 
 class MLP(nn.Module):
