@@ -25,8 +25,8 @@ P  earlier blocks that a query attends to, at most
 V  vocabulary
 
 Differs from model_baseline.py in: GPTConfig, Attention, KVCache, GPT.positions_and_mask, Blocks, blocks_of,
-block_starts, block_means, rows_at, choose_blocks, most_blocks, mask_of_blocks, attend_to_part, attend_to_own,
-attend_to_slots, tiles
+block_starts, block_means, rows_at, static_blocks, choose_blocks, most_blocks, mask_of_blocks, attend_to_part,
+attend_to_own, attend_to_slots, tiles
 """
 
 import copy
@@ -75,9 +75,8 @@ class GPTConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd, and RoPE turns pairs: try {self.head_dim + 1}")
         if self.key_block < 1 or self.block_size % self.key_block:
-            raise ValueError(
-                f"block_size={self.block_size} is not divisible by key_block={self.key_block}: try 64 or 128"
-            )
+            fits = math.gcd(self.block_size, 16)
+            raise ValueError(f"block_size={self.block_size} is no multiple of key_block={self.key_block}: try {fits}")
         if self.n_local_block < 1:
             raise ValueError(f"n_local_block={self.n_local_block}: a query sees at least its own block: try 1 or more")
         if self.top_k_block < 1:
@@ -182,36 +181,24 @@ class Blocks(NamedTuple):
     place: torch.Tensor  # (T,) of the queries
     doc_start: torch.Tensor  # (B, T) the place where the document of a query begins
     own_start: torch.Tensor  # (B, T) the place where its own block begins
-    rule: torch.Tensor  # (B, T, N) inf for a block that it sees by rule, 0 for others before its own, else -inf
     start: torch.Tensor  # (B, N) the place where the block of a slot begins
     key_slot: torch.Tensor  # (B, S) the slot of a key's block
 
     def of_queries(self, some):
         """Returns the same for a slice of the queries."""
-        doc_start = self.doc_start[:, some]
-        own_start = self.own_start[:, some]
-        return Blocks(self.place[some], doc_start, own_start, self.rule[:, some], self.start, self.key_slot)
+        return Blocks(self.place[some], self.doc_start[:, some], self.own_start[:, some], self.start, self.key_slot)
 
 
 def blocks_of(place, doc_start, config):
     """Returns Blocks of queries at place (T,), and of keys whose documents begin at doc_start (B, S)."""
     b = config.key_block
-    key_place = torch.arange(doc_start.size(1), device=place.device)  # (S,)
+    S = doc_start.size(1)
+    key_place = torch.arange(S, device=place.device)  # (S,)
     key_slot = doc_start // b + (key_place - doc_start) // b  # (B, S)
-    slot = torch.arange(doc_start.size(1) // b, device=place.device)  # (N,)
-    start = block_starts(slot, doc_start, b)  # (B, N)
-    # 1. of the queries: their document, their own block
+    start = block_starts(torch.arange(S // b, device=place.device), doc_start, b)  # (B, N)
     doc_start = doc_start.index_select(1, place)  # (B, T)
     own_start = place - (place - doc_start) % b  # (B, T)
-    # 2. of queries and blocks: how far apart they are, counted in blocks of the document
-    first = doc_start[..., None] // b  # (B, T, 1)
-    own = key_slot.index_select(1, place)[..., None]  # (B, T, 1)
-    static = (own - slot < config.n_local_block) | (slot - first < config.n_global_block)  # (B, T, N)
-    if config.block_stride > 0:
-        static = static | ((own - slot) % config.block_stride == 0)
-    rule = torch.zeros(static.shape, device=place.device).masked_fill(static, math.inf)
-    rule = rule.masked_fill((slot < first) | (slot >= own), -math.inf)
-    return Blocks(place, doc_start, own_start, rule, start, key_slot)
+    return Blocks(place, doc_start, own_start, start, key_slot)
 
 
 def block_starts(slot, doc_start, b):
@@ -235,6 +222,19 @@ def rows_at(x, place):
     return x[sequence, head, place]
 
 
+def static_blocks(blocks, config):
+    """Returns (B, T, N): inf for a block that a query sees by rule, 0 for others before its own, else -inf."""
+    b = config.key_block
+    slot = torch.arange(blocks.start.size(1), device=blocks.place.device)  # (N,)
+    first = blocks.doc_start[..., None] // b  # (B, T, 1) the slot of the document's first block
+    own = first + (blocks.place - blocks.doc_start)[..., None] // b  # (B, T, 1)
+    static = (own - slot < config.n_local_block) | (slot - first < config.n_global_block)  # (B, T, N)
+    if config.block_stride > 0:
+        static = static | ((own - slot) % config.block_stride == 0)
+    rule = torch.zeros(static.shape, device=slot.device).masked_fill(static, math.inf)
+    return rule.masked_fill((slot < first) | (slot >= own), -math.inf)
+
+
 def choose_blocks(q, means, blocks, config):
     """Returns slots (B, H, T, P) of earlier blocks for q (B, H, T, D), and which of them the query attends to.
 
@@ -249,10 +249,11 @@ def choose_blocks(q, means, blocks, config):
         queries = q.detach().reshape(B, G, -1, D).to(wide)  # (B, G, H / G * T, D)
         with torch.autocast(q.device.type, enabled=False):
             scores = (queries @ means.transpose(2, 3).to(wide)).view(B, H, T, N)
-    scores = scores + blocks.rule[:, None]
+    rule = static_blocks(blocks, config)  # (B, T, N)
+    scores = scores + rule[:, None]
     # 2. take what is seen by rule, then the best of the rest
     best, slots = scores.topk(most_blocks(N, config), dim=-1)  # (B, H, T, P)
-    n_wanted = (blocks.rule == math.inf).sum(dim=-1) + config.top_k_block - 1  # (B, T)
+    n_wanted = (rule == math.inf).sum(dim=-1) + config.top_k_block - 1  # (B, T)
     rank = torch.arange(slots.size(-1), device=q.device)  # (P,)
     chosen = (rank < n_wanted[:, None, :, None]) & (best > -math.inf)  # (B, H, T, P)
     return slots, chosen
@@ -427,10 +428,11 @@ class Attention(nn.Module):
         return share[..., :1] * own + (share[..., 1:, None] * others).sum(dim=3)
 
     def queries_at_once(self, S):
-        """Returns how many queries have SCORES_AT_ONCE scores with the keys of all blocks that they can choose of S."""
+        """Returns how many queries have SCORES_AT_ONCE scores: with the means of S keys, and with keys they choose."""
         b = self.config.key_block
-        most = 1 + most_blocks(S // b, self.config)
-        return max(SCORES_AT_ONCE // (self.config.n_head * most * b), b)
+        N = S // b
+        scores = N + b * (1 + most_blocks(N, self.config))
+        return max(SCORES_AT_ONCE // (self.config.n_head * scores), b)
 
     def gathered_keys(self, T, S):
         """Returns how many keys attend_gathered multiplies a query with, in the mean of T, padding among them."""
@@ -456,7 +458,8 @@ class Attention(nn.Module):
         b = self.config.key_block
         first = torch.arange(0, T, b, device="cpu")  # of each block, whose queries choose equally many
         doc_start = torch.zeros(1, T, dtype=torch.long, device="cpu")
-        n_static = (blocks_of(first, doc_start, self.config).rule[0] == math.inf).sum(dim=-1)
+        rule = static_blocks(blocks_of(first, doc_start, self.config), self.config)[0]  # (N', N)
+        n_static = (rule == math.inf).sum(dim=-1)
         n_chosen = torch.minimum(n_static + self.config.top_k_block - 1, first // b)
         n_queries = (T - first).clamp(max=b)
         return (n_queries * b * n_chosen + n_queries * (n_queries + 1) / 2).sum().item() / T

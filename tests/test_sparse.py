@@ -213,10 +213,8 @@ def test_memory_is_bounded_and_queries_that_are_attended_to_in_turn_give_the_sam
         rope = model_sparse.rope_cos_sin(positions, model.config)
         with Largest() as largest:
             attn(torch.randn(1, 2048, 64, dtype=torch.float64), rope, blocks)
-    at_once = attn.queries_at_once(2048)
-    scored = 4 * at_once * 512  # each block for each head of a query
-    assert largest.numbers <= max(2048 * 4 * 16, scored)  # else the queries themselves
-    assert 2048 * 2048 > 10 * largest.numbers
+    assert attn.queries_at_once(2048) < 10
+    assert largest.numbers <= 2048 * 4 * 16  # the queries, and no scores
 
 
 # ---- traps -----------------------------------------------------------------------------------------------------------
@@ -317,7 +315,6 @@ CONTRACT = {
     "branch": (test_models.test_a_branch_is_a_copy_that_shares_nothing, False),
     "documents": (test_models.test_packed_documents_have_the_logits_of_each_alone, None),
     "trained": (test_models.test_every_parameter_is_trained_and_in_exactly_one_optimizer_group, EOT),
-    "compiled": (test_models.test_the_compiled_model_has_the_loss_and_gradients_of_the_eager_one, EOT),
 }
 
 
@@ -328,6 +325,13 @@ def test_the_gathered_form_keeps_the_contract(contract, monkeypatch):
     monkeypatch.setattr(test_models, "build", lambda *a, **more: build(*a, **options | more))
     test, argument = CONTRACT[contract]
     test("sparse") if argument is None else test("sparse", argument)
+
+
+def test_the_gathered_form_compiles_to_one_graph(monkeypatch):
+    always_gathered(monkeypatch)
+    model, x = build("sparse", **MOBA, n_layer=1), tokens(2, 16)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager", dynamic=False, fullgraph=True)(x), model(x))
 
 
 @each_form
@@ -400,7 +404,7 @@ def test_the_keys_that_a_query_sees_are_those_of_the_mask(case, T):
     assert Attention(c, 0).keys_seen(T) == pytest.approx(mask.double().sum(dim=-1).mean().item())
 
 
-@pytest.mark.parametrize("T", [16, 64, 500, 512, 6000])
+@pytest.mark.parametrize("T", [64, 500, 6000])
 def test_flops_are_those_of_the_keys_computed_and_with_causal_of_the_keys_chosen(T):
     c = build("sparse", **MOBA, block_size=6000, n_layer=3).config
     attn = Attention(c, 0)
@@ -424,10 +428,10 @@ def test_what_is_computed_falls_with_what_is_chosen():
 
 
 def test_decoding_far_into_a_text_costs_the_chosen_blocks_and_a_score_for_each_block():
-    c = build("sparse", **MOBA, block_size=20000).config
+    c = build("sparse", **MOBA, block_size=9600, key_block=96).config
     key = c.n_layer * 4 * c.n_head * c.head_dim
-    found = flops.decode_flops("sparse", c, 20000)["attn between tokens"]
-    assert found == key * (4 + 2 * 4) + c.n_layer * 2 * c.n_head * c.head_dim * 5000
+    found = flops.decode_flops("sparse", c, 9600)["attn between tokens"]
+    assert found == key * 3 * 96 + c.n_layer * 2 * c.n_head * c.head_dim * 100
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -437,8 +441,8 @@ def test_decoding_far_into_a_text_costs_the_chosen_blocks_and_a_score_for_each_b
     "options, says",
     [
         (dict(key_block=0), "key_block=0"),
-        (dict(key_block=5), "block_size=64 is not divisible by key_block=5: try 4 or 8"),
-        (dict(key_block=128), "block_size=64 is not divisible by key_block=128"),
+        (dict(key_block=5), "block_size=64 is no multiple of key_block=5: try 16"),
+        (dict(key_block=128), "block_size=64 is no multiple of key_block=128"),
         (dict(n_local_block=0), "n_local_block=0: a query sees at least its own block"),
         (dict(top_k_block=0), "top_k_block=0 counts the own block"),
         (dict(block_stride=-1), "block_stride=-1 and n_global_block=1 are counts"),
