@@ -26,11 +26,13 @@ from types import ModuleType
 
 SIMPLE = (bool, int, float, str, list, dict, tuple, type(None))
 RANGES = {  # where the numbers lie that can be meant, by knob; [ and ] belong to it, ( and ) do not
-    "[1, inf)": "block_size n_layer n_head n_kv_head head_dim n_embd n_inner n_expert n_expert_per_token "
+    "[1, inf)": "key_block n_local_block top_k_block "
+    "block_size n_layer n_head n_kv_head head_dim n_embd n_inner n_expert n_expert_per_token "
     "n_expert_inner window max_steps batch_tokens micro_batch muon_steps max_skipped eval_every save_every log_every "
     "timeout",
     "[0, 4294967295]": "seed",  # 32 bits, which every generator takes
-    "[0, inf)": "vocab_size warmup_steps lr_batch_tokens min_lr weight_decay grad_clip eval_tokens keep_last "
+    "[0, inf)": "block_stride n_global_block "
+    "vocab_size warmup_steps lr_batch_tokens min_lr weight_decay grad_clip eval_tokens keep_last "
     "keep_every minutes norm_eps logit_softcap attention_softcap n_global_token init_std n_shared_expert n_dense_layer "
     "q_rank balance_loss z_loss bias_rate",
     "(0, inf)": "learning_rate rope_theta local_rope_theta rope_factor",
