@@ -113,6 +113,9 @@ class Cost:
     forward: dict = field(default_factory=lambda: defaultdict(int))
     backward: dict = field(default_factory=lambda: defaultdict(int))
     scores: dict = field(default_factory=lambda: defaultdict(int))  # {module's path: FLOPs of its causal attention}
+    one_key: dict = field(
+        default_factory=lambda: defaultdict(int)
+    )  # {module's path: what one key for each query costs}
     peak_bytes: int = 0
 
 
@@ -166,17 +169,17 @@ class Counter(TorchDispatchMode):
                 self.follow(tensor.untyped_storage())
         return out
 
-    def attending(self, attend, *args):
+    def attending(self, attend, q, k, v, *args):
         """Calls a module's attend, whose products are those of causal attention however it multiplies."""
         self.in_attention = True
-        out = attend(*args)
+        out = attend(q, k, v, *args)
         self.in_attention = False
+        path = self.paths[-1]
+        self.cost.one_key[path] += self.times_of(path) * attention_flops(q, k[:, :, :1], v)
         return out
 
     def add(self, path, between_tokens, flops, backward):
-        index = re.match(r"blocks\.(\d+)", path)
-        if index:
-            flops *= self.times[int(index[1])]
+        flops *= self.times_of(path)
         row = component(path)
         if between_tokens:
             row += " between tokens"
@@ -186,6 +189,10 @@ class Counter(TorchDispatchMode):
             self.cost.forward[row] += flops
         if self.in_attention and not backward:
             self.cost.scores[path] += flops
+
+    def times_of(self, path):
+        index = re.match(r"blocks\.(\d+)", path)
+        return self.times[int(index[1])] if index else 1
 
     def follow(self, storage):
         key = storage._cdata
@@ -327,7 +334,7 @@ def from_shorter_runs(measure, T):
     def extrapolate(a, b, c):
         return a + n * (b - a) + n * (n - 1) // 2 * (c - 2 * b + a)
 
-    for name in ("forward", "backward", "scores"):
+    for name in ("forward", "backward", "scores", "one_key"):
         for key in getattr(costs[0], name):
             getattr(result, name)[key] = extrapolate(*(getattr(cost, name)[key] for cost in costs))
     result.peak_bytes = extrapolate(*(cost.peak_bytes for cost in costs))
@@ -343,8 +350,7 @@ def whole(number):
 def forward_flops(model: str, config, T: int, causal: bool = False) -> dict[str, float]:
     """Returns {component: FLOPs of one token} of a forward pass over T tokens.
 
-    causal: attention over the keys that a query sees alone, by its module's keys_seen(T), else (T + 1) / 2. What was
-    counted is over all T, or where the module has keys_computed(T), over so many.
+    causal: attention over the keys that a query sees alone, by its module's keys_seen(T), else (T + 1) / 2.
     """
     cost = run(model, config, T)
     total = dict(cost.forward)
@@ -354,8 +360,7 @@ def forward_flops(model: str, config, T: int, causal: bool = False) -> dict[str,
         for path, flops in cost.scores.items():
             mixer = gpt.get_submodule(path)
             seen = mixer.keys_seen(T) if hasattr(mixer, "keys_seen") else (T + 1) / 2
-            computed = mixer.keys_computed(T) if hasattr(mixer, "keys_computed") else T
-            total[f"{component(path)} between tokens"] -= flops * (1 - seen / computed)
+            total[f"{component(path)} between tokens"] += seen * cost.one_key[path] - flops
     return {row: whole(flops / T) for row, flops in total.items()}
 
 

@@ -25,8 +25,8 @@ P  earlier blocks that a query attends to, at most
 V  vocabulary
 
 Differs from model_baseline.py in: GPTConfig, Attention, KVCache, GPT.positions_and_mask, Blocks, blocks_of,
-block_starts, block_means, rows_at, static_blocks, choose_blocks, most_blocks, mask_of_blocks, attend_to_part,
-attend_to_own, attend_to_slots, tiles
+block_starts, block_means, rows_at, static_blocks, choose_blocks, mask_of_blocks, attend_to_part, attend_to_own,
+attend_to_slots
 """
 
 import copy
@@ -165,7 +165,7 @@ def apply_rope(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
-SCORES_AT_ONCE = 2**22  # attention holds about so many of a sequence at a time, 16 MB in fp32, however long the text is
+QUERIES_AT_ONCE = 512  # the scores of so many are in memory at a time, however long the text is
 
 
 class Blocks(NamedTuple):
@@ -252,19 +252,14 @@ def choose_blocks(q, means, blocks, config):
     rule = static_blocks(blocks, config)  # (B, T, N)
     scores = scores + rule[:, None]
     # 2. take what is seen by rule, then the best of the rest
-    best, slots = scores.topk(most_blocks(N, config), dim=-1)  # (B, H, T, P)
+    P = config.n_local_block - 1 + config.n_global_block + config.top_k_block - 1
+    if config.block_stride > 0:
+        P += N // config.block_stride
+    best, slots = scores.topk(min(P, N), dim=-1)  # (B, H, T, P)
     n_wanted = (rule == math.inf).sum(dim=-1) + config.top_k_block - 1  # (B, T)
     rank = torch.arange(slots.size(-1), device=q.device)  # (P,)
     chosen = (rank < n_wanted[:, None, :, None]) & (best > -math.inf)  # (B, H, T, P)
     return slots, chosen
-
-
-def most_blocks(N, config):
-    """Returns P, the most of N blocks that a query attends to beside its own."""
-    most = config.n_local_block - 1 + config.n_global_block + config.top_k_block - 1
-    if config.block_stride > 0:
-        most += N // config.block_stride
-    return min(most, N)
 
 
 def mask_of_blocks(blocks, slots, chosen):
@@ -334,8 +329,9 @@ def attend_to_slots(q, k, v, start, slots, b):
     # 1. sort the choices by block
     block, order = slots.reshape(B, G, -1).sort(dim=-1)  # (B, G, M), M = H / G * T * P
     M = block.size(-1)
-    # 2. fill the tiles
-    n, r = tiles(M, N)
+    # 2. fill the tiles: half the mean number of rows, and the most tiles that are needed whatever was chosen
+    r = 1 + M // (2 * N + 1)
+    n = N + (M - N) // r  # one for each block, and one for each r choices beyond those
     every = torch.arange(N, device=q.device).expand(B, G, N).contiguous()
     ends = torch.searchsorted(block, every, right=True)  # (B, G, N)
     padding = -ends.diff(dim=-1, prepend=ends.new_zeros(B, G, 1)) % r  # (B, G, N)
@@ -351,12 +347,6 @@ def attend_to_slots(q, k, v, start, slots, b):
     row = torch.empty_like(row).scatter(2, order, row)  # (B, G, M)
     y = rows_at(y.flatten(2, 3), row).view(B, H, T, P, D)
     return y, log_weight.flatten(2).gather(2, row).view(B, H, T, P)
-
-
-def tiles(M, N):
-    """Returns how many tiles are enough for M choices of N blocks, and their rows: half the mean of a block's."""
-    r = max(-(-M // max(2 * N, 1)), 1)
-    return N + (M - N) // r, r  # the most that can be needed: one a block, and one for r choices beyond those
 
 
 class Attention(nn.Module):
@@ -391,9 +381,8 @@ class Attention(nn.Module):
         else:
             k, v, means = cache.append(self.layer, k, v)  # (B, G, S, D), (B, G, N, D)
         y = []
-        at_once = self.queries_at_once(k.size(2))
-        for first in range(0, T, at_once):
-            some = slice(first, first + at_once)
+        for first in range(0, T, QUERIES_AT_ONCE):
+            some = slice(first, first + QUERIES_AT_ONCE)
             blocks = mask.of_queries(some)
             slots, chosen = choose_blocks(q[:, :, some], means, blocks, self.config)
             y.append(self.attend(q[:, :, some], k, v, blocks, slots, chosen))
@@ -412,8 +401,8 @@ class Attention(nn.Module):
 
         H / G heads share a key, and each of them has its own choice.
         """
-        S = k.size(2)
-        if 3 * self.gathered_keys(q.size(2), S) > S:  # sorting would take longer than what it saves
+        n_keys = self.config.key_block * (1 + slots.size(3))
+        if 5 * n_keys > k.size(2):  # to bring queries and blocks together would take longer than what it saves
             mask = mask_of_blocks(blocks, slots, chosen)
             return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.size(1) != k.size(1))
         return self.attend_gathered(q, k, v, blocks, slots, chosen)
@@ -426,32 +415,6 @@ class Attention(nn.Module):
         weights = weights.masked_fill(~chosen, -math.inf)
         share = torch.cat((own_weight[..., None], weights), dim=-1).softmax(dim=-1).to(v.dtype)  # (B, H, T, 1 + P)
         return share[..., :1] * own + (share[..., 1:, None] * others).sum(dim=3)
-
-    def queries_at_once(self, S):
-        """Returns how many queries have SCORES_AT_ONCE scores: with the means of S keys, and with keys they choose."""
-        b = self.config.key_block
-        N = S // b
-        scores = N + b * (1 + most_blocks(N, self.config))
-        return max(SCORES_AT_ONCE // (self.config.n_head * scores), b)
-
-    def gathered_keys(self, T, S):
-        """Returns how many keys attend_gathered multiplies a query with, in the mean of T, padding among them."""
-        b = self.config.key_block
-        heads = self.config.n_head // self.config.n_kv_head
-        w = min(T, b)
-        own = -(-T // w) * w * (w + b - 1)
-        n, r = tiles(heads * T * most_blocks(S // b, self.config), S // b)
-        return (own + n * r * b / heads) / T
-
-    def keys_computed(self, T):
-        """Returns how many of T keys a query is multiplied with, on average."""
-        at_once = self.queries_at_once(T)
-        total = 0
-        for first in range(0, T, at_once):
-            n = min(at_once, T - first)
-            keys = self.gathered_keys(n, T)
-            total += n * (keys if 3 * keys <= T else T)
-        return total / T
 
     def keys_seen(self, T):
         """Returns how many of T keys a query sees on average: of its own block so far, and of the chosen blocks."""
