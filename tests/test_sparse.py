@@ -415,7 +415,8 @@ def keys_computed(T, c):
     pairs = 0
     for first in range(0, T, 512):
         queries = min(512, T - first)
-        pairs += -(-queries // b) * b * (2 * b - 1)  # of the own block, with those of the queries' neighbours
+        w = min(queries, b)
+        pairs += -(-queries // w) * w * (w + b - 1)  # with the own block, and what else so many neighbours see
         choices = heads * queries * (c.top_k_block - 1)
         rows = 1 + choices // (2 * N + 1)
         pairs += (N + (choices - N) // rows) * rows * b / heads
