@@ -1,16 +1,15 @@
-"""A query attends to a few blocks of keys: to near ones by rule, to others by their mean (https://arxiv.org/abs/2502.13189).
+"""A query attends to a few blocks of keys, by rule and by their mean (MoBA, https://arxiv.org/abs/2502.13189).
 
-    q, k, v = Wq u, Wk u, Wv u                                                  u = RMSNorm(x)
-    chosen  = the blocks of rule, and of the other earlier ones those with the largest q . mean(k of the block)
-    x = x + Wo softmax(q k^T / sqrt(D) where k is in the own block and not later, or in a chosen one) v
+    q, k, v = rope(norm(Wq u)), rope(norm(Wk u)), Wv u                          u = RMSNorm(x)
+    chosen  = the blocks of the rule, and of the others before its own those with the largest q . mean(k of the block)
+    x = x + Wo softmax(q k^T / sqrt(D)) v        over the keys of chosen blocks, and of its own block up to itself
     x = x + Wdown (silu(Wgate u) * (Wup u))                                     u = RMSNorm(x)
 
-The text is cut into blocks of key_block tokens. By rule a query sees its own block and those just before it, every
-so many blocks one, and the first ones of its document (sparse transformers, https://arxiv.org/abs/1904.10509). A head
-of a query chooses further ones, without parameters, by what a block's keys have in common (MoBA, mixture of block
-attention, the paper above). Only earlier blocks are there to choose from: a mean tells of all tokens of its block.
+By rule a query sees the last blocks, then every so-manyth, and the first ones of its document (sparse transformers,
+https://arxiv.org/abs/1904.10509). Each head of a query chooses further ones without any parameters (mixture of block
+attention). There are only earlier blocks to choose from, as a mean tells of all tokens of its block.
 
-mask_of_blocks and softmax define the result. Attention.attend computes the same from the chosen blocks alone, so that
+mask_of_blocks and softmax define the result. attend_gathered computes the same from the chosen blocks alone, so that
 its time grows with what is chosen and not with what could be seen.
 
 B  batch
@@ -20,8 +19,9 @@ C  n_embd, the width of the residual stream
 H  query heads
 G  key/value heads
 D  head_dim
-N  blocks of keys that are complete
-P  earlier blocks that a query attends to, at most
+b  key_block, the tokens of a block
+N  complete blocks, S / b
+P  the most blocks that a query attends to beside its own
 V  vocabulary
 
 Differs from model_baseline.py in: GPTConfig, Attention, KVCache, GPT.positions_and_mask, Blocks, blocks_of,
@@ -51,11 +51,13 @@ class GPTConfig:
     n_embd: int = 768
     n_inner: int = 2048  # width of the MLP, about 8/3 n_embd
     qk_norm: bool = True  # RMSNorm on each query and key head: attention logits stay small at high learning rates
-    key_block: int = 64  # tokens in a block of keys: attention skips blocks, not tokens
+    key_block: int = 64  # tokens in a block of keys
     n_local_block: int = 1  # a query sees the last so many blocks, its own among them
-    block_stride: int = 0  # and of the earlier ones each so-manyth, counted back from its own: 0 for none
-    n_global_block: int = 0  # and so many first blocks of its document
-    top_k_block: int = 3  # and those that fit its head best, so many with its own: 1 leaves it at the others
+    block_stride: int = 0  # a query sees every so-manyth of the blocks before its own, counted back from it; 0: none
+    n_global_block: int = 0  # a query sees the first so many blocks of its document
+    top_k_block: int = (
+        3  # each head of a query chooses top_k_block - 1 of the other blocks: its own is one of the top k
+    )
     rope_theta: float = 10000.0  # wavelengths reach 2 pi rope_theta tokens: 1e6 for long context
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # turns more slowly, to read longer texts
     rope_factor: float = 1.0  # how much more slowly: 4.0 for a block_size of 4 times the trained length
@@ -511,7 +513,7 @@ class KVCache:
     def append(self, layer, k, v):
         """Writes k, v (B, G, T, D) at the places of the newest tokens; returns those of all so far, (B, G, S, D).
 
-        And the means of their blocks (B, G, N, D), of which only those that get their last token are computed.
+        And the means of their blocks (B, G, N, D). Only those of blocks that may have got their last token are new.
         """
         place = self.last_places(k.size(2))
         self.k[layer].index_copy_(2, place, k.type_as(self.k[layer]))
@@ -522,7 +524,8 @@ class KVCache:
         b = self.config.key_block
         means = self.means[layer][:, :, : S // b]
         if S >= b:
-            # A block ends in the stretch after the one where it begins, or with its own: so many can end in T places.
+            # Three new tokens at places 6, 7, 8, with b=4: stretch 1 is the last that is full. The block of slot 1 has
+            # ended if it begins at place 4 or 5, that of slot 0 if it begins at 3: (3 + 2 * 4 - 2) // 4 = 2 slots.
             n_ended = (len(place) + 2 * b - 2) // b
             slot = (place[-1] + 1) // b - 1 - torch.arange(n_ended, device=k.device)
             slot = slot.clamp(min=0)
