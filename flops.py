@@ -114,7 +114,7 @@ class Cost:
     forward: dict = field(default_factory=lambda: defaultdict(int))
     backward: dict = field(default_factory=lambda: defaultdict(int))
     scores: dict = field(default_factory=lambda: defaultdict(int))  # {module's path: FLOPs of its causal attention}
-    pairs: dict = field(default_factory=dict)  # {module's path: queries times the keys that each is multiplied with}
+    one_key: dict = field(default_factory=lambda: defaultdict(int))  # {path: what one key for each query costs}
     peak_bytes: int = 0
 
 
@@ -168,18 +168,17 @@ class Counter(TorchDispatchMode):
                 self.follow(tensor.untyped_storage())
         return out
 
-    def attending(self, attend, q, k, *args):
+    def attending(self, attend, q, k, v, *args):
         """Calls a module's attend, whose products are those of causal attention however it multiplies."""
         self.in_attention = True
-        self.cost.pairs[self.paths[-1]] = q.size(0) * q.size(2) * k.size(2)
-        out = attend(q, k, *args)
+        out = attend(q, k, v, *args)
         self.in_attention = False
+        path = self.paths[-1]
+        self.cost.one_key[path] += self.times_of(path) * attention_flops(q, k[:, :, :1], v)
         return out
 
     def add(self, path, between_tokens, flops, backward):
-        index = re.match(r"blocks\.(\d+)", path)
-        if index:
-            flops *= self.times[int(index[1])]
+        flops *= self.times_of(path)
         row = component(path)
         if between_tokens:
             row += " between tokens"
@@ -189,6 +188,10 @@ class Counter(TorchDispatchMode):
             self.cost.forward[row] += flops
         if self.in_attention and not backward:
             self.cost.scores[path] += flops
+
+    def times_of(self, path):
+        index = re.match(r"blocks\.(\d+)", path)
+        return self.times[int(index[1])] if index else 1
 
     def follow(self, storage):
         key = storage._cdata
@@ -277,7 +280,8 @@ def run(model: str, config, T: int, batch: int = 1, dtype: str = "float32", reco
     key = (module_of(model).GPT, repr(config), T, batch, dtype, recompute)
     if key not in REMEMBERED:
         measure = partial(run_once, model, config, batch=batch, dtype=dtype, recompute=recompute)
-        REMEMBERED[key] = measure(T=T) if T <= LONGEST_RUN else from_shorter_runs(measure, T)
+        at_once = T <= LONGEST_RUN or has_key_blocks(config)
+        REMEMBERED[key] = measure(T=T) if at_once else from_shorter_runs(measure, T)
     return REMEMBERED[key]
 
 
@@ -316,6 +320,11 @@ def drop_gradient(p):
 LONGEST_RUN = 4096  # a loop over chunks of T takes too long beyond
 
 
+def has_key_blocks(config):
+    """Returns whether a query meets chosen blocks of keys, so that costs are no polynomial of the length."""
+    return hasattr(config, "key_block")
+
+
 def from_shorter_runs(measure, T):
     """Returns measure(T) from three short lengths: costs are quadratic in T, in steps of 512, which chunks divide."""
     costs = [measure(T=T % 512 + n * 512) for n in (1, 2, 3)]
@@ -325,7 +334,7 @@ def from_shorter_runs(measure, T):
     def extrapolate(a, b, c):
         return a + n * (b - a) + n * (n - 1) // 2 * (c - 2 * b + a)
 
-    for name in ("forward", "backward", "scores", "pairs"):
+    for name in ("forward", "backward", "scores", "one_key"):
         for key in getattr(costs[0], name):
             getattr(result, name)[key] = extrapolate(*(getattr(cost, name)[key] for cost in costs))
     result.peak_bytes = extrapolate(*(cost.peak_bytes for cost in costs))
@@ -351,8 +360,7 @@ def forward_flops(model: str, config, T: int, causal: bool = False) -> dict[str,
         for path, flops in cost.scores.items():
             mixer = gpt.get_submodule(path)
             seen = mixer.keys_seen(T) if hasattr(mixer, "keys_seen") else (T + 1) / 2
-            computed = cost.pairs.get(path, T * T) / T  # all T keys, but where a mixer leaves out some that nobody sees
-            total[f"{component(path)} between tokens"] -= flops * (1 - seen / computed)
+            total[f"{component(path)} between tokens"] += seen * cost.one_key[path] - flops
     return {row: whole(flops / T) for row, flops in total.items()}
 
 
@@ -395,7 +403,7 @@ def optimizer_cost(model: str, config, optimizer: str = "muon") -> tuple[int, in
 def decode_flops(model: str, config, context: int) -> dict[str, float]:
     """Returns {component: FLOPs} of one token that is decoded with context tokens in the cache, itself among them."""
     longest = max(LONGEST_RUN, 4 * getattr(config, "window", 0), 4 * getattr(config, "index_topk", 0))
-    if context > longest:  # linear in the context, from where all windows are full
+    if context > longest and not has_key_blocks(config):  # linear in the context, from where all windows are full
         near = decode_flops(model, config, longest // 2)
         far = decode_flops(model, config, longest)
         steps = context / (longest // 2) - 1
@@ -476,8 +484,10 @@ def cache_bytes(model: str, config, length: int, bytes_per_number: int) -> int:
 
 
 def cache_bytes_per_token(model: str, config, bytes_per_number: int) -> int:
-    """Returns what one token more adds to the cache of a full context, on average where slots come by the window."""
-    tokens = config.window if hasattr(config, "n_slot") else 1
+    """Returns what one token more adds to the cache of a full context, on average where some comes by the block."""
+    tokens = getattr(config, "key_block", 1)
+    if hasattr(config, "n_slot"):
+        tokens = config.window
     full = cache_bytes(model, config, config.block_size, bytes_per_number)
     return whole((full - cache_bytes(model, config, config.block_size - tokens, bytes_per_number)) / tokens)
 

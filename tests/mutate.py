@@ -324,6 +324,41 @@ MUTANTS = [
         "* (1 + 1e-5)",
         "test_linear.py -k minimax",
     ),
+    Mutant(
+        "a query is led by its own block's later tokens",
+        "model_sparse.py",
+        "(slot < first) | (slot >= own)",
+        "(slot < first) | (slot > own)",
+        "test_sparse.py -k no_query_is_led",
+    ),
+    Mutant(
+        "the own block beside the top k",
+        "model_sparse.py",
+        "n_wanted = (rule == math.inf).sum(dim=-1) + config.top_k_block - 1",
+        "n_wanted = (rule == math.inf).sum(dim=-1) + config.top_k_block",
+        "test_sparse.py -k 'own_block_counts or slow_loop'",
+    ),
+    Mutant(
+        "early queries attend to blocks that are not there",
+        "model_sparse.py",
+        "& (best > -math.inf)",
+        "| (best == -math.inf)",
+        "test_sparse.py -k early_queries",
+    ),
+    Mutant(
+        "a document's blocks are cut from the beginning of the text",
+        "model_sparse.py",
+        "own_start = place - (place - doc_start) % b",
+        "own_start = torch.maximum(doc_start, place - place % b)",
+        "test_sparse.py -k 'slow_loop_over and masked'",
+    ),
+    Mutant(
+        "a block's mean is not kept when it ends within a piece",
+        "model_sparse.py",
+        "n_ended = (len(place) + 2 * b - 2) // b",
+        "n_ended = 1",
+        "test_sparse.py -k keeps_a_mean",
+    ),
     # ---- experts ----
     Mutant(
         "sigmoid shares not of sum 1",

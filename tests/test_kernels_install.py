@@ -77,10 +77,13 @@ def check_report(installed, model):
         left_alone["Attention.rotate (computes something else)"] = rotations
         rotations = 0
     has_slots = hasattr(model.config, "n_slot")
+    has_blocks = hasattr(model.config, "key_block")
     chosen_by_mask = parts["Indexer"] > 0 and model.config.eot_id >= 0  # who chooses keys asks the mask for all
-    own_mask = has_slots or chosen_by_mask
+    own_mask = has_slots or has_blocks or chosen_by_mask
     if has_slots:
         left_alone["Attention.attend (its mask: computes something else)"] = parts["Attention"]
+    if has_blocks:  # attends to blocks, where the others take a mask
+        left_alone["Attention.attend (not tried, TypeError)"] = parts["Attention"]
     if chosen_by_mask:
         left_alone["Attention.attend (its mask: another one needs the mask)"] = parts["Attention"]
     assert installed.left_alone == +left_alone

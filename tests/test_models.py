@@ -357,7 +357,10 @@ def test_the_compiled_model_has_the_loss_and_gradients_of_the_eager_one(name, eo
 
 @each_model
 def test_bf16_is_close_to_fp32(name):
-    model, x = build(name, bold=False), tokens(2, 32)
+    options = {}
+    if hasattr(module(name).GPTConfig, "top_k_block"):
+        options["top_k_block"] = 8  # all blocks: of two that are nearly as good bf16 may choose the other one
+    model, x = build(name, bold=False, **options), tokens(2, 32)
     want, got = model(x), model.bfloat16()(x)
     assert got.dtype == torch.bfloat16
     assert F.cosine_similarity(got.float(), want, dim=-1).min() > 0.999
