@@ -4,6 +4,7 @@
     python bench.py train          training tokens/s, against gpt2 and transformers (train config/x.py: of a config)
     python bench.py decode         prefill and decoding, against transformers (decode config/x.py: of a config)
     python bench.py variants       what a mixture of experts, latent attention and delta layers cost and save
+    python bench.py attention      what a token costs as texts get longer, and what choosing keys saves
     python bench.py kernels        each Triton kernel against PyTorch, torch.compile and other libraries, on a GPU
     python bench.py parallel       FSDP beside DDP, a save beside writing its bytes, how soon a resumed run goes on
     python bench.py loader         the loader's share of a step, and its memory over a large shard
@@ -19,7 +20,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import decoding, kernels, loader, parallel, shakespeare, training, variants, workload
+from benchmarks import attention, decoding, kernels, loader, parallel, shakespeare, training, variants, workload
 from data.text import print_any_text
 
 ROOT = Path(__file__).resolve().parent
@@ -28,6 +29,7 @@ BENCHMARKS = {  # each has RESULT, the name of its files; measure(arguments) -> 
     "train": training,
     "decode": decoding,
     "variants": variants,
+    "attention": attention,
     "kernels": kernels,
     "parallel": parallel,
     "loader": loader,
@@ -65,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--compile", action="store_true", help="measure a compiled step too (always on a GPU)")
 
     add_rounds(add_command("variants", "costs and savings of ideas"), 5)
+    add_rounds(add_command("attention", "longer texts, and attention to chosen keys"), 3)
     add_rounds(add_command("kernels", "each Triton kernel"), 5)
 
     command = add_command("parallel", "processes and checkpoints")

@@ -1,4 +1,4 @@
-"""A query attends to a few blocks of keys, by rule and by their mean (MoBA, https://arxiv.org/abs/2502.13189).
+"""A query attends to a few blocks of keys, by rule and by their mean (https://arxiv.org/abs/2502.13189).
 
     q, k, v = rope(norm(Wq u)), rope(norm(Wk u)), Wv u                          u = RMSNorm(x)
     chosen  = the blocks of the rule, and of the others before its own those with the largest q . mean(k of the block)
@@ -7,7 +7,7 @@
 
 By rule a query sees the last blocks, then every so-manyth, and the first ones of its document (sparse transformers,
 https://arxiv.org/abs/1904.10509). Each head of a query chooses further ones without any parameters (mixture of block
-attention). There are only earlier blocks to choose from, as a mean tells of all tokens of its block.
+attention, MoBA). There are only earlier blocks to choose from, as a mean tells of all tokens of its block.
 
 mask_of_blocks and softmax define the result. attend_gathered computes the same from the chosen blocks alone, so that
 its time grows with what is chosen and not with what could be seen.

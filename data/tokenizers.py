@@ -224,7 +224,8 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 def load_tokenizer(spec: str, add_tokens: Iterable[str] = (), chars: str | None = None) -> Tokenizer:
     """spec: "byte", "char" (chars is any text with the whole alphabet), a tiktoken name, PATH/tokenizer.json of Hugging
-    Face, PATH/x.tiktoken of Qwen (others: x.tiktoken:newer or :gpt2), PATH/x.model of sentencepiece, "bpe:FILE".
+    Face, PATH/x.tiktoken of Qwen (others: x.tiktoken:newer or :gpt2), PATH/x.model of sentencepiece, "bpe:FILE",
+    PATH/meta.json of prepared data, which has its tokenizer.
     <|endoftext|> and add_tokens become special tokens with the next free ids where they are not there yet."""
     path, add_tokens = Path(spec.removeprefix("bpe:")), (EOT, *add_tokens)
     if spec == "byte":
@@ -235,6 +236,10 @@ def load_tokenizer(spec: str, add_tokens: Iterable[str] = (), chars: str | None 
         return Tokenizer("char", spec, {}, add_tokens, chars="".join(sorted(set(chars))))
     if spec.startswith("bpe:") or path.suffix == ".json":
         d = tokenizer_json.read_object(path)
+        if path.name == "meta.json":
+            d = d.get("tokenizer")
+            if not isinstance(d, dict):
+                raise ValueError(f"{path} is of data without a tokenizer: name one")
         if "kind" in d:
             tokenizer_json.check_ours(d, path)
             return Tokenizer(**d, add_tokens=add_tokens)

@@ -60,6 +60,25 @@ DIAGRAMS = {
         "mix": ["softmax over the last W"],
         "cache": ["k, v of W tokens in most layers"],
     },
+    "linformer": {
+        "idea": "windows that have ended become few slots",
+        "mix": ["softmax over window and slots"],
+        "cache": ["k, v of W tokens and of slots"],
+    },
+    "sparse": {
+        "idea": "a query attends to a few blocks",
+        "mix": ["softmax over chosen blocks"],
+        "cache": ["k, v of G heads, a mean per block"],
+    },
+    "linear": {
+        "idea": "a memory of one size, without softmax",
+        "project": ["q, k, v: H heads"],
+        "position": ["φ(q), φ(k), decay"],
+        "mix": ["M = decay M + k vᵀ"],
+        "gate": ["RMSNorm × gate"],
+        "cache": ["M; k, v in every 4th layer"],
+        "other layers": ["every\n4th layer:\nbaseline\nattention"],
+    },
     "hybrid": {
         "idea": "a memory of one size at any length",
         "project": ["q, k, v, convolved"],
@@ -74,6 +93,11 @@ DIAGRAMS = {
         "project": ["q: H heads", "latent c", "RoPE key"],
         "position": ["k, v of H heads, made from c"],
         "cache": ["c and the RoPE key, for all heads"],
+    },
+    "indexer": {
+        "idea": "a small indexer chooses K keys",
+        "mix": ["indexer: K keys", "softmax over these"],
+        "cache": ["c, the RoPE key, the indexer's key"],
     },
     "moe": {
         "idea": "many weights, few of them at work",
@@ -108,7 +132,7 @@ SUMS = (312, 522)  # where a branch is added to the residual stream
 CACHE = 6
 TITLE = 652
 
-COLUMNS = 4
+COLUMNS = 5
 CELL_WIDTH = 400
 CELL_HEIGHT = 740
 LEFT = 58  # of the boxes in a cell
@@ -248,10 +272,11 @@ q, k, v  queries, keys, values
 H   query heads
 G   key/value heads, at most H
 E   experts in a layer
-K   experts that a token passes through
+K   experts of a token, keys of a query
 W   window, its own token included
 c   latent: R numbers for all heads
 M   state: a matrix for each head
+φ   elu + 1, SiLU or nothing
 """
     axis.text(x + LEFT, top - 70, text.strip(), va="top", fontsize=11.5, linespacing=1.6, color="#37474f")
 

@@ -12,7 +12,7 @@ import flops
 import kernels
 import kernels_delta
 import model_mla
-from benchmarks import decoding, kernel_cases, parallel, shakespeare, timing, training, variants, workload
+from benchmarks import attention, decoding, kernel_cases, parallel, shakespeare, timing, training, variants, workload
 from benchmarks import kernels as bench_kernels
 from benchmarks import loader as bench_loader
 from data.shards import write_shard
@@ -377,6 +377,40 @@ def test_variants_measures_every_section_and_its_ratios_are_those_of_the_numbers
         ("da", 8),
         ("da", 128),
     ]
+
+
+SMALL = dict(n_layer=1, n_head=2, head_dim=16, n_embd=32, n_inner=64, vocab_size=64)
+SMALL_ATTENTION = {
+    "longer": dict(
+        contexts=(32, 128),
+        lengths=(8, 32),
+        models={
+            "baseline": ("baseline", SMALL | dict(n_kv_head=1)),
+            "sliding": ("sliding", SMALL | dict(n_kv_head=1, layer_pattern="l", window=16)),
+        },
+    ),
+    "chosen": dict(
+        context=64,
+        models={"sparse": ("sparse", "top_k_block", (1, 8), SMALL | dict(n_kv_head=1, key_block=8))},
+    ),
+}
+
+
+def test_attention_has_a_row_for_each_length_and_share_of_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "SIZES", SMALL_ATTENTION)
+    bench.main(["--out", str(tmp_path), "--device", "cpu", "attention", "--rounds", "2"])
+    result, table = result_of(tmp_path, "attention")
+    rows = {(row["model"], row["context"]): row["cache_bytes"] for row in result["decoding"]}
+    assert rows["baseline", 128] == 4 * rows["baseline", 32] == 4 * 2 * 16 * 128  # fp32 keys and values of one head
+    assert rows["sliding", 128] == rows["sliding", 32] == 4 * 2 * 16 * 16
+    assert [(row["model"], row["length"]) for row in result["training"]][::2] == [("baseline", 8), ("sliding", 8)]
+    few, all_keys = result["chosen"]
+    assert few["seen"] == 4.5 / 32.5 and all_keys["seen"] == 1  # 1 to 8 keys of the own block; 1 to 64 in all
+    row = result["training"][1]
+    ratio = statistics.median(b / a for a, b in zip(result["training"][0]["seconds"], row["seconds"]))
+    assert (
+        f"| baseline | 32 | {timing.median_and_range([1000 * s for s in row['seconds']])} | 4 | {ratio:.2f} |" in table
+    )
 
 
 def test_each_time_stands_where_it_was_measured(monkeypatch):

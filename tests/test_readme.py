@@ -21,7 +21,7 @@ import eval as evaluation
 import sample
 from benchmarks import workload
 from configurator import resolve
-from docs import gallery
+from docs import gallery, sees
 from tests import differences
 from tests.readme import PARTS, fresh
 from tests.tiny import ROOT
@@ -292,3 +292,21 @@ def test_the_gallery_shows_every_model_file_as_it_was_last_drawn(tmp_path):
     assert drawn.shape == committed.shape
     pixels = (np.abs(drawn - committed) > 0.25).any(axis=2).sum()  # edges of letters may differ a little elsewhere
     assert pixels < 20, "python docs/gallery.py draws it"
+
+
+def test_what_a_query_sees_is_asked_of_the_models():
+    """Here for two panels whose rule is short; the picture has more of them."""
+    t, s = np.indices((sees.T, sees.T))
+    rules = {"baseline": s <= t, "sliding": (s <= t) & ((s > t - 12) | (s < 2))}
+    for _, name, options in sees.PANELS:
+        if name in rules:
+            assert np.array_equal(sees.influence(name, options).numpy() > 0, rules[name])
+
+
+@pytest.mark.slow
+def test_what_queries_see_is_as_it_was_last_drawn(tmp_path):
+    sees.draw(tmp_path / "sees.png")
+    drawn = matplotlib.image.imread(tmp_path / "sees.png")
+    committed = matplotlib.image.imread(ROOT / "docs" / "sees.png")
+    assert drawn.shape == committed.shape
+    assert (np.abs(drawn - committed) > 0.25).any(axis=2).mean() < 0.01, "python docs/sees.py draws it"

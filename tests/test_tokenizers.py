@@ -749,3 +749,12 @@ def test_bad_input_to_training_is_an_error_that_says_what_to_do(tmp_path, conten
     assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "out.json").exists()
     pattern = message if ".*" in message else regex.escape(message)
     assert regex.search(pattern, done.stderr), done.stderr
+
+
+def test_prepared_data_gives_its_tokenizer_to_other_data(tmp_path):
+    ours = load_tokenizer("byte", ["<|x|>"])
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": ours.to_dict(), "vocab_size": 258, "eot_id": 256}))
+    assert load_tokenizer(str(tmp_path / "meta.json")).fingerprint == ours.fingerprint
+    (tmp_path / "meta.json").write_text('{"tokenizer": null, "vocab_size": 258, "eot_id": 256}')
+    with pytest.raises(ValueError, match="meta.json is of data without a tokenizer"):
+        load_tokenizer(str(tmp_path / "meta.json"))
