@@ -162,6 +162,8 @@ def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant
         arguments.append(f"--data={args.data}")
     config = resolve(TRAIN, arguments)
     check(config, world_size=1)
+    if config["stages"] or not isinstance(config["data"], str):
+        raise ValueError(f"{name} has stages or a mixture of texts, and what is compared has one stage and one text")
     data = Shards(config["data"], "train")
     Shards(config["data"], "val")
     T = config["block_size"]

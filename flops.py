@@ -656,7 +656,12 @@ def built(argv):
     configurator = importlib.import_module("configurator")
     knobs = configurator.resolve(ROOT / "train.py", argv)
     config = configurator.config_class(knobs["model"])[0]
-    knobs["vocab_size"] = knobs["vocab_size"] or vocab_size(knobs["data"], config.vocab_size)
+    data = knobs["data"]
+    if isinstance(data, list):  # of a mixture, all of which have one tokenizer: "FOLDER:WEIGHT"
+        data = data[0].rpartition(":")[0] or data[0]
+    if knobs["stages"]:
+        print(f"of the first of {1 + len(knobs['stages'])} stages; --key=value can be those of another")
+    knobs["vocab_size"] = knobs["vocab_size"] or vocab_size(data, config.vocab_size)
     sizes = {f.name: knobs[f.name] for f in fields(config)}
     try:
         return knobs, sizes, config(**sizes)

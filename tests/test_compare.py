@@ -163,6 +163,8 @@ def test_the_plan_says_what_sets_variants_apart_and_how_long_it_takes(setting, t
     (["--budget", "1e6"], "--budget=1e+06 pays for 0 steps of baseline ("),
     (["--models", "baseline,mla", "--match", "parameters", "--knob", "n_layer"], "the nearest is n_layer="),
     (["--data", "nowhere"], "nowhere"),
+    (["--data=['a:1', 'b:2']"], "baseline has stages or a mixture of texts"),
+    (["--stages={5: {'block_size': 64}}"], "baseline has stages or a mixture of texts"),
     (["--models", "baseline,baseline"], "planned twice"),
     (["--models", "baseline,baseline:n_layer=1", "--budgets", "1e9", "--sizes", "n_embd=32"], "name one once"),
     (["--seed=7"], "error: --seed=7: compare.py sets these itself"),

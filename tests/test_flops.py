@@ -572,6 +572,7 @@ def test_a_gpu_that_is_there_is_found_without_being_named(report, monkeypatch):
 def test_vocab_size_0_is_that_of_the_data_or_said_to_be_guessed(report, tmp_path):
     (tmp_path / "meta.json").write_text('{"vocab_size": 1000}')
     assert report(f"--data={tmp_path}")[0]["config"]["vocab_size"] == 1024
+    assert report(f"--data=['{tmp_path}:0.7', 'more:0.3']")[0]["config"]["vocab_size"] == 1024
     found, lines = report(f"--data={tmp_path}/none")
     assert found["config"]["vocab_size"] == 50304
     assert lines[0] == f"{tmp_path}/none/meta.json is not here: vocab_size is taken to be 50,304"
