@@ -1,15 +1,16 @@
-"""Tokenizers: text to ids and back. They are loaded by name or from a file, or trained here as byte-level BPE.
+"""Tokenizers: text to ids and back. They are loaded by name or from a file, or trained here.
 
     tok = load_tokenizer("gpt2")  # or "byte", "char", PATH/tokenizer.json, PATH/x.tiktoken, PATH/x.model, "bpe:FILE"
     ids = tok.encode("Hello<|endoftext|>")  # plain text stays plain text, whatever it spells
     ids = tok.encode("Hello<|endoftext|>", special=True)  # a special token becomes its one id
     tok.eot_id  # begins each document: that of <|endoftext|>, or of a foreign tokenizer's token for it, like <s>
     python data/tokenizers.py train FILES... --vocab_size 8192 --out bpe.json  # then load_tokenizer("bpe:bpe.json")
+    python data/tokenizers.py train FILES... --kind sentencepiece --out x.model  # data/sentencepiece_model.py
 
 BPE, as in GPT-2: a regex cuts text into words, a word begins as its bytes, and the adjacent pair that makes the token
 of lowest rank is merged, again and again. A token's id is its rank, and tiktoken's core does the work;
 data/bpe_training.py is the training. decode(encode(text)) == text, except for tokenizers that normalise by design:
-Qwen's (Unicode NFC) and most sentencepiece models.
+Qwen's (Unicode NFC) and most sentencepiece models. A foreign tokenizer.json of another kind is run by its own package.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 if __name__ == "__main__":  # this folder on the path would shadow the installed package `tokenizers`
@@ -32,7 +34,7 @@ import regex
 
 from data import sentencepiece_model, tokenizer_json, tokenizer_package
 from data.bpe import EOT, PATTERNS, TURN_ENDS, alternatives, format_ranks, parse_ranks
-from data.bpe_training import count_words, merge_words
+from data.bpe_training import chunks, count_words, merge_words
 from data.text import read_text
 
 MAX_PATTERN = 4096  # characters; those that are known have up to 600
@@ -353,22 +355,56 @@ def train_bpe(files, vocab_size: int, pattern="newer", special_tokens=(), worker
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.")
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE or a sentencepiece tokenizer.")
     train = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train one on text files")
-    train.add_argument("files", nargs="+", help=".txt, .py or .jsonl (its text fields), each also with .gz")
-    train.add_argument("--vocab_size", type=int, default=8192, help="bytes and special tokens included")
-    train.add_argument("--pattern", choices=["gpt2", "newer"], default="newer", help="how text is cut into words")
-    train.add_argument("--special_tokens", nargs="*", default=[], metavar="TOKEN", help=f"beside {EOT}")
-    train.add_argument("--out", type=Path, default="bpe.json", help="where it goes; load it as bpe:FILE")
-    train.add_argument("--workers", type=int, default=min(8, os.cpu_count()))
-    a = parser.parse_args()
+    add = train.add_argument
+    add("files", nargs="+", help=".txt, .py or .jsonl (its text fields), each also with .gz or .zst")
+    add("--kind", choices=["bpe", "sentencepiece"], default="bpe", help="bpe: of bytes, as GPT-2's; written as .json")
+    add("--vocab_size", type=int, default=8192, help="bytes and special tokens included")
+    add("--special_tokens", nargs="*", default=[], metavar="TOKEN", help=f"beside {EOT} (sentencepiece: <s> and </s>)")
+    add("--out", type=Path, help="where it goes (default: bpe.json or sentencepiece.model)")
+    add("--workers", type=int, default=min(8, os.cpu_count()))
+    add = train.add_argument_group("of bpe alone").add_argument
+    add("--pattern", choices=["gpt2", "newer"], help="how text is cut into words (default: newer)")
+    add = train.add_argument_group("of sentencepiece alone").add_argument
+    add("--model_type", choices=["bpe", "unigram", "char", "word"], help="(default: bpe)")
+    add("--user_symbols", nargs="+", metavar="TOKEN", help="found in every text, such as + - or <sep>")
+    args = parser.parse_args()
+    meaningless = ["pattern"] if args.kind == "sentencepiece" else ["model_type", "user_symbols"]
+    for key in meaningless:
+        if getattr(args, key) is not None:
+            parser.error(f"--{key} means nothing to --kind {args.kind}: leave it out")
     try:
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        tok = train_bpe(a.files, a.vocab_size, a.pattern, a.special_tokens, a.workers, a.out.stem)
-        a.out.write_text(json.dumps(tok.to_dict()), encoding="utf-8")
-    except (ValueError, OSError) as e:
+        if args.kind == "bpe":
+            command_bpe(args)
+        else:
+            command_sentencepiece(args)
+    except (ValueError, OSError, ImportError) as e:
         sys.exit(f"error: {e}")
-    print(f"{tok.vocab_size} tokens in {a.out}: use it as bpe:{a.out}")
+
+
+def command_bpe(args):
+    out = args.out or Path("bpe.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pattern = args.pattern or "newer"
+    tok = train_bpe(args.files, args.vocab_size, pattern, args.special_tokens, args.workers, out.stem)
+    out.write_text(json.dumps(tok.to_dict()), encoding="utf-8")
+    print(f"{tok.vocab_size} tokens in {out}: use it as bpe:{out}")
+
+
+def command_sentencepiece(args):
+    out = args.out or Path("sentencepiece.model")
+    if out.suffix != ".model":
+        raise ValueError(f"--out={out}: a sentencepiece tokenizer is known by its ending: try {out.stem}.model")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    texts = chain.from_iterable(chunks(Path(path)) for path in args.files)
+    symbols = args.user_symbols or []
+    model = sentencepiece_model.train(
+        texts, args.vocab_size, args.model_type or "bpe", symbols, args.special_tokens, args.workers
+    )
+    out.write_bytes(model)
+    out.with_suffix(".vocab").write_text(sentencepiece_model.vocabulary(model), encoding="utf-8")
+    print(f"{args.vocab_size} tokens in {out}: use it as {out}; {out.stem}.vocab lists them")
 
 
 if __name__ == "__main__":

@@ -606,6 +606,39 @@ def test_half_a_surrogate_pair_in_json_is_replaced(tmp_path):
     assert sorted(texts) == ["bad ? half", "fine"]
 
 
+# as a library
+
+
+def test_the_ten_lines_of_the_page_do_what_the_command_does(tmp_path):
+    page = (PREPARE.parents[1] / "docs" / "data.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    (tmp_path / "notes.txt").write_text("It stands here that they do. " * 400)
+    environment = os.environ | {"PYTHONPATH": str(PREPARE.parents[1])}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("torch.Size([8, 64]) torch.Size([8, 64])\n" * 3)
+    prepare([str(tmp_path / "notes.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "byte"])
+    for name in ("train_000000.bin", "val_000000.bin"):
+        assert (tmp_path / "data" / "notes" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_as_a_library_prepare_returns_its_folder_and_raises_where_the_command_ends(tmp_path):
+    source = write_documents(tmp_path / "a.jsonl", 30)
+    folder = prepare_module.prepare(
+        source, out=tmp_path / "out", tokenizer="byte", add_tokens=["<x>"], val_fraction=0.3
+    )
+    assert folder == tmp_path / "out" and Shards(folder, "train").vocab_size == 258
+    assert prepare_module.prepare("mqar", out=tmp_path / "mqar", documents=100) == tmp_path / "mqar"
+    with pytest.raises(TypeError, match="prepare has no option tokeniser: see  python data/prepare.py --help"):
+        prepare_module.prepare(source, tokeniser="byte")
+    with pytest.raises(ValueError, match="--pairs means nothing to"):
+        prepare_module.prepare(source, pairs=3)
+    with pytest.raises(ImportError, match="cannot import name 'Shard'"):
+        from data import Shard  # noqa: F401
+
+
 # pages, tables and compressed files
 
 

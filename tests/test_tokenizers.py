@@ -895,6 +895,44 @@ def test_the_command_writes_the_same_file_again_whatever_the_workers(tmp_path, f
         load_tokenizer(f"bpe:{out}")
 
 
+@pytest.mark.parametrize("model_type, size", [("bpe", 400), ("unigram", 400), ("char", 330), ("word", 400)])
+def test_sentencepiece_is_trained_to_exactly_the_vocabulary_asked_for_and_loses_no_text(
+    tmp_path, folder, model_type, size
+):
+    out = tmp_path / "x.model"
+    names = ["--user_symbols", "<sep>", "+", "--special_tokens", "<|im_end|>"]
+    command = [folder / "text.txt", "--kind", "sentencepiece", "--model_type", model_type, "--vocab_size", size, *names]
+    done = run_train(*command, "--workers", 1, "--out", out)
+    assert done.returncode == 0, done.stderr
+    tok = load_tokenizer(str(out))
+    tokens = [line.split("\t")[0] for line in (tmp_path / "x.vocab").read_text(encoding="utf-8").splitlines()]
+    assert tok.vocab_size == len(tokens) == size
+    assert tokens[:6] == ["<pad>", "<unk>", "<s>", "</s>", "<|im_end|>", "<sep>"]
+    assert tok.eot == "<s>" and tok.stop_ids == {2, 4}
+    if model_type == "word":  # which loses the spaces before unknown words
+        assert tok.decode(tok.encode("unknown")) == "unknown"
+        return
+    assert [tok.decode([i]) for i in tok.encode("x1234<sep>+")[-6:]] == [*"1234", "<sep>", "+"]
+    for text in (TEXT, MIXED, "  a\n\n  b ", "", random_text(2).replace("\u2581", "")):
+        assert tok.decode(tok.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--vocab_size", "270"], "cannot train 270 tokens of this text: Vocabulary size is smaller"),
+        (["--vocab_size", "9000", "--model_type", "char"], "tokens are all this text has: take --vocab_size"),
+        (["--out", "x.json"], "--out=x.json: a sentencepiece tokenizer is known by its ending: try x.model"),
+        (["--pattern", "gpt2"], "--pattern means nothing to --kind sentencepiece: leave it out"),
+        (["--kind", "bpe", "--model_type", "char"], "--model_type means nothing to --kind bpe: leave it out"),
+    ],
+)
+def test_sentencepiece_that_cannot_be_trained_so_is_an_error_that_says_why(tmp_path, folder, options, message):
+    out = tmp_path / "x.model"
+    done = run_train(folder / "text.txt", "--kind", "sentencepiece", "--out", out, "--workers", 1, *options)
+    assert done.returncode and message in done.stderr and "Traceback" not in done.stderr and not out.exists()
+
+
 @pytest.mark.parametrize(
     "content, options, message",
     [
