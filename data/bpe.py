@@ -8,6 +8,7 @@ import regex
 
 EOT = "<|endoftext|>"
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|return|>")  # of chats: text stops there, none begins there
+MAX_ID = 2**24  # no vocabulary is so large, and arrays as long as the largest id are made
 
 # How text is cut into words, which no merge crosses. "newer" is GPT-4's and Llama 3's: a word takes the character
 # before it, numbers go by three digits (in "qwen" by one), line breaks stay together.

@@ -41,10 +41,8 @@ from data.text import name_inside, print_any_text
 from data.tokenizers import CHAT_TOKENS, load_tokenizer, tokenizer_from_dict, train_bpe
 
 CHUNK = 1 << 20  # characters that a worker gets at a time
-TEXT_OPTIONS = (
-    "tokenizer add_tokens eot field max_doc_tokens max_documents max_tokens split_at_eot skip_bad input workers"
-)
-TEXT_OPTIONS = tuple(TEXT_OPTIONS.split())
+TEXT_OPTIONS = "tokenizer add_tokens eot field max_doc_tokens max_documents max_tokens split_at_eot".split()
+TEXT_OPTIONS += ["skip_bad", "input", "workers"]
 MQAR_OPTIONS = *MQAR._fields, "documents", "seed"
 worker = {}  # a worker process's settings
 
@@ -356,9 +354,9 @@ def write_text(args, folder, text):
 def print_marker(tokenizer):
     """Says which token begins a document, and which end a turn of a chat: a foreign file names them in many ways."""
     line = f"every document begins with {tokenizer.eot} (token {tokenizer.eot_id}; --eot takes another)"
-    turn_ends = tokenizer.stop_ids - {tokenizer.eot_id}
+    turn_ends = [tokenizer.decode([i]) for i in sorted(tokenizer.stop_ids - {tokenizer.eot_id})]
     if turn_ends:
-        line += f"; a turn of a chat ends with {tokenizer.decode(sorted(turn_ends))}"
+        line += f"; a turn of a chat ends with {', '.join(turn_ends)}"
     tqdm.write(line)
 
 

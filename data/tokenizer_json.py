@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.bpe import BYTE_OF, EOT, PATTERNS, SPELLING, TURN_ENDS, format_ranks, parse_ranks
+from data.bpe import BYTE_OF, EOT, MAX_ID, PATTERNS, SPELLING, TURN_ENDS, format_ranks, parse_ranks
 
 END_OF_TEXT = (EOT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")  # as it is known by name
 
@@ -60,7 +60,6 @@ DATA = {  # what the kinds of our tokenizers have besides
     "sentencepiece": {"model!": str},
     "huggingface": {"file!": str},
 }
-MAX_ID = 2**24  # no vocabulary is so large, and arrays as long as the largest id are made
 NAMES = {
     str: "a text",
     int: f"a whole number from 0 to {MAX_ID}",

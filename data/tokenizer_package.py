@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from data.bpe import BYTE_OF
+from data.bpe import BYTE_OF, MAX_ID
 
 
 @contextmanager
@@ -52,12 +52,15 @@ def encode(core, text: str, special: bool, name: str) -> list[int]:
         return core.encode(text, add_special_tokens=False).ids
 
 
-def pieces(core, file: str, added: dict[str, int]) -> dict[int, bytes]:
+def pieces(core, file: str, added: dict[str, int], name: str) -> dict[int, bytes]:
     """Returns what each id stands for, those of the tokens `added` included, which are spelled as in a text."""
     decoder = json.loads(file).get("decoder") or {"type": "Fuse"}
     steps = decoder.get("decoders") or [decoder]
     of_spaces = [step for step in steps if step["type"] in ("Replace", "Metaspace")]
     vocab = core.get_vocab(with_added_tokens=False)
+    largest = max(vocab.values(), default=0)
+    if largest > MAX_ID:
+        raise ValueError(f"{name}: its largest id is {largest}, and no more than {MAX_ID} is read")
     found = {i: spell(token, steps) for token, i in vocab.items()}
     return found | {i: spell(token, of_spaces) for token, i in added.items()}
 

@@ -71,7 +71,7 @@ class Tokenizer:
             self._core = _tiktoken_core(name, data["pattern"], ranks)
         elif kind == "huggingface":
             self._core = tokenizer_package.load(data["file"], name)
-            pieces = tokenizer_package.pieces(self._core, data["file"], self.added_tokens)
+            pieces = tokenizer_package.pieces(self._core, data["file"], self.added_tokens, name)
             first = tokenizer_package.encode(self._core, "a", False, name)[:1]
             self._adds_space = any(pieces.get(i, b"").startswith(b" ") for i in first)
         else:

@@ -530,6 +530,11 @@ def test_what_the_package_cannot_read_is_one_error(tmp_path):
     path = save_hugging_face(tmp_path, "gpt2", edit=set_in("model", "dropout", value=0.1))
     with pytest.raises(ValueError, match="leaves out merges at random"):
         load_tokenizer(str(path))
+    path = save_hugging_face(tmp_path, "gpt2", edit=OTHER_KINDS["lower case"])
+    d = load_tokenizer(str(path)).to_dict()
+    d["file"] = d["file"].replace('"Z":', '"Z":4000000000,"ZZ":')
+    with pytest.raises(ValueError, match="its largest id is 4000000000, and no more than 16777216 is read"):
+        tokenizer_from_dict(d)
 
 
 # What others add to byte-level BPE: (spelling, whether it is special, whether it is looked for in normalised text).
