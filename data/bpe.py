@@ -7,6 +7,8 @@ from pathlib import Path
 import regex
 
 EOT = "<|endoftext|>"
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|return|>")  # of chats: text stops there, none begins there
+MAX_ID = 2**24  # no vocabulary is so large, and arrays as long as the largest id are made
 
 # How text is cut into words, which no merge crosses. "newer" is GPT-4's and Llama 3's: a word takes the character
 # before it, numbers go by three digits (in "qwen" by one), line breaks stay together.
@@ -14,6 +16,12 @@ NEWER = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
 NEWER += r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 PATTERNS = {"gpt2": GPT2, "newer": NEWER, "qwen": NEWER.replace("{1,3}", "")}
+
+# GPT-2 spells each byte as a character: a printable one as itself, the others in order as U+0100, U+0101, ...
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+SPELLING = {byte: chr(byte) for byte in PRINTABLE}
+SPELLING |= {byte: chr(256 + n) for n, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
+BYTE_OF = {character: byte for byte, character in SPELLING.items()}
 
 
 def alternatives(tokens: Iterable[str]) -> str:

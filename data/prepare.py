@@ -37,11 +37,12 @@ from data.shards import PUBLISHED, Shards, read_meta, write_shard
 from data.sources import KINDS, NAMED, Named, Skipped, find_text, identity_of
 from data.successor import successor
 from data.synthetic import MQAR
-from data.text import print_any_text
+from data.text import name_inside, print_any_text
 from data.tokenizers import CHAT_TOKENS, load_tokenizer, tokenizer_from_dict, train_bpe
 
 CHUNK = 1 << 20  # characters that a worker gets at a time
-TEXT_OPTIONS = "tokenizer", "add_tokens", "max_doc_tokens", "max_tokens", "split_at_eot", "skip_bad", "input", "workers"
+TEXT_OPTIONS = "tokenizer add_tokens eot field max_doc_tokens max_documents max_tokens split_at_eot".split()
+TEXT_OPTIONS += ["skip_bad", "input", "workers"]
 MQAR_OPTIONS = *MQAR._fields, "documents", "seed"
 worker = {}  # a worker process's settings
 
@@ -154,7 +155,7 @@ def start_worker(tokenizer, max_doc_tokens):
     """Makes this process ready for `encode`; it may be the only one."""
     worker["tokenizer"] = tokenizer_from_dict(tokenizer)
     worker["token_bytes"] = worker["tokenizer"].token_bytes()
-    worker["is_lossy"] = tokenizer["kind"] == "sentencepiece" or tokenizer.get("nfc", False)
+    worker["is_lossy"] = tokenizer["kind"] in ("sentencepiece", "huggingface") or tokenizer.get("nfc", False)
     worker["max_doc_tokens"] = max_doc_tokens
     if parent_process():
         end_with_parent()
@@ -276,16 +277,16 @@ def is_whole(out, meta):
 # ---- from what the user asked for to the folder ---------------------------------------------------------------------
 
 
-def make_tokenizer(spec, add_tokens, documents, folder, workers):
+def make_tokenizer(spec, add_tokens, eot, documents, folder, workers):
     """Loads a tokenizer, or makes the ones that come from the text itself: char, and bpe:SIZE."""
     if spec == "char":
         alphabet = set()
         for _, parts in documents():
             for text in parts:
                 alphabet.update(text)
-        return load_tokenizer(spec, add_tokens, "".join(alphabet))
+        return load_tokenizer(spec, add_tokens, "".join(alphabet), eot)
     if not re.fullmatch(r"bpe:\d+", spec):
-        return load_tokenizer(spec, add_tokens)
+        return load_tokenizer(spec, add_tokens, eot=eot)
     sample = folder / "sample.jsonl"
     room = 100_000_000  # characters: more text changes few merges
     training_text = chain.from_iterable(pieces(parts) for split, parts in documents() if split == "train")
@@ -297,6 +298,8 @@ def make_tokenizer(spec, add_tokens, documents, folder, workers):
                 break
     tokenizer = train_bpe([sample], int(spec[4:]), special_tokens=add_tokens, workers=workers)
     sample.unlink()
+    if eot:
+        return tokenizer_from_dict(tokenizer.to_dict() | {"eot": eot})
     return tokenizer
 
 
@@ -308,7 +311,8 @@ def write_text(args, folder, text):
         workers = min(os.cpu_count(), 61)  # Windows cannot wait for more
         if text.size is not None:
             workers = min(workers, 1 + text.size // (4 * CHUNK))
-    tokenizer = make_tokenizer(args.tokenizer, args.add_tokens, documents, folder, workers)
+    tokenizer = make_tokenizer(args.tokenizer, args.add_tokens, args.eot, documents, folder, workers)
+    print_marker(tokenizer)
     token_bytes = tokenizer.token_bytes()
     writers = {split: Writer(folder, split, tokenizer, token_bytes, args.shard_tokens) for split in ("train", "val")}
     train = writers["train"]
@@ -347,13 +351,24 @@ def write_text(args, folder, text):
         print(f"{names[0]} spells out {EOT}, which stays text: --split_at_eot begins a document there", file=sys.stderr)
 
 
+def print_marker(tokenizer):
+    """Says which token begins a document, and which end a turn of a chat: a foreign file names them in many ways."""
+    line = f"every document begins with {tokenizer.eot} (token {tokenizer.eot_id}; --eot takes another)"
+    turn_ends = [tokenizer.decode([i]) for i in sorted(tokenizer.stop_ids - {tokenizer.eot_id})]
+    if turn_ends:
+        line += f"; a turn of a chat ends with {', '.join(turn_ends)}"
+    tqdm.write(line)
+
+
 def warn_of_loss(tokenizer, n_changed, example, sizes):
     """Says that a tokenizer does not give all text back, with an example, and what can be done."""
     text, back = example
     of_text, of_tokens = sizes
     advice = "it is NFC that it normalises to: give it text in NFC"
     if tokenizer.kind == "sentencepiece":
-        advice = "train it with normalization_rule_name=identity, remove_extra_whitespaces=false and byte_fallback=true"
+        advice = "train it with  python data/tokenizers.py train --kind sentencepiece"
+    if tokenizer.kind == "huggingface":
+        advice = "take another tokenizer: this one's file changes text on purpose"
     print(
         f"WARNING: {tokenizer.name} loses text: {n_changed:,} pieces of it come back changed, {of_text:,} bytes as "
         f"{of_tokens:,}; the first has {text!r}, and gives back {back!r}. Bits per byte will count the bytes of the "
@@ -372,7 +387,8 @@ class Vocabulary(NamedTuple):
 def write_tokens(args, folder):
     """Writes the same of other tools' token files: those of the tokenizer that is named, else GPT-2's."""
     if args.tokenizer:
-        vocab = load_tokenizer(args.tokenizer)
+        vocab = load_tokenizer(args.tokenizer, eot=args.eot)
+        print_marker(vocab)
         meaning = vocab.fingerprint
         more = {"tokenizer": vocab.to_dict()}
         token_bytes = vocab.token_bytes()
@@ -438,8 +454,11 @@ def request_hash(args, identity):
         args.add_tokens,
         args.skip_bad,
         args.split_at_eot,
+        args.eot,
+        args.field,
+        args.max_documents,
     ]
-    version = 3  # one more, when the same request comes to give other tokens
+    version = 4  # one more, when the same request comes to give other tokens
     request = json.dumps([version, identity, args.tokenizer, stamp, options])
     return hashlib.sha256(request.encode()).hexdigest()
 
@@ -456,14 +475,14 @@ def mqar_task(args):
 
 def folder_name(source: str) -> str:
     """Returns what the folder of a source is called: notes of notes.txt.gz, wiki.de of wiki.de.txt."""
-    name = Path(source).resolve().name.removesuffix(".gz")
+    name = name_inside(Path(source).resolve())
     for ending in KINDS:
         name = name.removesuffix(ending)
     return name
 
 
-def prepare(args) -> None:
-    """Makes the folder that the arguments ask for, unless it is there, and prints what is in it."""
+def make_folder(args) -> Path:
+    """Makes the folder that the arguments ask for, unless it is there, prints what is in it, and returns it."""
     # 1. Check what was asked for, and fill in what a named set decides.
     source = args.source[0]
     named = NAMED.get(source, Named("", val_fraction=0.05))
@@ -491,7 +510,7 @@ def prepare(args) -> None:
         identity = identity_of(chain(*args.token_files.values()))
         write = partial(write_tokens, args)
     else:
-        text = find_text(args.source, args.input, skipped, args.split_at_eot)
+        text = find_text(args.source, args.input, skipped, args.split_at_eot, args.field, args.max_documents)
         identity = text.identity
         write = partial(write_text, args, text=text)
 
@@ -520,6 +539,28 @@ def prepare(args) -> None:
         print(f"{out} {split}: {sizes}, vocabulary {meta['vocab_size']:,}")
     if "document_tokens" in meta:
         print(f"every document has {meta['document_tokens']} tokens: train with that block_size")
+    return out
+
+
+def prepare(*sources: str | Path, **options) -> Path:
+    """Does what the command does, with its options as arguments; returns the folder: Shards(folder, "train").
+
+    prepare("a.txt", out="data/a", tokenizer="gpt2") is  python data/prepare.py a.txt --out data/a --tokenizer gpt2
+    What cannot be done is a ValueError, OSError or ImportError. Text is tokenized in this process, unless `workers`
+    says in how many: each begins by importing the caller's own file, which then needs  if __name__ == "__main__".
+    """
+    parser = make_parser()
+    args = parser.parse_args([str(source) for source in sources])
+    unknown = sorted(options.keys() - vars(args).keys())
+    if unknown:
+        raise TypeError(f"prepare has no option {', '.join(unknown)}: see  python data/prepare.py --help")
+    vars(args).update(options)
+    check_options(args, parser)
+    args.workers = args.workers or 1
+    return make_folder(args)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def positive(text):
@@ -529,7 +570,7 @@ def positive(text):
     return number
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {name:12} {named.about} [{named.tokenizer}]" for name, named in NAMED.items())
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     parser.epilog = f"names, and their tokenizers:\n{names}"
@@ -537,13 +578,21 @@ def main(argv: list[str] | None = None) -> None:
     text = parser.add_argument_group("of text alone")
     mqar = parser.add_argument_group("of mqar alone")
     kinds = ", ".join(KINDS)
-    add("source", nargs="+", metavar="NAME|FILES", help=f"a name below; {kinds}, also .gz; folders; - for stdin")
+    add(
+        "source",
+        nargs="+",
+        metavar="NAME|FILES",
+        help=f"a name below; {kinds}, also .gz and .zst; folders; - for stdin",
+    )
     add("--out", help="folder to write (default: data/NAME)")
     add("--val_fraction", type=float, help="share of the documents that validates")
     add("--shard_tokens", type=positive, default=100_000_000, help="tokens in a file")
     add = text.add_argument
     add("--tokenizer", help="byte, char, gpt2, cl100k_base, o200k_base, a file, bpe:FILE, or bpe:8192 to train one")
     add("--add_tokens", type=lambda s: CHAT_TOKENS if s == "chat" else s.split(","), default=[], help="A,B,... or chat")
+    add("--eot", metavar="TOKEN", help="begins every document, where that is not to be the token that the file names")
+    add("--field", default="text", help="of a .jsonl, or column of a .csv, .tsv or .parquet, that has the text")
+    add("--max_documents", type=positive, help="take no more than this many, of train and validation together")
     add("--max_doc_tokens", type=positive, help="cut documents to this many tokens, eot included")
     add("--max_tokens", type=positive, help="stop when train has this many, for sets without end")
     add("--split_at_eot", action="store_true", help=f"a document ends where a .txt spells out {EOT}")
@@ -557,21 +606,33 @@ def main(argv: list[str] | None = None) -> None:
     add("--values", type=int, default=8, help="different values: guessing has a loss of ln of it (default: 8)")
     add("--documents", type=int, default=100_000, help="of train and validation (default: 100,000)")
     add("--seed", type=int, default=1)
+    return parser
+
+
+def check_options(args, parser) -> None:
+    """Finds out whether the source is text, another tool's token files, or mqar; refuses options of the others."""
+    args.token_files = None
+    meaningless = MQAR_OPTIONS
+    if args.source == ["mqar"]:
+        meaningless = TEXT_OPTIONS
+    elif len(args.source) == 1 and args.source[0] not in NAMED and os.path.isdir(args.source[0]):
+        args.token_files = token_files.find(Path(args.source[0]))
+    if args.token_files:
+        meaningless = {*TEXT_OPTIONS, *MQAR_OPTIONS, "val_fraction"} - {"tokenizer", "eot"}
+        if not args.tokenizer:
+            meaningless.add("eot")
+    for key in sorted(meaningless):
+        if getattr(args, key) != parser.get_default(key):
+            raise ValueError(f"--{key} means nothing to {' '.join(args.source)}: leave it out")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
     args = parser.parse_args(argv)
     print_any_text()
     try:
-        args.token_files = None
-        meaningless = MQAR_OPTIONS
-        if args.source == ["mqar"]:
-            meaningless = TEXT_OPTIONS
-        elif len(args.source) == 1 and args.source[0] not in NAMED and os.path.isdir(args.source[0]):
-            args.token_files = token_files.find(Path(args.source[0]))
-        if args.token_files:
-            meaningless = [key for key in (*TEXT_OPTIONS, *MQAR_OPTIONS, "val_fraction") if key != "tokenizer"]
-        for key in meaningless:
-            if getattr(args, key) != parser.get_default(key):
-                raise ValueError(f"--{key} means nothing to {' '.join(args.source)}: leave it out")
-        prepare(args)
+        check_options(args, parser)
+        make_folder(args)
     except KeyboardInterrupt:
         sys.exit("prepare.py: interrupted: nothing was changed")
     except (ValueError, OSError, ImportError, RuntimeError) as error:

@@ -1,8 +1,9 @@
 """Where text comes from: named sets (the table NAMED at the end), files and folders, standard input.
 
 find_text gives what the user named as documents. A document is an iterable of the parts of its text, and gives them
-again each time: [text], or a File that is read in parts. A file is one document, but a .jsonl has one in the field
-"text" of each line, and a .txt may have many with <|endoftext|> between them; any file may be gzipped.
+again each time: [text], or a File that is read in parts. A file is one document, but a .jsonl, a .csv and a .parquet
+have one in a field of each row, and a .txt may have many with <|endoftext|> between them; all but a .parquet may be
+compressed. Of a page of HTML the text is read.
 """
 
 import difflib
@@ -16,14 +17,16 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from data import text
 from data.bpe import EOT
+from data.html_text import text_of_html
 from data.text import Unreadable
 
-KINDS = (".txt", ".md", ".rst", ".jsonl", ".py")
+KINDS = (".txt", ".md", ".rst", ".py", ".html", ".htm", ".jsonl", ".csv", ".tsv", ".parquet")
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
@@ -56,8 +59,25 @@ class Text(NamedTuple):
     with_marker: Iterable = ()  # the names of texts that were read whole, and in which EOT is spelled out
 
 
-def find_text(sources: list[str], copy: str | None, skipped: Skipped | None, split_at_eot: bool) -> Text:
-    """Returns what the user named. What cannot be read is added to `skipped`, or is an error where that is None."""
+def find_text(
+    sources: list[str],
+    copy: str | None,
+    skipped: Skipped | None,
+    split_at_eot: bool,
+    field: str = "text",
+    max_documents: int | None = None,
+) -> Text:
+    """Returns what the user named, up to max_documents of it.
+
+    What cannot be read is added to `skipped`, or is an error where that is None. field: the one of a row that is text.
+    """
+    found = find_all_text(sources, copy, skipped, split_at_eot, field)
+    if max_documents is None:
+        return found
+    return found._replace(documents=lambda: islice(found.documents(), max_documents))
+
+
+def find_all_text(sources, copy, skipped, split_at_eot, field):
     name = sources[0]
     named = NAMED.get(name)
     if named and len(sources) > 1:
@@ -71,6 +91,8 @@ def find_text(sources: list[str], copy: str | None, skipped: Skipped | None, spl
     if is_streamed:
         if split_at_eot:
             raise ValueError(f"--split_at_eot is for .txt files, and {name} comes as documents: leave it out")
+        if field != "text":
+            raise ValueError(f"--field is for files of rows, and {name} comes as documents: leave it out")
         return Text(name, None, named.documents)
 
     separator = EOT if split_at_eot else None
@@ -91,7 +113,7 @@ def find_text(sources: list[str], copy: str | None, skipped: Skipped | None, spl
         if skipped is not None:
             skipped.clear()
         for path in paths:
-            yield from read(path, separator, skipped, with_marker)
+            yield from read(path, separator, field, skipped, with_marker)
 
     return Text(identity_of(paths), size, documents, with_marker)
 
@@ -130,14 +152,15 @@ def find_files(names: Iterable[str]) -> list[Path]:
             found, left_out = walk(name)
             paths += found
             if left_out:
-                readable = f"read are {', '.join(KINDS)} and .gz of them"
+                readable = f"read are {', '.join(KINDS)} and .gz or .zst of them"
                 print(f"left out of {name}: {counts(left_out)} ({readable})", file=sys.stderr)
         elif not Path(name).exists():
             near = difflib.get_close_matches(name, NAMED, 1)
             hint = f"did you mean {near[0]}?" if near else f"the named sets are {', '.join(NAMED)}"
             raise ValueError(f"{name}: there is no such file, and no set of this name: {hint}")
-        elif not name.removesuffix(".gz").endswith(KINDS):
-            raise ValueError(f"{name}: can read {', '.join(KINDS)} and .gz of them: call it .txt if it is plain text")
+        elif not text.name_inside(name).endswith(KINDS):
+            readable = f"{', '.join(KINDS)} and .gz or .zst of them"
+            raise ValueError(f"{name}: can read {readable}: call it .txt if it is plain text")
         else:
             paths.append(Path(name))
     return paths
@@ -166,7 +189,7 @@ def walk(root: str, kinds: tuple | str = KINDS, without: Iterable[str] = ()) -> 
             path = Path(folder, name)
             if not path.is_file():  # a pipe would be read for ever
                 left_out["broken link or pipe"] += 1
-            elif name.removesuffix(".gz").endswith(kinds):
+            elif text.name_inside(name).endswith(kinds):
                 paths.append(path)
             else:
                 left_out[path.suffix or "without an ending"] += 1
@@ -209,24 +232,28 @@ class File:
             leave_out(error, None)
 
 
-def read(path: Path, separator: str | None, skipped: Skipped | None, with_marker: set) -> Iterator[Iterable[str]]:
-    """Yields the documents of a file: those of a .jsonl's lines, of a .txt between separators, or one."""
+def read(
+    path: Path, separator: str | None, field: str, skipped: Skipped | None, with_marker: set
+) -> Iterator[Iterable[str]]:
+    """Yields the documents of a file: those of its rows, of a .txt between separators, or one."""
 
     def bad(error):
         leave_out(error, skipped)
 
-    name = path.name.removesuffix(".gz")
+    name = text.name_inside(path)
     try:
-        if name.endswith(".jsonl"):
+        if name.endswith((".jsonl", ".csv", ".tsv", ".parquet")):
             if skipped is not None:
                 check_whole(path)
-            for place, row in text.json_lines(path, bad):
+            for place, row in rows(path, field, bad):
                 try:
-                    document = text.text_field(row, place)
+                    document = text.text_field(row, place, field)
                 except Unreadable as error:
                     bad(error)
                 else:
                     yield [document]
+        elif name.endswith((".html", ".htm")):
+            yield [text_of_html(text.read_text(path), path)]
         elif separator and name.endswith(".txt"):
             if skipped is not None:
                 check_whole(path)
@@ -241,9 +268,19 @@ def read(path: Path, separator: str | None, skipped: Skipped | None, with_marker
         bad(error)
 
 
+def rows(path, field, bad):
+    """Returns ("FILE line N", row) of every row of a file."""
+    name = text.name_inside(path)
+    if name.endswith(".jsonl"):
+        return text.json_lines(path, bad)
+    if name.endswith(".parquet"):
+        return text.parquet_rows(path, field)
+    return text.table_rows(path, field, bad)
+
+
 def check_whole(path):
-    """Raises Unreadable where a gzip file has damage, which shows at its end, before any of its documents is used."""
-    if path.suffix == ".gz":
+    """Raises Unreadable where a compressed file has damage, which shows at its end, before its documents are used."""
+    if path.suffix in text.COMPRESSED:
         with text.open_utf8(path) as file:
             while file.read(text.PART):
                 pass

@@ -1,4 +1,4 @@
-"""The one reader of text files: plain text, JSON and JSON lines, CSV, each also gzipped.
+"""The one reader of text files: plain text, JSON and JSON lines, CSV, each also as .gz or .zst; and parquet tables.
 
 Text is UTF-8, or UTF-16 that begins with a byte order mark; the mark is no text. Plain text comes in parts, so that a
 file may be larger than the memory. What cannot be read is Unreadable, an error that names the file and the place.
@@ -14,10 +14,22 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
 PART = 1 << 20  # bytes that are read at a time
+
+
+COMPRESSED = (".gz", ".zst")
+
+
+def name_inside(path: Path | str) -> str:
+    """Returns the name of what a file holds, compressed or not: a.txt of a.txt.gz."""
+    name = Path(path).name
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return name
 
 
 class Unreadable(ValueError):
@@ -34,9 +46,9 @@ def stop(error: Unreadable) -> NoReturn:
 
 @contextmanager
 def open_utf8(source: Path | str | bytes, where: str | None = None) -> Iterator[io.BufferedIOBase]:
-    """Opens a file, what is gzipped in it, or bytes: as a file of UTF-8 without a byte order mark.
+    """Opens a file, what is compressed in it, or bytes: as a file of UTF-8 without a byte order mark.
 
-    where: the name in errors. Those of the disk, and of damage in a gzip file, become Unreadable in the whole block.
+    where: the name in errors. Those of the disk, and of damage in what is compressed, become Unreadable in the block.
     """
     if where is None:
         where = "the input" if isinstance(source, bytes) else source
@@ -45,6 +57,8 @@ def open_utf8(source: Path | str | bytes, where: str | None = None) -> Iterator[
             opened = io.BufferedReader(io.BytesIO(source))
         elif str(source).endswith(".gz"):
             opened = gzip.open(source, "rb")
+        elif str(source).endswith(".zst"):
+            opened = io.BufferedReader(ZstdFile(source))
         else:
             opened = open(source, "rb")
         with opened as file:
@@ -53,6 +67,56 @@ def open_utf8(source: Path | str | bytes, where: str | None = None) -> Iterator[
         raise Unreadable(f"{where}: a damaged gzip file: {error}") from None
     except OSError as error:
         raise Unreadable(f"{where}: cannot be read: {error.strerror or error}") from None
+
+
+class ZstdFile(io.RawIOBase):
+    """What is compressed in a .zst file. The reader of the package does not notice that a file is cut short."""
+
+    def __init__(self, path: Path | str):
+        try:
+            import zstandard
+        except ImportError:
+            raise ImportError(f"{path} needs zstandard: pip install zstandard") from None
+        self.package = zstandard
+        self.file = open(path, "rb")
+        self.frame = None  # that is being read; a file may have several
+        self.compressed = b""  # what was read and not yet unpacked
+        self.unpacked = memoryview(b"")
+        self.place = 0  # in what is unpacked
+
+    def readable(self):
+        return True
+
+    def tell(self):
+        return self.place
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+    def readinto(self, buffer):
+        while not self.unpacked:
+            self.compressed = self.compressed or self.file.read(1 << 16)
+            if not self.compressed and self.frame:
+                raise Unreadable(f"{self.file.name}: a damaged zst file: it is cut short")
+            if not self.compressed:
+                return 0
+            self.unpack()
+        n = min(len(buffer), len(self.unpacked))
+        buffer[:n] = self.unpacked[:n]
+        self.unpacked = self.unpacked[n:]
+        self.place += n
+        return n
+
+    def unpack(self):
+        self.frame = self.frame or self.package.ZstdDecompressor().decompressobj()
+        try:
+            self.unpacked = memoryview(self.frame.decompress(self.compressed))
+        except self.package.ZstdError as error:
+            raise Unreadable(f"{self.file.name}: a damaged zst file: {error}") from None
+        self.compressed = self.frame.unused_data
+        if self.frame.eof:
+            self.frame = None
 
 
 def as_utf8(file, where):
@@ -206,14 +270,62 @@ def json_lines(path: Path | str, bad: Callable = stop) -> Iterator[tuple[str, An
                 yield place, value
 
 
-def text_field(row: Any, where: str) -> str:
-    """Returns the field "text" of a row."""
-    if not isinstance(row, dict) or "text" not in row:
+def text_field(row: Any, where: str, field: str = "text") -> str:
+    """Returns the text in a field of a row."""
+    if not isinstance(row, dict) or field not in row:
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise Unreadable(f'{where}: needs a field "text", found {found}')
-    if not isinstance(row["text"], str):
-        raise Unreadable(f'{where}: the field "text" is {row["text"]!r:.40}, not a string')
-    return row["text"]
+        raise Unreadable(f'{where}: needs a field "{field}", found {found}')
+    if not isinstance(row[field], str):
+        raise Unreadable(f'{where}: the field "{field}" is {row[field]!r:.40}, not a string')
+    return row[field]
+
+
+def table_rows(path: Path, field: str, bad: Callable = stop) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields ("FILE line N", {column: text}) of every row of a table that is not blank; its first row has the columns.
+
+    The separator is the first of , ; and tab with which one of the columns is called `field`.
+    """
+    csv.field_size_limit(2**31 - 1)  # by itself a field of more than 131,072 characters is an error
+    with open_utf8(path) as file:
+        lines = decoded_lines(file, path)
+        header = next(lines, "")
+        fitting = [mark for mark in ",;\t" if field in first_row(header, mark)]
+        reader = csv.reader(chain([header], lines), delimiter=(fitting or [","])[0], strict=True)
+        try:
+            columns = next(reader, [])
+            for row in reader:
+                place = f"{path} line {reader.line_num}"
+                if len(row) == len(columns):
+                    yield place, dict(zip(columns, row))
+                elif row:
+                    bad(Unreadable(f"{place}: the first row has {len(columns)} columns, and this one {len(row)}"))
+        except csv.Error as error:
+            raise Unreadable(f"{path} line {reader.line_num}: no CSV: {error}") from None
+
+
+def decoded_lines(file, where):
+    offset = file.tell()
+    for line in file:
+        yield decode(line, where, offset)
+        offset += len(line)
+
+
+def parquet_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ("FILE row N", {column: value}) of every row of a parquet table, of this column alone if it has it."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ImportError(f"{path} needs pyarrow: pip install pyarrow") from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as table:
+            columns = [field] if field in table.schema_arrow.names else None
+            for batch in table.iter_batches(1024, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+    except (OSError, ArrowException) as error:
+        raise Unreadable(f"{path}, after row {number}: no parquet file: {error}") from None
 
 
 def csv_rows(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:

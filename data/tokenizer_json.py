@@ -1,7 +1,8 @@
 """tokenizer.json, the file of Hugging Face's package tokenizers: read and written with the same ids on both sides.
 
-A tokenizer is here what Tokenizer.to_dict() in data/tokenizers.py returns. Byte-level BPE is read, as in the files of
-GPT-2, Llama 3, Qwen and SmolLM, and what this file writes. Values are of the kinds of a table before they are used.
+A tokenizer is here what Tokenizer.to_dict() in data/tokenizers.py returns. Byte-level BPE, as in the files of GPT-2,
+Llama 3, Qwen and SmolLM, becomes one for tiktoken's core, and a file that was written here what it was; any other keeps
+its file, which the package reads (data/tokenizer_package.py). Values are of the kinds of a table before they are used.
 """
 
 import json
@@ -9,13 +10,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.bpe import EOT, PATTERNS, format_ranks, parse_ranks
+from data.bpe import BYTE_OF, EOT, MAX_ID, PATTERNS, SPELLING, TURN_ENDS, format_ranks, parse_ranks
 
-# GPT-2 spells each byte as a character: a printable one as itself, the others in order as U+0100, U+0101, ...
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-SPELLING = {byte: chr(byte) for byte in PRINTABLE}
-SPELLING |= {byte: chr(256 + n) for n, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
-BYTE_OF = {character: byte for byte, character in SPELLING.items()}
+END_OF_TEXT = (EOT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")  # as it is known by name
 
 EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
@@ -61,8 +58,8 @@ DATA = {  # what the kinds of our tokenizers have besides
     "char": {"chars!": str},
     "bpe": {"ranks!": str, "pattern!": str, "nfc!": bool},
     "sentencepiece": {"model!": str},
+    "huggingface": {"file!": str},
 }
-MAX_ID = 2**24  # no vocabulary is so large, and arrays as long as the largest id are made
 NAMES = {
     str: "a text",
     int: f"a whole number from 0 to {MAX_ID}",
@@ -122,7 +119,7 @@ def check_ours(d: dict, where: str | Path) -> None:
 
 
 def read(d: dict, path: Path) -> dict:
-    """Returns the tokenizer of a file's contents d; raises where ours would give other ids."""
+    """Returns the tokenizer of a file's contents d."""
     # 1. its added tokens: special ones are text unless they are asked for, the others are found in every text
     check(d, TOKENIZER_JSON, path)
     ids = {}
@@ -140,19 +137,36 @@ def read(d: dict, path: Path) -> dict:
     tokenizer |= {kind: tokens for kind, tokens in kinds.items() if tokens}
 
     # 2. the one that begins a document
-    config = read_config(path)
-    spelled = {i: token for token, i in ids.items()}
-    before = [spelled.get(i) for i in ids_before_text(d, path)]
-    candidates = (EOT, *before, config.get("bos_token"), config.get("eos_token"))
-    found = [token for token in candidates if token in ids]
-    if found and found[0] != EOT:
-        tokenizer["eot"] = found[0]
+    eot = document_marker(d, path, ids)
+    if eot not in (None, EOT):
+        tokenizer["eot"] = eot
 
     # 3. its model
     chars = read_characters(d, ids)
     if chars:
         return {"kind": "char", **tokenizer, "chars": chars}
-    return {"kind": "bpe", **tokenizer, **read_bpe(d, path, ids)}
+    model = read_bpe(d, path, ids) or read_other(d, path)
+    return tokenizer | model
+
+
+def document_marker(d: dict, path: Path, ids: dict[str, int]) -> str | None:
+    """Returns the token that begins a document, None where a file's tokens `ids` have none for it.
+
+    It is the one that is put before every text; else one that is known to end a text; else what tokenizer_config.json
+    calls so. It never is the end of a turn, as <|im_end|> of Qwen3, which tokenizer_config.json calls eos_token: a
+    document that began at each would hide the turns of a chat from each other.
+    """
+    config = read_config(path)
+    bos = config.get("bos_token")
+    spelled = {i: token for token, i in ids.items()}
+    candidates = [spelled.get(i) for i in ids_before_text(d, path)]
+    if config.get("add_bos_token"):
+        candidates.append(bos)
+    candidates += [*END_OF_TEXT, config.get("eos_token"), bos]
+    for token in candidates:
+        if token in ids and token not in TURN_ENDS:
+            return token
+    return None
 
 
 def read_config(path: Path) -> dict:
@@ -187,11 +201,7 @@ def read_characters(d, special):
 
 
 def read_bpe(d, path, added):
-    def refuse(found, problem):
-        if found:
-            only = "only byte-level BPE like GPT-2's, Llama 3's or Qwen's can be read"
-            raise ValueError(f"{path}: {problem}; {only}")
-
+    """Returns the fields of a byte-level BPE, None where tiktoken's core would give other ids than the file means."""
     # 1. how text is cut into words: by a pattern of its own, or by GPT-2's, which the step ByteLevel knows
     pre_tokenizer = d.get("pre_tokenizer") or {}
     steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
@@ -207,17 +217,18 @@ def read_bpe(d, path, added):
     elif kinds == ["Split", "ByteLevel"] and not own_regex:
         if first.get("behavior") == "Isolated" and not first.get("invert"):
             pattern = (first.get("pattern") or {}).get("Regex")
+    if not pattern or last.get("add_prefix_space"):
+        return None
 
     # 2. its model
     model = d["model"]
-    kind = model.get("type", "BPE")
-    refuse(kind != "BPE" or not model.keys() >= {"vocab", "merges"}, f"its model is {kind}")
-    options = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
-    options = [option for option in options if model.get(option)]
-    refuse(options, f"its model has {', '.join(options)}")
+    if model.get("type", "BPE") != "BPE" or not model.keys() >= {"vocab", "merges"}:
+        return None
+    if any(model.get(key) for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")):
+        return None
     normalizer = d.get("normalizer")
-    refuse(normalizer not in (None, {"type": "NFC"}), f"its normalizer is {normalizer}")
-    refuse(not pattern or last.get("add_prefix_space"), f"its pre_tokenizer is {d.get('pre_tokenizer')}")
+    if normalizer not in (None, {"type": "NFC"}):
+        return None
 
     # 3. its tokens
     check(model, VOCABULARY | {"merges!": list}, f"{path}: model")
@@ -229,18 +240,31 @@ def read_bpe(d, path, added):
         merged.append("".join(pair))
     made = set(merged)
     plain = {token: i for token, i in vocab.items() if token in made or added.get(token) != i}
-    unmade = [token for token in plain if len(token) > 1 and token not in made or not BYTE_OF.keys() >= set(token)]
-    refuse(unmade, f"its tokens {unmade[:3]} are made by no merge of bytes")
-    spacing = ("lstrip", "rstrip", "single_word")
-    spaced = [t["content"] for t in d.get("added_tokens") or () if any(t.get(option) for option in spacing)]
-    refuse(spaced, f"its tokens {spaced[:3]} take the spaces around them or want a word of their own")
+    if any(len(token) > 1 and token not in made or not BYTE_OF.keys() >= set(token) for token in plain):
+        return None  # a token that no merge of bytes makes
+    spacing = ("lstrip", "rstrip", "single_word")  # tokens that take the spaces around them or want a word of their own
+    if any(token.get(option) for token in d.get("added_tokens") or () for option in spacing):
+        return None
     in_order = sorted(merged, key=lambda token: vocab.get(token, -1))
-    refuse(in_order != merged, "its ids do not follow the order of its merges")
+    if in_order != merged:  # a token's id is its rank in tiktoken's core
+        return None
 
     if pattern not in PATTERNS.values():  # here text that no alternative matches is a word; tiktoken would drop it
         pattern += rf"|(?:(?!{pattern})[\s\S])+"
     ranks = {bytes(BYTE_OF[character] for character in token): i for token, i in plain.items()}
-    return {"ranks": format_ranks(ranks), "pattern": pattern, "nfc": normalizer is not None}
+    return {"kind": "bpe", "ranks": format_ranks(ranks), "pattern": pattern, "nfc": normalizer is not None}
+
+
+def read_other(d, path):
+    """Returns the fields of any other tokenizer: its file, without what cuts, pads or begins a text."""
+    if d["model"].get("dropout"):
+        why = "it leaves out merges at random (model: dropout), so a text has no ids of its own"
+        raise ValueError(f"{path}: {why}: set it to null")
+    if isinstance(d["model"].get("vocab"), dict):
+        check(d["model"], VOCABULARY, f"{path}: model")
+    contents = d | {"truncation": None, "padding": None, "post_processor": None}
+    contents["added_tokens"] = d.get("added_tokens") or []
+    return {"kind": "huggingface", "file": json.dumps(contents, ensure_ascii=False, separators=(",", ":"))}
 
 
 def begin_ids(path: Path, tokenizer) -> list[int]:
@@ -296,30 +320,38 @@ def files(tokenizer: dict, begin: Sequence[int] = ()) -> dict[str, dict]:
         contents = bpe({bytes([byte]): byte for byte in range(256)}, PATTERNS["gpt2"], nfc=False)
     elif kind == "char":
         contents = characters(tokenizer["chars"])
+    elif kind == "huggingface":
+        contents = json.loads(tokenizer["file"])
     else:
         advice = "save the model without one, and put the tokenizer's own file beside it"
         raise ValueError(f"{name}: a {kind} tokenizer has no tokenizer.json with the same ids: {advice}")
 
-    # Added tokens stand in the vocabulary too: one that does not gets the next free id, whatever the file says.
-    vocab = contents["model"]["vocab"]
-    for token, i in tokens.items():
-        if vocab.setdefault(token, i) != i:
-            both = f"the special token {token!r} is spelled like the token {vocab[token]} there"
-            raise ValueError(f"{name} has no tokenizer.json with the same ids: {both}")
-    contents["added_tokens"] = []
+    if kind != "huggingface":
+        contents["added_tokens"] = []
+        put_into_vocabulary(tokens, contents["model"]["vocab"], name)
+    known = {token["content"] for token in contents["added_tokens"]}
     for token, i in tokens.items():
         options = dict(single_word=False, lstrip=False, rstrip=False, normalized=token in normalized)
-        contents["added_tokens"].append({"id": i, "content": token, **options, "special": token in special})
+        if token not in known:
+            contents["added_tokens"].append({"id": i, "content": token, **options, "special": token in special})
     contents["post_processor"] = before_text({token: i for token, i in tokens.items() if i in begin})
 
     config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot)
     config["clean_up_tokenization_spaces"] = False  # True takes the space before a full stop out of decoded text
-    ends = [tokens[token] for token in (eot, "<|im_end|>") if token in tokens]
+    ends = [tokens[token] for token in (eot, *TURN_ENDS) if token in tokens]
     return {
         "tokenizer.json": {"version": "1.0", **contents},
         "tokenizer_config.json": config,
         "generation_config.json": {"bos_token_id": tokens[eot], "eos_token_id": ends},
     }
+
+
+def put_into_vocabulary(tokens, vocab, name):
+    # Added tokens stand in the vocabulary too: one that does not gets the next free id, whatever the file says.
+    for token, i in tokens.items():
+        if vocab.setdefault(token, i) != i:
+            both = f"the special token {token!r} is spelled like the token {vocab[token]} there"
+            raise ValueError(f"{name} has no tokenizer.json with the same ids: {both}")
 
 
 def bpe(ranks, pattern, nfc):

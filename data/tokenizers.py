@@ -1,15 +1,16 @@
-"""Tokenizers: text to ids and back. They are loaded by name or from a file, or trained here as byte-level BPE.
+"""Tokenizers: text to ids and back. They are loaded by name or from a file, or trained here.
 
     tok = load_tokenizer("gpt2")  # or "byte", "char", PATH/tokenizer.json, PATH/x.tiktoken, PATH/x.model, "bpe:FILE"
     ids = tok.encode("Hello<|endoftext|>")  # plain text stays plain text, whatever it spells
     ids = tok.encode("Hello<|endoftext|>", special=True)  # a special token becomes its one id
     tok.eot_id  # begins each document: that of <|endoftext|>, or of a foreign tokenizer's token for it, like <s>
     python data/tokenizers.py train FILES... --vocab_size 8192 --out bpe.json  # then load_tokenizer("bpe:bpe.json")
+    python data/tokenizers.py train FILES... --kind sentencepiece --out x.model  # data/sentencepiece_model.py
 
 BPE, as in GPT-2: a regex cuts text into words, a word begins as its bytes, and the adjacent pair that makes the token
 of lowest rank is merged, again and again. A token's id is its rank, and tiktoken's core does the work;
 data/bpe_training.py is the training. decode(encode(text)) == text, except for tokenizers that normalise by design:
-Qwen's (Unicode NFC) and most sentencepiece models.
+Qwen's (Unicode NFC) and most sentencepiece models. A foreign tokenizer.json of another kind is run by its own package.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 if __name__ == "__main__":  # this folder on the path would shadow the installed package `tokenizers`
@@ -30,9 +32,9 @@ if __name__ == "__main__":  # this folder on the path would shadow the installed
 import numpy as np
 import regex
 
-from data import tokenizer_json
-from data.bpe import EOT, PATTERNS, alternatives, format_ranks, parse_ranks
-from data.bpe_training import count_words, merge_words
+from data import sentencepiece_model, tokenizer_json, tokenizer_package
+from data.bpe import EOT, PATTERNS, TURN_ENDS, alternatives, format_ranks, parse_ranks
+from data.bpe_training import chunks, count_words, merge_words
 from data.text import read_text
 
 MAX_PATTERN = 4096  # characters; those that are known have up to 600
@@ -40,19 +42,22 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
 class Tokenizer:
-    """Attributes: name, vocab_size (largest id + 1), eot_id, special_tokens and added_tokens (spelling to id).
+    """Attributes: name, vocab_size (largest id + 1), special_tokens and added_tokens (spelling to id), eot and eot_id
+    (the token that begins a document), stop_ids (it, and tokens like <|im_end|> that end a turn of a chat).
 
     A special token is one only where it is asked for; an added one, like the runs of spaces of GPT-NeoX and <think> of
     Qwen3, is found in every text.
     """
 
-    # kind and its data: "byte"; "char": chars; "sentencepiece": model (base64);
+    # kind and its data: "byte"; "char": chars; "sentencepiece": model (base64); "huggingface": file (a tokenizer.json);
     # "bpe": ranks (lines "base64 id", as in a .tiktoken file), pattern, nfc (normalise first)
     # and in all: added and added_normalized (spelling to id; the latter found behind nfc), eot (begins a document)
     def __init__(self, kind: str, name: str, special_tokens: dict[str, int], add_tokens: Iterable[str] = (), **data):
         self.kind = kind
         self.name = name
         self.special_tokens = dict(special_tokens)
+        self._normalized_tokens = data.get("added_normalized", {})
+        self.added_tokens = data.get("added", {}) | self._normalized_tokens
         self._data = data
         self._adds_space = False
         if kind == "byte":
@@ -64,25 +69,32 @@ class Tokenizer:
             ranks = parse_ranks(data["ranks"], name)
             pieces = {i: token for token, i in ranks.items()}
             self._core = _tiktoken_core(name, data["pattern"], ranks)
+        elif kind == "huggingface":
+            self._core = tokenizer_package.load(data["file"], name)
+            pieces = tokenizer_package.pieces(self._core, data["file"], self.added_tokens, name)
+            first = tokenizer_package.encode(self._core, "a", False, name)[:1]
+            self._adds_space = any(pieces.get(i, b"").startswith(b" ") for i in first)
         else:
-            self._core = _sentencepiece(base64.b64decode(data["model"]))
-            pieces = _sentencepiece_pieces(self._core)
+            self._core = sentencepiece_model.load(base64.b64decode(data["model"]))
+            pieces = sentencepiece_model.pieces(self._core)
             self._adds_space = self._core.encode("a", out_type=str)[0].startswith("\u2581")
 
         # The ids of added tokens; a new one takes the next that is free.
-        self._normalized_tokens = data.get("added_normalized", {})
-        self.added_tokens = data.get("added", {}) | self._normalized_tokens
         tokens = self.special_tokens | self.added_tokens
         for token in add_tokens:
             if token not in tokens:
                 tokens[token] = max([*pieces, *tokens.values()]) + 1
                 self.special_tokens[token] = tokens[token]
+        if kind == "huggingface":  # its tokens stand in its vocabulary, too
+            tokenizer_package.add(self._core, tokens, name)
+            pieces = {i: pieces[i] for i in pieces.keys() - self.special_tokens.values()}
         self._bytes = dict(pieces)
         for token, i in tokens.items():
-            same = token in self.added_tokens and pieces.get(i) == token.encode()  # a token that merges make, too
+            if token in self.added_tokens and (kind == "huggingface" or pieces.get(i) == token.encode()):
+                continue  # it is in the vocabulary, too
             if not token:
                 raise ValueError(f"{name}: special token '' can't be had: it is empty")
-            if i in self._bytes and not same:
+            if i in self._bytes:
                 raise ValueError(
                     f"{name}: special token {token!r} can't be had: its id {i} is that of {self._bytes[i]!r}"
                 )
@@ -94,7 +106,9 @@ class Tokenizer:
         eot = data.get("eot", EOT)
         if eot not in tokens:
             raise ValueError(f"{name} has no token {eot!r}, which is to begin its documents")
+        self.eot = eot
         self.eot_id = tokens[eot]
+        self.stop_ids = {tokens[token] for token in (eot, *TURN_ENDS) if token in tokens}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text. With special=True the spelling of a special token becomes its id, the longest one first."""
@@ -103,6 +117,8 @@ class Tokenizer:
         except UnicodeEncodeError as e:
             why = f"the lone surrogate {text[e.start]!r} at character {e.start} is no valid Unicode"
             raise ValueError(f"{why}: read files as UTF-8 with errors='strict'") from None
+        if self.kind == "huggingface":
+            return tokenizer_package.encode(self._core, text, special, self.name)
         tokens = dict(self.added_tokens)
         if special:
             tokens |= self.special_tokens
@@ -138,6 +154,12 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def encode_batch(self, texts: Iterable[str], special: bool = False) -> list[list[int]]:
+        return [self.encode(text, special) for text in texts]
+
+    def decode_batch(self, batch: Iterable[Iterable[int]]) -> list[str]:
+        return [self.decode(ids) for ids in batch]
 
     def _spell(self, ids):
         start = True
@@ -222,53 +244,62 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         yield text
 
 
-def load_tokenizer(spec: str, add_tokens: Iterable[str] = (), chars: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    spec: str, add_tokens: Iterable[str] = (), chars: str | None = None, eot: str | None = None
+) -> Tokenizer:
     """spec: "byte", "char" (chars is any text with the whole alphabet), a tiktoken name, PATH/tokenizer.json of Hugging
     Face, PATH/x.tiktoken of Qwen (others: x.tiktoken:newer or :gpt2), PATH/x.model of sentencepiece, "bpe:FILE",
     PATH/meta.json of prepared data, which has its tokenizer.
-    <|endoftext|> and add_tokens become special tokens with the next free ids where they are not there yet."""
-    path, add_tokens = Path(spec.removeprefix("bpe:")), (EOT, *add_tokens)
+    add_tokens become special tokens with the next free ids where they are not there yet. eot: the token that begins a
+    document, where it is not to be the file's own or <|endoftext|>, which is added where a file has none."""
+    path = Path(spec.removeprefix("bpe:"))
     if spec == "byte":
-        return Tokenizer("byte", spec, {}, add_tokens)
-    if spec == "char":
+        fields = {"kind": spec, "name": spec, "special_tokens": {}}
+    elif spec == "char":
         if not chars:
             raise ValueError("char needs its alphabet: load_tokenizer('char', chars=text)")
-        return Tokenizer("char", spec, {}, add_tokens, chars="".join(sorted(set(chars))))
-    if spec.startswith("bpe:") or path.suffix == ".json":
-        d = tokenizer_json.read_object(path)
+        fields = {"kind": spec, "name": spec, "special_tokens": {}, "chars": "".join(sorted(set(chars)))}
+    elif spec.startswith("bpe:") or path.suffix == ".json":
+        fields = tokenizer_json.read_object(path)
         if path.name == "meta.json":
-            d = d.get("tokenizer")
-            if not isinstance(d, dict):
+            fields = fields.get("tokenizer")
+            if not isinstance(fields, dict):
                 raise ValueError(f"{path} is of data without a tokenizer: name one")
-        if "kind" in d:
-            tokenizer_json.check_ours(d, path)
-            return Tokenizer(**d, add_tokens=add_tokens)
-        d = tokenizer_json.read(d, path)
-        if "eot" in d:
-            add_tokens = add_tokens[1:]
-        tokenizer = Tokenizer(**d, add_tokens=add_tokens)
-        if tokenizer.kind == "bpe":
-            _try_regex(tokenizer, path)
-        return tokenizer
-    if path.suffix == ".model":
-        sp = _sentencepiece(path.read_bytes())
-        control = {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i)}
-        data = {"model": base64.b64encode(path.read_bytes()).decode()}
-        if EOT not in control and sp.bos_id() >= 0:
-            data["eot"] = sp.id_to_piece(sp.bos_id())
-            add_tokens = add_tokens[1:]
-        return Tokenizer("sentencepiece", path.name, control, add_tokens, **data)
-    if ".tiktoken" in path.suffix:
-        file, _, pattern = spec.partition(".tiktoken:")
-        path = Path(file + ".tiktoken") if pattern else path
-        ranks = parse_ranks(read_text(path), path)
-        pattern = pattern or ("qwen" if len(ranks) == 151_643 else None)
-        if pattern not in PATTERNS:
-            why = f"{path} has {len(ranks)} ranks (Qwen's 151643) and does not say how text is cut into words"
-            raise ValueError(f"{why}: append one of {', '.join(PATTERNS)}, as in {path.name}:newer")
-        data = {"ranks": format_ranks(ranks), "pattern": PATTERNS[pattern], "nfc": pattern == "qwen"}
-        return Tokenizer("bpe", path.name, {}, add_tokens, **data)
+        if "kind" in fields:
+            tokenizer_json.check_ours(fields, path)
+        else:
+            fields = tokenizer_json.read(fields, path)
+    elif path.suffix == ".model":
+        fields = sentencepiece_model.read(path)
+    elif ".tiktoken" in path.suffix:
+        fields = _read_ranks(spec)
+    else:
+        fields = _named_encoding(spec)
 
+    add_tokens = list(add_tokens)
+    if eot:
+        fields["eot"] = eot
+    elif "eot" not in fields:
+        add_tokens.insert(0, EOT)
+    tokenizer = Tokenizer(**fields, add_tokens=add_tokens)
+    if path.suffix == ".json" and tokenizer.kind in ("bpe", "huggingface"):
+        _try_regex(tokenizer, path)
+    return tokenizer
+
+
+def _read_ranks(spec):
+    file, _, pattern = spec.partition(".tiktoken:")
+    path = Path(file + ".tiktoken") if pattern else Path(spec)
+    ranks = parse_ranks(read_text(path), path)
+    pattern = pattern or ("qwen" if len(ranks) == 151_643 else None)
+    if pattern not in PATTERNS:
+        why = f"{path} has {len(ranks)} ranks (Qwen's 151643) and does not say how text is cut into words"
+        raise ValueError(f"{why}: append one of {', '.join(PATTERNS)}, as in {path.name}:newer")
+    data = {"ranks": format_ranks(ranks), "pattern": PATTERNS[pattern], "nfc": pattern == "qwen"}
+    return {"kind": "bpe", "name": path.name, "special_tokens": {}, **data}
+
+
+def _named_encoding(spec):
     import tiktoken
 
     if spec not in tiktoken.list_encoding_names():
@@ -282,7 +313,7 @@ def load_tokenizer(spec: str, add_tokens: Iterable[str] = (), chars: str | None 
             "folder that it filled on another machine, or take byte, char, a tokenizer.json, or bpe:FILE trained here"
         ) from e
     data = {"ranks": format_ranks(encoding._mergeable_ranks), "pattern": encoding._pat_str, "nfc": False}
-    return Tokenizer("bpe", spec, encoding._special_tokens, add_tokens, **data)
+    return {"kind": "bpe", "name": spec, "special_tokens": encoding._special_tokens, **data}
 
 
 def _try_regex(tokenizer, path, limit=0.1):
@@ -313,24 +344,6 @@ def _cut_long_spaces(text, limit=100_000):
     yield text[start:]
 
 
-def _sentencepiece(model):
-    try:
-        import sentencepiece
-    except ImportError:
-        raise ImportError("a sentencepiece .model needs its package: pip install sentencepiece") from None
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as e:
-        raise ValueError(f"not a sentencepiece model ({e}); a file of ranks must be named x.tiktoken") from None
-
-
-def _sentencepiece_pieces(sp):
-    # its sign for a space is U+2581; "<0x41>" is a byte
-    pieces = {i: sp.id_to_piece(i) for i in range(len(sp)) if not sp.is_control(i) and not sp.is_unused(i)}
-    pieces = {i: "\ufffd" if sp.is_unknown(i) else piece.replace("\u2581", " ") for i, piece in pieces.items()}
-    return {i: bytes([int(p[1:-1], 16)]) if sp.is_byte(i) else p.encode() for i, p in pieces.items()}
-
-
 def train_bpe(files, vocab_size: int, pattern="newer", special_tokens=(), workers=1, name="bpe") -> Tokenizer:
     """Ids: 0..255 the bytes, then the merges in order, then <|endoftext|> and special_tokens; vocab_size in all."""
     n_special = len({EOT, *special_tokens})
@@ -347,22 +360,56 @@ def train_bpe(files, vocab_size: int, pattern="newer", special_tokens=(), worker
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.")
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE or a sentencepiece tokenizer.")
     train = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train one on text files")
-    train.add_argument("files", nargs="+", help=".txt, .py or .jsonl (its text fields), each also with .gz")
-    train.add_argument("--vocab_size", type=int, default=8192, help="bytes and special tokens included")
-    train.add_argument("--pattern", choices=["gpt2", "newer"], default="newer", help="how text is cut into words")
-    train.add_argument("--special_tokens", nargs="*", default=[], metavar="TOKEN", help=f"beside {EOT}")
-    train.add_argument("--out", type=Path, default="bpe.json", help="where it goes; load it as bpe:FILE")
-    train.add_argument("--workers", type=int, default=min(8, os.cpu_count()))
-    a = parser.parse_args()
+    add = train.add_argument
+    add("files", nargs="+", help=".txt, .py or .jsonl (its text fields), each also with .gz or .zst")
+    add("--kind", choices=["bpe", "sentencepiece"], default="bpe", help="bpe: of bytes, as GPT-2's; written as .json")
+    add("--vocab_size", type=int, default=8192, help="bytes and special tokens included")
+    add("--special_tokens", nargs="*", default=[], metavar="TOKEN", help=f"beside {EOT} (sentencepiece: <s> and </s>)")
+    add("--out", type=Path, help="where it goes (default: bpe.json or sentencepiece.model)")
+    add("--workers", type=int, default=min(8, os.cpu_count()))
+    add = train.add_argument_group("of bpe alone").add_argument
+    add("--pattern", choices=["gpt2", "newer"], help="how text is cut into words (default: newer)")
+    add = train.add_argument_group("of sentencepiece alone").add_argument
+    add("--model_type", choices=["bpe", "unigram", "char", "word"], help="(default: bpe)")
+    add("--user_symbols", nargs="+", metavar="TOKEN", help="found in every text, such as + - or <sep>")
+    args = parser.parse_args()
+    meaningless = ["pattern"] if args.kind == "sentencepiece" else ["model_type", "user_symbols"]
+    for key in meaningless:
+        if getattr(args, key) is not None:
+            parser.error(f"--{key} means nothing to --kind {args.kind}: leave it out")
     try:
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        tok = train_bpe(a.files, a.vocab_size, a.pattern, a.special_tokens, a.workers, a.out.stem)
-        a.out.write_text(json.dumps(tok.to_dict()), encoding="utf-8")
-    except (ValueError, OSError) as e:
+        if args.kind == "bpe":
+            command_bpe(args)
+        else:
+            command_sentencepiece(args)
+    except (ValueError, OSError, ImportError) as e:
         sys.exit(f"error: {e}")
-    print(f"{tok.vocab_size} tokens in {a.out}: use it as bpe:{a.out}")
+
+
+def command_bpe(args):
+    out = args.out or Path("bpe.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pattern = args.pattern or "newer"
+    tok = train_bpe(args.files, args.vocab_size, pattern, args.special_tokens, args.workers, out.stem)
+    out.write_text(json.dumps(tok.to_dict()), encoding="utf-8")
+    print(f"{tok.vocab_size} tokens in {out}: use it as bpe:{out}")
+
+
+def command_sentencepiece(args):
+    out = args.out or Path("sentencepiece.model")
+    if out.suffix != ".model":
+        raise ValueError(f"--out={out}: a sentencepiece tokenizer is known by its ending: try {out.stem}.model")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    texts = chain.from_iterable(chunks(Path(path)) for path in args.files)
+    symbols = args.user_symbols or []
+    model = sentencepiece_model.train(
+        texts, args.vocab_size, args.model_type or "bpe", symbols, args.special_tokens, args.workers
+    )
+    out.write_bytes(model)
+    out.with_suffix(".vocab").write_text(sentencepiece_model.vocabulary(model), encoding="utf-8")
+    print(f"{args.vocab_size} tokens in {out}: use it as {out}; {out.stem}.vocab lists them")
 
 
 if __name__ == "__main__":

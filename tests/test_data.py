@@ -24,6 +24,7 @@ import data.sources as sources_module
 import data.successor as successor_module
 import data.text as text_module
 from data.bpe_training import count_words
+from data.html_text import text_of_html
 from data.prepare import main as prepare
 from data.prepare import pieces
 from data.shards import Shards, write_shard
@@ -405,7 +406,12 @@ def test_pysource_without_torch_is_a_clear_error(monkeypatch, tmp_path):
         ("a.txt", b"", "found no documents"),
         ("a.txt", b"x", "no document is in train: change --val_fraction=0.05"),
         ("a.txt.gz", gzip.compress(b"hello" * 1000, mtime=0)[:-9], "a.txt.gz: a damaged gzip file"),
-        ("a.parquet", b"PAR1", r"a.parquet: can read .txt, .md, .rst, .jsonl, .py"),
+        ("a.png", b"PNG", r"a.png: can read .txt, .md, .*, .parquet and .gz or .zst of them: call it .txt"),
+        ("a.csv", b"id,body\n1,x\n", r"a.csv line 2: needs a field \"text\", found \['body', 'id'\]"),
+        ("a.csv", b"id,text\n1,x\n2\n", r"a.csv line 3: the first row has 2 columns, and this one 1"),
+        ("a.csv", b'text\n"a"b\n', r"a.csv line 2: no CSV"),
+        ("a.csv", b"text\nfine\xe4", r"a.csv: not UTF-8 text: byte 0xe4 at offset 9"),
+        ("a.html", b"<![foo]>", r"a.html: no HTML: unknown status keyword 'foo'"),
     ],
 )
 def test_bad_input_is_an_error_that_says_where_and_leaves_nothing(tmp_path, name, content, message):
@@ -512,7 +518,7 @@ def test_markdown_is_read_and_what_is_left_out_of_a_folder_is_counted(tmp_path, 
     assert sorted(texts) == [f"text of {name}" for name in ("a.md", "b.rst", "c.md.gz", "d.txt")]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out of")]
     left_out, readable = line.removesuffix(")").split(" (")
-    assert readable == "read are .txt, .md, .rst, .jsonl, .py and .gz of them"
+    assert readable.startswith("read are .txt, .md, ") and readable.endswith(" and .gz or .zst of them")
     found = left_out.removeprefix(f"left out of {source}: ").split(", ")
     assert found[:2] == ["3 .png", "2 hidden folders"]
     assert sorted(found[2:]) == ["1 broken link or pipe", "1 linked folder", "1 without an ending"]
@@ -598,6 +604,149 @@ def test_half_a_surrogate_pair_in_json_is_replaced(tmp_path):
     prepare([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--tokenizer", "byte"])
     texts = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")
     assert sorted(texts) == ["bad ? half", "fine"]
+
+
+# as a library
+
+
+def test_the_ten_lines_of_the_page_do_what_the_command_does(tmp_path):
+    page = (PREPARE.parents[1] / "docs" / "data.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    (tmp_path / "notes.txt").write_text("It stands here that they do. " * 400)
+    environment = os.environ | {"PYTHONPATH": str(PREPARE.parents[1])}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("torch.Size([8, 64]) torch.Size([8, 64])\n" * 3)
+    prepare([str(tmp_path / "notes.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "byte"])
+    for name in ("train_000000.bin", "val_000000.bin"):
+        assert (tmp_path / "data" / "notes" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_as_a_library_prepare_returns_its_folder_and_raises_where_the_command_ends(tmp_path):
+    source = write_documents(tmp_path / "a.jsonl", 30)
+    folder = prepare_module.prepare(
+        source, out=tmp_path / "out", tokenizer="byte", add_tokens=["<x>"], val_fraction=0.3
+    )
+    assert folder == tmp_path / "out" and Shards(folder, "train").vocab_size == 258
+    assert prepare_module.prepare("mqar", out=tmp_path / "mqar", documents=100) == tmp_path / "mqar"
+    with pytest.raises(TypeError, match="prepare has no option tokeniser: see  python data/prepare.py --help"):
+        prepare_module.prepare(source, tokeniser="byte")
+    with pytest.raises(ValueError, match="--pairs means nothing to"):
+        prepare_module.prepare(source, pairs=3)
+    with pytest.raises(ImportError, match="cannot import name 'Shard'"):
+        from data import Shard  # noqa: F401
+
+
+# pages, tables and compressed files
+
+
+def documents_of(tmp_path, source, *options):
+    """Returns the documents that prepare makes of a file, in the order of the alphabet."""
+    out = tmp_path / "out"
+    prepare([str(source), "--out", str(out), "--tokenizer", "byte", "--val_fraction", "0.5", *options])
+    return sorted(texts_of(out, "train") + texts_of(out, "val"))
+
+
+@pytest.mark.parametrize(
+    "page, expected",
+    [
+        ("<p>One <b>and</b>\n two.</p><pre>a  b\n  c</pre>", "One and two.\n\na  b\n  c"),
+        ("<title>T</title><style>p{}</style><script>a<b</script><h1>caf&eacute;</h1>&#x1F600;", "T\n\ncafé\n\n😀"),
+        ("<ul><li>x <li>y</ul><table><tr><td>1</td> <td>2</td></tr></table>a<br/>b", "x\ny\n\n1 2\n\na\nb"),
+        ("<svg><text>no</text><g>no</svg>yes</p></x>", "yes"),
+        ("<!-- no --> 1 < 2 &amp; <i>3", "1 < 2 & 3"),
+        ("<script>all of it", ""),
+    ],
+)
+def test_of_a_page_of_html_its_text_is_read(page, expected):
+    assert text_of_html(page, "page.html") == expected
+
+
+def test_pages_and_tables_in_a_folder_are_documents(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.html").write_text("<p>a page</p>")
+    (source / "b.htm.gz").write_bytes(gzip.compress(b"<p>another</p>"))
+    (source / "c.csv").write_text('id,text\n1,"one, and\n""two"""\n\n2,three\n')
+    (source / "d.tsv").write_text("text\tid\nfour, five\t4\n")
+    (source / "e.csv").write_text("id;text\n6;six\n")
+    assert documents_of(tmp_path, source) == ["a page", "another", "four, five", 'one, and\n"two"', "six", "three"]
+
+
+def test_a_field_of_json_lines_and_a_column_of_a_table_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "no", "body": "one"}\n{"body": "two"}\n')
+    (tmp_path / "b.csv").write_text("text,body\nno,three\nno,four\n")
+    for name, expected in (("a.jsonl", ["one", "two"]), ("b.csv", ["four", "three"])):
+        assert documents_of(tmp_path, tmp_path / name, "--field", "body") == expected
+    with pytest.raises(SystemExit, match='a.jsonl line 1: needs a field "title", found'):
+        documents_of(tmp_path, tmp_path / "a.jsonl", "--field", "title")
+
+
+def test_a_column_has_texts_of_any_length_and_bad_rows_are_left_out_on_request(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text(f"id,text\n1,{'x' * 200_000}\n2\n3,y\n")
+    assert documents_of(tmp_path, tmp_path / "a.csv", "--skip_bad") == ["x" * 200_000, "y"]
+    assert "left out 1 files, documents or lines" in capsys.readouterr().err
+
+
+def test_a_column_of_a_parquet_file_is_read(tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"text": ["one", None, "two"], "id": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(SystemExit, match='a.parquet row 2: the field "text" is None'):
+        documents_of(tmp_path, tmp_path / "a.parquet")
+    assert documents_of(tmp_path, tmp_path / "a.parquet", "--skip_bad") == ["one", "two"]
+    with pytest.raises(SystemExit, match=r'a.parquet row 1: needs a field "body", found \[.id., .text.\]'):
+        documents_of(tmp_path, tmp_path / "a.parquet", "--field", "body")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SystemExit, match="b.parquet, after row 0: no parquet file"):
+        documents_of(tmp_path, tmp_path / "b.parquet")
+
+
+def test_zst_files_are_read_frame_by_frame_and_one_that_is_cut_short_is_refused(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    texts = [f"document {i}" for i in range(9000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    first = zstandard.ZstdCompressor().compress(lines[:200_000])
+    second = zstandard.ZstdCompressor().compress(lines[200_000:])
+    (tmp_path / "a.jsonl.zst").write_bytes(first + second)
+    assert documents_of(tmp_path, tmp_path / "a.jsonl.zst") == sorted(texts)
+    for damaged in (first + second[:-3], first[:20] + b"damage" + first[26:]):
+        (tmp_path / "a.jsonl.zst").write_bytes(damaged)
+        with pytest.raises(SystemExit, match="a.jsonl.zst: a damaged zst file"):
+            documents_of(tmp_path, tmp_path / "a.jsonl.zst")
+
+
+@pytest.mark.parametrize("name, package", [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
+def test_a_file_that_needs_a_package_says_what_to_install(tmp_path, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / name).write_bytes(b"x")
+    for options in ([], ["--skip_bad"]):
+        with pytest.raises(SystemExit, match=f"{name} needs {package}: pip install {package}$"):
+            documents_of(tmp_path, tmp_path / name, *options)
+
+
+def test_no_more_documents_are_taken_than_asked_for_and_no_more_are_read(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n' + "damage\n" * 3)
+    assert documents_of(tmp_path, tmp_path / "a.jsonl", "--max_documents", "3") == ["one", "three", "two"]
+
+
+def test_the_token_that_begins_documents_is_said_and_can_be_named(tmp_path, capsys):
+    run = [write_documents(tmp_path / "a.jsonl", 9), "--out", str(tmp_path / "out"), "--tokenizer", "byte"]
+    run += ["--val_fraction", "0.3", "--add_tokens", "chat"]
+    prepare(run)
+    said = capsys.readouterr().out
+    assert "every document begins with <|endoftext|> (token 256; --eot takes another)" in said
+    assert "a turn of a chat ends with <|im_end|>" in said
+    prepare([*run, "--eot", "<think>"])
+    shards = Shards(tmp_path / "out", "train")
+    assert (shards.eot_id, shards.read(0, 1)[0]) == (258, 258)
+    assert "every document begins with <think> (token 258" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="byte has no token '<end>', which is to begin its documents"):
+        prepare([*run, "--eot", "<end>"])
 
 
 def test_a_mistyped_name_gets_a_suggestion(tmp_path):

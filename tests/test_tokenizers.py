@@ -133,6 +133,14 @@ def test_bpe_and_byte_decode_any_unicode(bpe):
         assert load_tokenizer("byte").encode(text) == list(text.encode())
 
 
+def test_a_batch_is_its_texts_one_by_one(tok):
+    texts = [MIXED, "", f"a{EOT}<think>"]
+    for special in (False, True):
+        batch = tok.encode_batch(texts, special)
+        assert batch == [tok.encode(text, special) for text in texts]
+        assert tok.decode_batch(batch) == texts
+
+
 def test_a_lone_surrogate_is_an_error(tok):
     with pytest.raises(ValueError, match="lone surrogate '\\\\ud83d' at character 2"):
         tok.encode("ab\ud83dcd")
@@ -380,27 +388,153 @@ def set_in(*keys, value):
     return edit
 
 
-@pytest.mark.parametrize(
-    "problem, edit",
-    [
-        ("its model is Unigram", set_in("model", value={"type": "Unigram", "vocab": [["a", 0.0]]})),
-        ("its model is WordPiece", set_in("model", value={"type": "WordPiece", "vocab": {"a": 0}})),
-        ("its model has byte_fallback", set_in("model", "byte_fallback", value=True)),
-        ("its model has end_of_word_suffix", set_in("model", "end_of_word_suffix", value="</w>")),
-        ("its normalizer is .*Lowercase", set_in("normalizer", value={"type": "Lowercase"})),
-        ("its pre_tokenizer is .*Metaspace", set_in("pre_tokenizer", value={"type": "Metaspace"})),
-        ("its pre_tokenizer is None", set_in("pre_tokenizer", value=None)),
-        ("its pre_tokenizer is .*'add_prefix_space': True", set_in("pre_tokenizer", "add_prefix_space", value=True)),
-        ("its pre_tokenizer is .*'use_regex': False", set_in("pre_tokenizer", "use_regex", value=False)),
-        (r"its tokens \['zzz'\] are made by no merge", set_in("model", "vocab", "zzz", value=700)),
-        (r"its tokens \['<first>'\] take the spaces", set_in("added_tokens", 0, "lstrip", value=True)),
-        ("its ids do not follow the order", lambda d: d["model"]["merges"].reverse()),
-    ],
-)
-def test_a_tokenizer_json_of_another_kind_is_refused_by_what_it_is(tmp_path, problem, edit):
-    path = save_hugging_face(tmp_path, "gpt2", edit=edit)
-    with pytest.raises(ValueError, match=problem + "(.|\n)*only byte-level BPE"):
+def of_wordpiece(d):
+    """As in BERT's file: what goes on with a word is spelled with ## before it."""
+    vocab = {token["content"]: i for i, token in enumerate(d["added_tokens"])}
+    for token in d["added_tokens"]:
+        token["id"] = vocab[token["content"]]
+    for token in ("[UNK]", "a", "##b", "##a", "x"):
+        vocab[token] = len(vocab)
+    sizes = dict(unk_token="[UNK]", continuing_subword_prefix="##", max_input_chars_per_word=9)
+    d["model"] = {"type": "WordPiece", **sizes, "vocab": vocab}
+    d["pre_tokenizer"] = {"type": "Whitespace"}
+    d["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": False}
+
+
+# What tiktoken's core cannot express, as edits of a byte-level BPE.
+OTHER_KINDS = {
+    "words of WordPiece": of_wordpiece,
+    "an end of words": set_in("model", "end_of_word_suffix", value="</w>"),
+    "lower case": set_in("normalizer", value={"type": "Lowercase"}),
+    "no words": set_in("pre_tokenizer", value=None),
+    "a space before the text": set_in("pre_tokenizer", "add_prefix_space", value=True),
+    "no regex": set_in("pre_tokenizer", "use_regex", value=False),
+    "a token that no merge makes": lambda d: d["model"]["merges"].pop(),
+    "a token that takes spaces": set_in("added_tokens", 0, "lstrip", value=True),
+    "ids in another order": lambda d: d["model"]["merges"].reverse(),
+    "what no pattern matches left out": set_in("pre_tokenizer", value={"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": PATTERNS["newer"]}, "behavior": "Removed", "invert": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_tokenizer_json_of_another_kind_gives_the_ids_of_its_package_too(kind, tmp_path):
+    import tokenizers
+
+    path = save_hugging_face(tmp_path, "gpt2", edit=OTHER_KINDS[kind])
+    tok = load_tokenizer(str(path))
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    assert tok.kind == "huggingface" and tok.eot == EOT
+    for special in (True, False):
+        theirs.encode_special_tokens = not special
+        for text in (MIXED, "  <first> <a><b><a>x zzz", TEXT[:3000], random_text(0)):
+            assert tok.encode(text, special) == theirs.encode(text, add_special_tokens=False).ids
+    if kind == "words of WordPiece":
+        assert tok.decode(tok.encode("a abba x")) == "a abba x"
+
+
+def of_llama2(d):
+    """As in the file of Llama 2: a space stands before every text, and what has no token becomes bytes."""
+    steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    d["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    d["decoder"] = {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]}
+
+
+def of_gemma(d):
+    """As in Gemma's: no space is added, and runs of spaces are tokens of their own, found before all else."""
+    d["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    d["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
+    spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    d["decoder"] = {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}]}
+    d["model"]["vocab"]["▁▁"] = len(d["model"]["vocab"])
+    run = {"id": d["model"]["vocab"]["▁▁"], "content": "▁▁", "special": False, "normalized": False}
+    d["added_tokens"].append(run | dict(single_word=False, lstrip=False, rstrip=False))
+    d["model"]["merges"].insert(0, ["▁", "▁"])
+
+
+def of_mistral(d):
+    """As in later ones of Mistral: words begin with the sign for a space, which the first word of a text has, too."""
+    d["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    decoders = [{"type": "ByteFallback"}, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}]
+    d["decoder"] = {"type": "Sequence", "decoders": decoders}
+
+
+@pytest.mark.parametrize("shape", [of_llama2, of_gemma, of_mistral])
+def test_tokenizers_that_fall_back_to_bytes_give_the_ids_of_their_package_and_all_text_back(shape, tmp_path):
+    import tokenizers
+
+    # 1. a BPE of characters, the sign for a space among them, whose other tokens are bytes
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trained.train_from_iterator([TEXT], trainer)
+    d = json.loads(trained.to_str())
+    vocab = d["model"]["vocab"]
+    for byte in range(256):
+        vocab[f"<0x{byte:02X}>"] = len(vocab)
+    d["pre_tokenizer"] = None
+    d["post_processor"] = tokenizer_json.before_text({"<s>": 1})
+    d["truncation"] = {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    shape(d)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(d))
+
+    # 2. ours, theirs, and ours again by way of a run's files and of a Hugging Face folder
+    tok = load_tokenizer(str(tmp_path / "tokenizer.json"), CHAT_TOKENS)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.no_truncation()
+    again = tokenizer_from_dict(json.loads(json.dumps(tok.to_dict())))
+    written = tokenizers.Tokenizer.from_str(json.dumps(tok.to_hf([tok.eot_id])["tokenizer.json"]))
+    assert tok.eot == "<s>" and tok.special_tokens["<|im_start|>"] == len(vocab)
+    assert tok.stop_ids == {1, tok.special_tokens["<|im_end|>"]}
+    for text in (TEXT, MIXED.strip(), "a  b", "x\n\n   y <unk>", random_text(1).strip()):
+        theirs.encode_special_tokens = True
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert tok.encode(text) == again.encode(text) == ids
+        assert tok.decode(ids) == "".join(stream_text(tok, ids)) == text
+        adds_space = shape is not of_gemma
+        assert tok.token_bytes()[ids].sum() == len(text.encode()) + adds_space
+    theirs.encode_special_tokens = False
+    for text in ("a</s> b</s></s>\nc", "<s>"):
+        assert tok.encode(text, special=True) == theirs.encode(text, add_special_tokens=False).ids
+    chat = "<|im_start|>user\nHi  there<|im_end|>\n<think>"
+    assert written.encode(chat).ids == [1, *tok.encode(chat, special=True)]
+    assert again.fingerprint == tok.fingerprint
+
+
+def test_without_its_package_only_what_tiktoken_cannot_express_is_refused_and_says_what_to_install(
+    tmp_path, monkeypatch
+):
+    other = save_hugging_face(tmp_path, "gpt2", edit=OTHER_KINDS["lower case"], name="other.json")
+    path = save_hugging_face(tmp_path, "gpt2")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert load_tokenizer(str(path)).kind == "bpe"
+    with pytest.raises(ValueError, match="^other.json is more than tiktoken's core .*: pip install tokenizers$"):
+        load_tokenizer(str(other))
+
+
+def test_what_the_package_cannot_read_is_one_error(tmp_path):
+    path = save_hugging_face(tmp_path, "gpt2", edit=set_in("normalizer", value={"type": "Upside"}))
+    with pytest.raises(ValueError, match="tokenizer.json: the package tokenizers cannot read it: data did not match"):
         load_tokenizer(str(path))
+    path = save_hugging_face(tmp_path, "gpt2", edit=set_in("model", "dropout", value=0.1))
+    with pytest.raises(ValueError, match="leaves out merges at random"):
+        load_tokenizer(str(path))
+    path = save_hugging_face(tmp_path, "gpt2", edit=OTHER_KINDS["lower case"])
+    d = load_tokenizer(str(path)).to_dict()
+    d["file"] = d["file"].replace('"Z":', '"Z":4000000000,"ZZ":')
+    with pytest.raises(ValueError, match="its largest id is 4000000000, and no more than 16777216 is read"):
+        tokenizer_from_dict(d)
 
 
 # What others add to byte-level BPE: (spelling, whether it is special, whether it is looked for in normalised text).
@@ -463,7 +597,11 @@ def test_digits_that_are_words_of_their_own_are_cut_as_by_the_package(tmp_path):
     "tokens, config, begin, prefix",
     [
         ([EOT, "<s>"], dict(bos_token="<s>"), EOT, []),
-        (["<s>", "</s>"], dict(bos_token="<s>", eos_token="</s>"), "<s>", []),
+        (["<s>", "</s>"], dict(bos_token="<s>", eos_token="</s>"), "</s>", []),
+        (["<s>", "</s>"], dict(bos_token="<s>", eos_token="</s>", add_bos_token=True), "<s>", []),
+        (["<eos>", "<start>", "<|im_end|>"], dict(bos_token="<start>", eos_token="<|im_end|>"), "<eos>", []),
+        (["<start>", "<|im_end|>"], dict(bos_token="<start>", eos_token="<|im_end|>"), "<start>", []),
+        (["<done>", "<start>"], dict(bos_token="<start>", eos_token="<done>"), "<done>", []),
         (["<s>", "</s>"], dict(eos_token={"content": "</s>", "__type": "AddedToken"}), "</s>", []),
         (["<s>", "</s>"], dict(bos_token="<s>", add_bos_token=True), "<s>", []),
         (["<s>", "</s>"], dict(bos_token="</s>", add_bos_token=False), "<s>", [600]),
@@ -488,6 +626,36 @@ def test_a_document_begins_with_a_token_of_the_folder_and_a_prompt_with_what_tra
     files = tok.to_hf(prefix)
     assert files["generation_config.json"]["bos_token_id"] == tok.eot_id
     assert files["tokenizer_config.json"]["eos_token"] == begin
+
+
+def test_documents_of_qwen3_begin_with_endoftext_and_a_second_turn_sees_the_first(tmp_path):
+    import torch
+
+    import model_baseline
+
+    # Qwen3's file and its tokenizer_config.json in small: a turn's end is what that calls eos_token.
+    tokens = [EOT, "<|im_start|>", "<|im_end|>"]
+    path = save_hugging_face(tmp_path, QWEN, added=tokens, edit=set_in("normalizer", value={"type": "NFC"}))
+    config = dict(bos_token=None, eos_token="<|im_end|>", pad_token=EOT, add_bos_token=False)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tok = load_tokenizer(str(path))
+    assert tok.eot == EOT and tok.stop_ids == {600, 602}
+    assert tok.to_hf()["generation_config.json"]["eos_token_id"] == [600, 602]
+
+    torch.manual_seed(0)
+    sizes = model_baseline.TINY | dict(vocab_size=tok.vocab_size, block_size=128, eot_id=tok.eot_id)
+    model = model_baseline.GPT(model_baseline.GPTConfig(**sizes)).eval()
+    turns = [tok.encode(f"<|im_start|>{word}<|im_end|>\n<|im_start|>x", special=True) for word in ("a", "b")]
+    a, b = model(torch.tensor([[tok.eot_id, *ids] for ids in turns]), last_only=True).flatten(1)
+    assert not torch.equal(a, b)
+
+
+def test_the_token_that_begins_a_document_can_be_named(tmp_path):
+    path = save_hugging_face(tmp_path, "gpt2", added=[EOT, "<s>"])
+    assert load_tokenizer(str(path), eot="<s>").eot_id == 601
+    assert load_tokenizer("byte", ["<s>"], eot="<s>").special_tokens == {"<s>": 256}
+    with pytest.raises(ValueError, match="has no token '<end>', which is to begin its documents"):
+        load_tokenizer(str(path), eot="<end>")
 
 
 def test_without_a_token_to_begin_documents_with_one_is_added(tmp_path):
@@ -730,6 +898,44 @@ def test_the_command_writes_the_same_file_again_whatever_the_workers(tmp_path, f
     out.write_bytes(written[0][:-100])
     with pytest.raises(ValueError, match="bpe.json is no JSON .*cut short"):
         load_tokenizer(f"bpe:{out}")
+
+
+@pytest.mark.parametrize("model_type, size", [("bpe", 400), ("unigram", 400), ("char", 330), ("word", 400)])
+def test_sentencepiece_is_trained_to_exactly_the_vocabulary_asked_for_and_loses_no_text(
+    tmp_path, folder, model_type, size
+):
+    out = tmp_path / "x.model"
+    names = ["--user_symbols", "<sep>", "+", "--special_tokens", "<|im_end|>"]
+    command = [folder / "text.txt", "--kind", "sentencepiece", "--model_type", model_type, "--vocab_size", size, *names]
+    done = run_train(*command, "--workers", 1, "--out", out)
+    assert done.returncode == 0, done.stderr
+    tok = load_tokenizer(str(out))
+    tokens = [line.split("\t")[0] for line in (tmp_path / "x.vocab").read_text(encoding="utf-8").splitlines()]
+    assert tok.vocab_size == len(tokens) == size
+    assert tokens[:6] == ["<pad>", "<unk>", "<s>", "</s>", "<|im_end|>", "<sep>"]
+    assert tok.eot == "<s>" and tok.stop_ids == {2, 4}
+    if model_type == "word":  # which loses the spaces before unknown words
+        assert tok.decode(tok.encode("unknown")) == "unknown"
+        return
+    assert [tok.decode([i]) for i in tok.encode("x1234<sep>+")[-6:]] == [*"1234", "<sep>", "+"]
+    for text in (TEXT, MIXED, "  a\n\n  b ", "", random_text(2).replace("\u2581", "")):
+        assert tok.decode(tok.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--vocab_size", "270"], "cannot train 270 tokens of this text: Vocabulary size is smaller"),
+        (["--vocab_size", "9000", "--model_type", "char"], "tokens are all this text has: take --vocab_size"),
+        (["--out", "x.json"], "--out=x.json: a sentencepiece tokenizer is known by its ending: try x.model"),
+        (["--pattern", "gpt2"], "--pattern means nothing to --kind sentencepiece: leave it out"),
+        (["--kind", "bpe", "--model_type", "char"], "--model_type means nothing to --kind bpe: leave it out"),
+    ],
+)
+def test_sentencepiece_that_cannot_be_trained_so_is_an_error_that_says_why(tmp_path, folder, options, message):
+    out = tmp_path / "x.model"
+    done = run_train(folder / "text.txt", "--kind", "sentencepiece", "--out", out, "--workers", 1, *options)
+    assert done.returncode and message in done.stderr and "Traceback" not in done.stderr and not out.exists()
 
 
 @pytest.mark.parametrize(

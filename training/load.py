@@ -100,7 +100,7 @@ def stop_tokens(tokenizer, path: Path | None = None) -> set[int]:
 
     path: where the model is from; a Hugging Face folder may name further ones.
     """
-    ids = {tokenizer.eot_id}
+    ids = {tokenizer.eot_id, *tokenizer.stop_ids}
     if path is not None and is_from_hugging_face(path):
         ids |= set(hf.end_ids(path))
     if "<|im_end|>" in tokenizer.special_tokens:
