@@ -19,7 +19,8 @@ import hf
 from data.text import print_any_text, read_text
 from data.tokenizers import stream_text
 from training.checkpoint import CheckpointError
-from training.load import hide_padding, is_from_hugging_face, load, stop_tokens
+from training.load import hide_padding, load, stop_tokens
+from training.run_folder import is_from_hugging_face
 
 LIMITS = {
     "num_samples": (1, math.inf),

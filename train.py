@@ -32,7 +32,7 @@ from configurator import configure
 from data.text import print_any_text
 from data.tokenizers import tokenizer_from_dict
 from distributed import processes
-from training import atomic, checkpoint, load, metrics, output, pictures, run_folder, saving
+from training import atomic, checkpoint, load, metrics, output, pictures, run_folder, saving, start
 from training.calibration import count_steps
 from training.knobs import check, find_device, find_dtype, minutes_or_steps, why_not_compiled
 from training.loss import bytes_of_tokens, loss_report, loss_sums
@@ -47,7 +47,7 @@ init_from = ""  # start from the weights of this run, checkpoint or Hugging Face
 data: str | list = "data/stdlib"  # a folder that data/prepare.py made; ["data/web:0.7", "data/math:0.3"]: a mixture
 out_dir = "out/run"  # the run: config, metrics, checkpoints, picture
 seed = 1  # of weights, data order and dropout
-vocab_size = 0  # 0: the data's, rounded up to a multiple of 64
+vocab_size = 0  # 0: that of init_from, where the data's is no larger, or the data's, rounded up to a multiple of 64
 document_mask = False  # nothing crosses from one document to the next (sets the model's eot_id)
 document_start_probability = 0.0  # this share of the windows begins where a document does
 mask_document_crossing = False  # no loss where the target is the next document's first token
@@ -106,7 +106,7 @@ resume: bool | Literal["auto"] = False  # go on from the newest whole checkpoint
 overwrite = False  # delete the run that is in out_dir
 print_any_text()
 try:
-    config = configure(globals(), starting_from=load.config_to_start_from)
+    config = configure(globals(), starting_from=start.knobs_of)
 except (OSError, ValueError) as error:
     processes.fail(error)
 
@@ -157,10 +157,12 @@ try:
     plan.lay_out(max_steps, rank, world_size, device)
     meta = plan.texts[0].meta  # that of all texts in what counts here
     tokenizer = tokenizer_from_dict(meta["tokenizer"]) if meta["tokenizer"] else None
+    old_tokenizer = load.known_tokenizer(init_from) if init_from and tokenizer else None
+    start.check_tokenizer(init_from, old_tokenizer, data, tokenizer)
+    if vocab_size == 0:
+        vocab_size = start.choose_vocab_size(meta["vocab_size"], init_from)
 except (OSError, ValueError) as error:
     processes.fail(error)
-if vocab_size == 0:
-    vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
 if vocab_size < meta["vocab_size"]:
     processes.fail(f"vocab_size={vocab_size} is smaller than that of {data}, {meta['vocab_size']}: try 0")
 if config["eot_id"] >= vocab_size:
@@ -281,8 +283,9 @@ try:
         if resume and already_there:
             say(f"no checkpoint in {out} yet: beginning again")
         if init_from:
-            load.copy_weights(init_from, raw_model)
-            say(f"starting with the weights of {init_from}")
+            start.copy_weights(init_from, raw_model, tokenizer, old_tokenizer)
+            unknown = " (which says nothing of its tokenizer)" if tokenizer and not old_tokenizer else ""
+            say(f"starting with the weights of {init_from}{unknown}")
     processes.barrier()  # nobody writes before all have read
     if main:
         if already_there and not resume:  # overwrite was given, or no step was ever done there
