@@ -48,7 +48,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 
 @torch.no_grad()
 def weights_of(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, tensor) of our model's parameters as load would fill them, and holds those of one block at a time."""
+    """Yields (name, tensor) of our model's parameters as load would fill them; holds those of one block at a time."""
     architecture, fields, header = read_folder(Path(folder))
     variant = importlib.import_module(f"model_{architecture.variant}")
     with torch.device("meta"):

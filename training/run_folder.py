@@ -60,6 +60,7 @@ FILES_OF_A_RUN = (
     "wandb_id",
     r"manifest\.json",
 )
+NOT_SAVED = ("resume", "overwrite", "eval_only", "dry_run")  # knobs: how a run is begun, and not what it is
 MAY_BE_LINKS = (STEP, "latest", "best")  # nothing is written through them
 
 

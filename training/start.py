@@ -1,8 +1,8 @@
 """The trained weights that a new run starts from: what its knobs become by them, and how they are copied.
 
-The run may have more tokens than the weights: special ones that the tokenizer got since, such as those of a chat. The
-row of a token that is new starts at the mean of the rows of the old ones, in the embedding and in the head. So its logit
-is that of an average token, and neither too likely nor too unlikely.
+The run may have more tokens than the weights: special ones that the tokenizer got since, such as those of a chat. A new
+token's row starts at the mean of the old ones' rows, in the embedding and in the head. So its logit is that of an
+average token, and neither too likely nor too unlikely.
 """
 
 import math
@@ -120,7 +120,8 @@ def copy_weights(
             there = tensor[first : first + len(rows)]
             rows[: len(there)].copy_(there)
     else:
-        stored = Stored(checkpoint.resolve(path), "model")
+        folder = checkpoint.resolve(path)
+        stored = Stored(folder, checkpoint.weights_to_use(folder))
         for name, tensor in ours.items():
             if name not in stored.parts:
                 raise ValueError(f"init_from={path} has no {name}: it is of another version of the model's file")
