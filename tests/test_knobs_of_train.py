@@ -184,7 +184,7 @@ def test_what_is_evaluated_and_loaded_is_the_average(work, plain, averaged):
     assert f"validation loss {averaged.evaluations[-1]['val_loss']:.4f}" not in expected
     model, _, _ = load(averaged.folder)
     assert torch.equal(model.embed.weight, weights(averaged.folder, 12, "ema")["embed.weight"])
-    model, _ = checkpoint.load_model(averaged.folder, average=False)
+    model, _, _ = load(averaged.folder, average=False)
     assert torch.equal(model.embed.weight, weights(averaged.folder, 12)["embed.weight"])
     run = train(work, "on", "--init_from=averaged", max_steps=1)
     assert run.evaluations[0]["val_loss"] == averaged.evaluations[-1]["val_loss"]

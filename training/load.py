@@ -18,12 +18,18 @@ class NoTokenizer(ValueError):
 
 
 def load(
-    path: Path, device: str = "auto", dtype: str = "auto", tokenizer: str | None = None, for_text: bool = True
+    path: Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer: str | None = None,
+    for_text: bool = True,
+    average: bool = True,
 ) -> tuple:
     """Returns the model in eval mode, its tokenizer, and the ids that every prompt begins with.
 
     dtype: auto is bfloat16 on CUDA, else float32. tokenizer: the name or path of one, for a folder that has none.
     for_text: False returns None in the place of a tokenizer that is not known, which is no error then.
+    average: of a run that has an average of its weights that one is taken.
     ValueError and OSError say what is missing, or does not belong together.
     """
     # 1. the model
@@ -36,7 +42,7 @@ def load(
     if is_from_hugging_face(path):
         model = hf.load(path, device, weights_in)
     else:
-        model, _ = checkpoint.load_model(path, device)
+        model, _ = checkpoint.load_model(path, device, average)
         model = model.to(weights_in)
 
     # 2. the tokenizer, and how our documents, or those of a Hugging Face model, begin
