@@ -49,7 +49,7 @@ init_from = ""  # start from the weights of this run, checkpoint or Hugging Face
 data: str | list = "data/stdlib"  # a folder that data/prepare.py made; ["data/web:0.7", "data/math:0.3"]: a mixture
 out_dir = "out/run"  # the run: config, metrics, checkpoints, picture
 seed = 1  # of weights, data order and dropout
-vocab_size = 0  # 0: that of init_from, where the data's is no larger, or the data's, rounded up to a multiple of 64
+vocab_size = 0  # 0: the data's, rounded up to a multiple of 64, or that of init_from where it is large enough
 document_mask = False  # nothing crosses from one document to the next (sets the model's eot_id)
 document_start_probability = 0.0  # this share of the windows begins where a document does
 mask_document_crossing = False  # no loss where the target is the next document's first token
@@ -264,8 +264,7 @@ if dry_run:
         seconds = dry.time_steps(net, opt, stage, reshard, autocast)
     except ValueError as error:
         processes.fail(error)
-    say(f"{len(seconds)} steps took {', '.join(f'{s:.2f}' for s in seconds)} s: {max_steps} take about "
-        f"{max_steps * seconds[-1] / 60:.1f} minutes, without evaluations and saves")  # fmt: skip
+    say(dry.line(seconds, max_steps))
     processes.leave()
 
 # ---- run folder ------------------------------------------------------------------------------------------------------
@@ -396,11 +395,8 @@ while True:
         save()
         saved_at = step
     if evaluation_is_due:
-        try:
-            with in_use():
-                reports = evaluate(stage)
-        except ValueError as error:  # nothing to evaluate
-            processes.fail(error)
+        with in_use():
+            reports = evaluate(stage)
         report = reports[""]
         say(metrics.evaluation_line(step, reports))
         if main:

@@ -141,6 +141,15 @@ def time_steps(
     return seconds
 
 
+def line(seconds: list[float], max_steps: int) -> str:
+    """Returns what the steps took, and how long a run of max_steps would take at the pace of the last one."""
+    each = ", ".join(f"{taken:.2f}" for taken in seconds)
+    minutes = max_steps * seconds[-1] / 60
+    return (
+        f"{len(seconds)} steps took {each} s: {max_steps} take about {minutes:.1f} minutes, and evaluations and saves"
+    )
+
+
 def loss_of(net, x, y, stage):
     if stage.ignores_targets:
         losses, auxiliary = net(x, y, per_token=True)

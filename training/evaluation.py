@@ -38,7 +38,7 @@ def evaluate(
 ) -> dict[str, dict]:
     """Returns {name of a text: its loss_report}, without auxiliary losses; where there are many, that of all is first.
 
-    They share eval_tokens, the same ones every time, by their weights. ValueError where no token is a target.
+    They share eval_tokens, the same ones every time, by their weights. Where no token is a target, the run ends.
     """
     sharded = shares_weights(model)
     model.eval()
@@ -49,10 +49,13 @@ def evaluate(
         found = loss_sums(model, batches, bytes_of[shards], autocast)
         sums.append(torch.tensor(processes.all_sum(found, device), dtype=torch.float64))
     model.train()
-    reports = {"": loss_report(sum(sums))}
-    if len(sums) > 1:
-        reports |= dict(zip(stage.val_names, map(loss_report, sums)))
-    return reports
+    try:
+        reports = {"": loss_report(sum(sums))}
+        if len(sums) > 1:
+            reports |= dict(zip(stage.val_names, map(loss_report, sums)))
+        return reports
+    except ValueError as error:
+        processes.fail(error)
 
 
 def in_step(model, batches: Iterable[tuple], block_size: int, device: str) -> Iterable[tuple]:
