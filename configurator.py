@@ -31,10 +31,10 @@ RANGES = {  # where the numbers lie that can be meant, by knob; [ and ] belong t
     "max_steps batch_tokens micro_batch muon_steps max_skipped eval_every save_every log_every timeout",
     "[0, 4294967295]": "seed",  # 32 bits, which every generator takes
     "[0, inf)": "vocab_size warmup_steps lr_batch_tokens min_lr weight_decay grad_clip eval_tokens keep_last "
-    "keep_every minutes norm_eps logit_softcap attention_softcap n_global_token init_std n_shared_expert n_dense_layer "
-    "q_rank block_stride n_global_block balance_loss z_loss bias_rate",
+    "keep_every sample_every minutes norm_eps logit_softcap attention_softcap n_global_token init_std n_shared_expert "
+    "n_dense_layer q_rank block_stride n_global_block balance_loss z_loss bias_rate",
     "(0, inf)": "learning_rate rope_theta local_rope_theta rope_factor",
-    "[0, 1)": "beta1 beta2 muon_momentum dropout router_jitter",
+    "[0, 1)": "ema beta1 beta2 muon_momentum dropout router_jitter",
     "[0, 1]": "decay_fraction document_start_probability",
 }
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}

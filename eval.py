@@ -50,6 +50,7 @@ def parse_arguments(argv):
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="of the weights; auto: bfloat16 on CUDA, else float32")
     add("--tokenizer", help="for a folder without one: gpt2, or a path (see data/tokenizers.py)")
+    add("--no_average", action="store_true", help="the weights themselves, where a run has their average, too (ema)")
     add("--json", type=Path, metavar="FILE", help="write the results there, too")
     args = parser.parse_args(argv)
     for name, least in (("eval_tokens", 0), ("block_size", 0), ("num_fewshot", 0), ("limit", 0), ("batch_size", 1)):
@@ -133,7 +134,9 @@ def evaluate(args) -> dict:
 
     # 2. loss
     needs_text = bool(tasks or args.harness)
-    model, tokenizer, prefix = load(args.path, args.device, args.dtype, args.tokenizer, needs_text)
+    model, tokenizer, prefix = load(
+        args.path, args.device, args.dtype, args.tokenizer, needs_text, average=not args.no_average
+    )
     weight = model.embed.weight
     report = {"path": str(args.path), "device": str(weight.device), "dtype": str(weight.dtype)}
     if args.data or not needs_text:

@@ -16,10 +16,11 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import safetensors
 import safetensors.torch
@@ -43,6 +44,28 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
             if name in places:
                 places[name].to_ours(tensor)
     return model.eval()
+
+
+@torch.no_grad()
+def weights_of(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, tensor) of our model's parameters as load would fill them; holds those of one block at a time."""
+    architecture, fields, header = read_folder(Path(folder))
+    variant = importlib.import_module(f"model_{architecture.variant}")
+    with torch.device("meta"):
+        model = variant.GPT(variant.GPTConfig(**fields))
+    places_of(header, model, architecture)  # raises where a weight is missing or does not fit
+    groups = {}
+    for name, parameter in model.named_parameters():
+        group = name
+        if name.startswith("blocks."):
+            group = name.split(".")[1]  # the number of its block
+        groups.setdefault(group, []).append((name, torch.Size(parameter.shape)))
+    for shapes in groups.values():
+        filled = {name: torch.empty(shape) for name, shape in shapes}
+        part = SimpleNamespace(config=model.config, named_parameters=filled.items)
+        for name, weight in stored_weights(part, architecture).items():
+            weight.to_ours(read_tensor(header, name_in(header, name, architecture)))
+        yield from filled.items()
 
 
 def config_of(folder: str | Path) -> tuple[str, dict]:

@@ -19,7 +19,8 @@ import hf
 from data.text import print_any_text, read_text
 from data.tokenizers import stream_text
 from training.checkpoint import CheckpointError
-from training.load import hide_padding, is_from_hugging_face, load, stop_tokens
+from training.load import hide_padding, load, stop_tokens
+from training.run_folder import is_from_hugging_face
 
 LIMITS = {
     "num_samples": (1, math.inf),
@@ -50,6 +51,7 @@ def parse_arguments(argv):
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on CUDA, else float32")
     add("--tokenizer", help="for a folder without one: gpt2, or a path (see data/tokenizers.py)")
+    add("--no_average", action="store_true", help="the weights themselves, where a run has their average, too (ema)")
     add("--no_cache", action="store_true", help="compute all tokens again for each new one: slow, to check the cache")
     add("--compile", action="store_true", help="compile the decoding step: a minute first, then faster (results/)")
     add("--interactive", action="store_true", help="chat (a continuation of each line where there are no chat tokens)")
@@ -166,7 +168,7 @@ def run(args):
         text = read_text(args.prompt_file)
 
     # 2. the model
-    model, tokenizer, prefix = load(args.path, args.device, args.dtype, args.tokenizer)
+    model, tokenizer, prefix = load(args.path, args.device, args.dtype, args.tokenizer, average=not args.no_average)
     if args.save_pretrained:
         save_pretrained(model, tokenizer, prefix, args)
         return

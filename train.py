@@ -32,13 +32,15 @@ from configurator import configure
 from data.text import print_any_text
 from data.tokenizers import tokenizer_from_dict
 from distributed import processes
-from training import atomic, checkpoint, load, metrics, output, pictures, run_folder, saving
+from training import atomic, checkpoint, evaluation, load, metrics, output, pictures, run_folder, saving, start
+from training import dry_run as dry
+from training.average import Average
 from training.calibration import count_steps
 from training.knobs import check, find_device, find_dtype, minutes_or_steps, why_not_compiled
-from training.loss import bytes_of_tokens, loss_report, loss_sums
+from training.loss import bytes_of_tokens
 from training.schedule import learning_rate as learning_rate_at
 from training.signals import DIVERGED, StopSignals
-from training.stages import Plan, change, names_of
+from training.stages import Plan, change
 
 # ---- knobs: every field of the model's GPTConfig is one too ----------------------------------------------------------
 # model and data
@@ -47,7 +49,7 @@ init_from = ""  # start from the weights of this run, checkpoint or Hugging Face
 data: str | list = "data/stdlib"  # a folder that data/prepare.py made; ["data/web:0.7", "data/math:0.3"]: a mixture
 out_dir = "out/run"  # the run: config, metrics, checkpoints, picture
 seed = 1  # of weights, data order and dropout
-vocab_size = 0  # 0: the data's, rounded up to a multiple of 64
+vocab_size = 0  # 0: the data's, rounded up to a multiple of 64, or that of init_from where it is large enough
 document_mask = False  # nothing crosses from one document to the next (sets the model's eot_id)
 document_start_probability = 0.0  # this share of the windows begins where a document does
 mask_document_crossing = False  # no loss where the target is the next document's first token
@@ -79,6 +81,7 @@ muon_steps = 5  # of orthogonalisation
 muon_polynomial: Literal["polar_express", "quintic"] = "polar_express"  # quintic is the classic
 muon_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the orthogonalisation; auto: bfloat16 on CUDA
 grad_clip = 1.0  # 0: off
+ema = 0.0  # above 0, as 0.999: the decay of an average of the weights, evaluated in their place and saved beside them
 max_skipped = 10  # stop after so many steps in a row with a gradient that is not finite
 # loop
 eval_every = 250  # steps; also at the end. The step is saved first
@@ -88,6 +91,7 @@ keep_last = 3  # checkpoints, besides the best; 0: all
 keep_every = 0  # 1000: of the older checkpoints those of steps 1000, 2000, 3000... stay; 0: none
 async_save = False  # write a copy while training goes on: a save costs less of a step, and the state's size of memory
 log_every = 10  # steps between printed lines; metrics.jsonl gets every step
+sample_every = 0  # n: print every n steps how the model continues the beginning of the validation text; 0: never
 wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases too
 tensorboard = False  # write out_dir/tensorboard too
 # system
@@ -104,9 +108,11 @@ cpu_offload = False  # fsdp: weights and optimizer state in the CPU's memory: sl
 timeout = 30  # seconds that a process waits for another, once a step is done: raise it for a slow disk
 resume: bool | Literal["auto"] = False  # go on from the newest whole checkpoint of the run in out_dir; auto: or begin
 overwrite = False  # delete the run that is in out_dir
+eval_only = False  # print the validation loss of the newest checkpoint in out_dir, or else of init_from, and end
+dry_run: bool | Literal["time"] = False  # print what the run would cost and write, and end; time: do three steps first
 print_any_text()
 try:
-    config = configure(globals(), starting_from=load.config_to_start_from)
+    config = configure(globals(), starting_from=start.knobs_of)
 except (OSError, ValueError) as error:
     processes.fail(error)
 
@@ -157,10 +163,12 @@ try:
     plan.lay_out(max_steps, rank, world_size, device)
     meta = plan.texts[0].meta  # that of all texts in what counts here
     tokenizer = tokenizer_from_dict(meta["tokenizer"]) if meta["tokenizer"] else None
+    old_tokenizer = load.known_tokenizer(init_from) if init_from and tokenizer else None
+    start.check_tokenizer(init_from, old_tokenizer, data, tokenizer)
+    if vocab_size == 0:
+        vocab_size = start.choose_vocab_size(meta["vocab_size"], init_from)
 except (OSError, ValueError) as error:
     processes.fail(error)
-if vocab_size == 0:
-    vocab_size = math.ceil(meta["vocab_size"] / 64) * 64
 if vocab_size < meta["vocab_size"]:
     processes.fail(f"vocab_size={vocab_size} is smaller than that of {data}, {meta['vocab_size']}: try 0")
 if config["eot_id"] >= vocab_size:
@@ -177,6 +185,12 @@ try:
     processes.check_same(config=config, data=identity, code=run_folder.code_of(model))
     plan.settle(variant.GPTConfig, variant.GPT, vocab_size, meta["eot_id"])
     stage = plan.stages[0]
+    if dry_run:
+        refusal = dry.report(config, plan, parallel, dtype, device, world_size, say)
+        if dry_run is True:
+            processes.leave()
+        if refusal:
+            raise ValueError(refusal)
     if parallel == "fsdp":  # on no device yet: no process ever holds the whole model
         fsdp = importlib.import_module("distributed.fsdp")
         raw_model = fsdp.empty(variant.GPT, stage.model_config)
@@ -198,6 +212,28 @@ else:
 if parallel == "ddp":
     trains_a_part = any(getattr(each.model_config, "indexer_stage", "") == "dense" for each in plan.stages)
     net = processes.averaging_gradients(net, device, trains_a_part)
+
+bytes_of = {shards: bytes_of_tokens(tokenizer, vocab_size, shards) for shards in plan.splits}
+evaluate = partial(
+    evaluation.evaluate, raw_model, bytes_of=bytes_of, eval_tokens=eval_tokens, rank=rank, world_size=world_size,
+    device=device, autocast=autocast,
+)  # fmt: skip
+sampler = None
+try:
+    if sample_every:
+        sampler = evaluation.Sampler(raw_model, stage.val_texts[0], tokenizer, vocab_size, device, seed)
+    if eval_only:
+        step = saving.load_newest(Path(out_dir), raw_model, tokenizer and tokenizer.fingerprint, say)
+        if step is None and not init_from:
+            raise ValueError(f"eval_only needs weights: there is no checkpoint in {out_dir}, and no init_from is given")
+        if step is None:
+            start.copy_weights(init_from, raw_model, tokenizer, old_tokenizer)
+        stage = plan.at(step or 0)
+        change(raw_model, variant.GPT, stage.model_config)
+        say(metrics.evaluation_line(step or 0, evaluate(stage)))
+        processes.leave()
+except (OSError, ValueError, checkpoint.CheckpointError) as error:
+    processes.fail(error)
 
 # ---- optimizer -------------------------------------------------------------------------------------------------------
 
@@ -223,6 +259,13 @@ if main:
         each.flops_per_token = flops.training_flops_per_token(model, each.model_config, each.block_size)
 groups = ", ".join(f"{tensors} {group} by {method}" for group, method, tensors, *_ in muon.group_table(opt))
 say(f"{model}: {parameters:,} parameters, {stage.flops_per_token:.3g} FLOPs a token; {groups}")
+if dry_run:
+    try:
+        seconds = dry.time_steps(net, opt, stage, reshard, autocast)
+    except ValueError as error:
+        processes.fail(error)
+    say(dry.line(seconds, max_steps))
+    processes.leave()
 
 # ---- run folder ------------------------------------------------------------------------------------------------------
 out = Path(out_dir)
@@ -258,7 +301,7 @@ try:
         say(f"minutes={minutes:g}: max_steps={max_steps} on this machine")
     if minutes:
         plan.lay_out(max_steps, rank, world_size, device)
-    knobs = {key: value for key, value in config.items() if key not in (*stage.fields, "model", "resume", "overwrite")}
+    knobs = {key: value for key, value in config.items() if key not in (*stage.fields, "model", *run_folder.NOT_SAVED)}
     saved_config = {"model": model, "model_config": stage.fields, "knobs": knobs}
 
     path = checkpoint.newest(out, say) if resume else None
@@ -281,8 +324,12 @@ try:
         if resume and already_there:
             say(f"no checkpoint in {out} yet: beginning again")
         if init_from:
-            load.copy_weights(init_from, raw_model)
-            say(f"starting with the weights of {init_from}")
+            start.copy_weights(init_from, raw_model, tokenizer, old_tokenizer)
+            unknown = " (which says nothing of its tokenizer)" if tokenizer and not old_tokenizer else ""
+            say(f"starting with the weights of {init_from}{unknown}")
+    average = Average(raw_model, ema) if ema else None
+    if average and path:
+        average.go_on_from(path, state.get("averaged_steps", 0))
     processes.barrier()  # nobody writes before all have read
     if main:
         if already_there and not resume:  # overwrite was given, or no step was ever done there
@@ -299,7 +346,7 @@ try:
         run_folder.write_state(out, "running", step, max_steps, go_on)
 except (OSError, ValueError, checkpoint.CheckpointError) as error:
     processes.fail(error)
-saver = saving.Saver(out, lock, raw_model, opt, saved_config, keep_last, keep_every, say)
+saver = saving.Saver(out, lock, raw_model, opt, saved_config, keep_last, keep_every, say, average)
 if path:
     saver.repair(path)
 say(stage.describe())
@@ -307,7 +354,6 @@ for each in plan.stages[1:]:
     say(f"from step {each.first} on {each.describe()}")
 epochs = ", ".join(f"{n:.2f} epochs of {name}" for name, n in plan.epochs(max_steps).items())
 say(f"{max_steps} steps are {epochs}")
-bytes_of = {shards: bytes_of_tokens(tokenizer, vocab_size, shards) for shards in plan.splits}
 
 
 def save():
@@ -322,29 +368,8 @@ def save():
     saver.save(step, trainer, wait=is_last or not async_save, must=is_last)
 
 
-def evaluate():
-    """Returns {name of a text: its loss_report}, without auxiliary losses; where there are many, that of all is first.
-
-    They share eval_tokens, the same ones every time, by their weights.
-    """
-    raw_model.eval()
-    sums = {}
-    for shards, batches in stage.evaluations(eval_tokens, rank, world_size, device):
-        if parallel == "fsdp":  # a forward is everybody's
-            batches = fsdp.in_step(raw_model, batches, stage.block_size, device)
-        sums[shards] = loss_sums(raw_model, batches, bytes_of[shards], autocast)
-    raw_model.train()
-    sums = [torch.tensor(processes.all_sum(found, device), dtype=torch.float64) for found in sums.values()]
-    try:
-        reports = {"": loss_report(sum(sums))}
-        if len(sums) > 1:
-            reports |= dict(zip(names_of(stage.val_texts), map(loss_report, sums)))
-        return reports
-    except ValueError as error:
-        processes.fail(error)
-
-
 # ---- loop ------------------------------------------------------------------------------------------------------------
+in_use = average.in_place if average else nullcontext  # the weights that are evaluated, and not those that learn
 signals = StopSignals(quiet=not main)
 stop = 0  # signals that any process got
 bar = tqdm(
@@ -370,7 +395,8 @@ while True:
         save()
         saved_at = step
     if evaluation_is_due:
-        reports = evaluate()
+        with in_use():
+            reports = evaluate(stage)
         report = reports[""]
         say(metrics.evaluation_line(step, reports))
         if main:
@@ -378,6 +404,9 @@ while True:
         if step > 0:
             saver.note_evaluation(step, report["loss"], tokens)
         evaluated_at = step
+    if sampler and step > 0 and step % sample_every == 0 and (main or parallel == "fsdp"):
+        with in_use():
+            say(f"step {step:>6} | sample {sampler.text(autocast)}")
     if step >= max_steps:
         break
     if main and step > 0 and (save_is_due or evaluation_is_due):
@@ -427,6 +456,8 @@ while True:
     is_finite = math.isfinite(norm)
     if is_finite:
         scaler.step(opt)
+        if average:
+            average.update()
     if hasattr(raw_model, "after_step"):  # after a skipped step too, or its counts would enter those of the next
         raw_model.after_step()
     scaler.update()
@@ -443,7 +474,9 @@ while True:
     bar.update()
     speed = stage.batch_tokens / seconds
     mfu = speed * stage.flops_per_token / (peak_flops * world_size) if peak_flops else None
-    row = dict(step=step, loss=loss, lr=lr, grad_norm=norm, ms=1000 * seconds, tokens_per_second=speed, mfu=mfu,
+    smoothed = metrics.smoothed([*recent_losses, loss])
+    row = dict(step=step, loss=loss, smoothed_loss=smoothed, lr=lr, grad_norm=norm,
+               ms=1000 * seconds, tokens_per_second=speed, mfu=mfu,
                memory_gb=metrics.peak_gb(device_type), resident_gb=metrics.resident_gb(), tokens=tokens,
                skipped=skipped, spikes=metrics.spikes(loss, recent_losses, norm, recent_norms))  # fmt: skip
     if is_finite and math.isfinite(loss):

@@ -90,6 +90,12 @@ def finish() -> None:
     os._exit(0)
 
 
+def leave() -> NoReturn:
+    """Ends this process, where all is done, once all are here."""
+    finish()
+    sys.exit(0)
+
+
 def fail(message, code: int = 2) -> NoReturn:
     """Ends this process with one line on stderr."""
     print(f"error: {message}", file=sys.stderr, flush=True)

@@ -630,8 +630,8 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss_and_keep_last_ke
 
 
 def test_every_step_has_every_field(base):
-    fields = "step loss lr grad_norm ms tokens_per_second mfu memory_gb resident_gb tokens skipped spikes".split()
-    assert [list(row) for row in base.steps] == [fields] * 30
+    fields = "step loss smoothed_loss lr grad_norm ms tokens_per_second mfu memory_gb resident_gb tokens skipped spikes"
+    assert [list(row) for row in base.steps] == [fields.split()] * 30
     for n, row in enumerate(base.steps, 1):
         assert (row["step"], row["tokens"], row["mfu"], row["spikes"]) == (n, 256 * n, None, [])
         assert abs(row["tokens_per_second"] - 256 / row["ms"] * 1000) < 1e-3 and 0.05 < row["memory_gb"] < 10
@@ -639,9 +639,8 @@ def test_every_step_has_every_field(base):
     assert [row["step"] for row in base.evaluations] == [0, 10, 20, 30]
     assert base.losses[-1] < base.losses[0] - 1
     line = re.search(r"step     30/30 \| loss (.*)", base.out)[1]
-    assert re.fullmatch(
-        r"\S+ \| lr \S+ \| norm \S+ \| \d+ ms \| [\d,]+ tokens/s \| mfu n/a \| \S+ GB \| eta 0:00", line
-    )
+    learned = r"\S+ \(smoothed \S+\) \| lr \S+ \| norm \S+"
+    assert re.fullmatch(learned + r" \| \d+ ms \| [\d,]+ tokens/s \| mfu n/a \| \S+ GB \| eta 0:00", line)
 
 
 def test_metrics_of_the_model_are_logged_with_each_step(work):

@@ -187,8 +187,11 @@ def verify(path: Path) -> str:
             return f"manifest.json: format {manifest['format']}, and this program reads format {FORMAT}"
         if step_of(path) not in (None, manifest["step"]):
             return f"manifest.json: of step {manifest['step']}, so the folder was renamed"
-        parts = max((len(manifest["files"]) - 1) // 2, 1)
-        names = [*TEXTS, *(name for i in range(parts) for name in tensor_files(parts, i))]
+        kinds = ["model", "trainer"]
+        if any(name.startswith("ema") for name in manifest["files"]):
+            kinds.append("ema")
+        parts = max((len(manifest["files"]) - len(TEXTS)) // len(kinds), 1)
+        names = [*TEXTS, *(name for i in range(parts) for name in tensor_files(parts, i, kinds))]
         odd = sorted(manifest["files"].keys() ^ set(names))
         if odd:  # so no name leads out of the folder
             return f"manifest.json: {odd[0]!r} refused: it must list {', '.join(names)}"

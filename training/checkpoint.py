@@ -2,6 +2,7 @@
 
     out_dir/step-00000100/  config.json          {"model": variant, "model_config": {GPTConfig's fields}, "knobs": {}}
                             model.safetensors    weights by plain name, tied ones once
+                            ema.safetensors      the average of the weights, where the run has one (average.py)
                             trainer.safetensors  tensors of the optimizer's state as <parameter>.<key>
                             trainer.json         step, what else the caller gives, numbers of the optimizer's state
                             manifest.json        size and sha256 of each file: written last
@@ -81,14 +82,15 @@ in_flight = []  # (the future of its thread, its further stages) of the save tha
 
 
 def save(
-    out_dir, step: int, model, optimizer, config: dict, trainer: dict, keep_last=5, keep_every=0, wait=True
-) -> Path | None:
+    out_dir, step: int, model, optimizer, config: dict, trainer: dict, keep_last=5, keep_every=0, wait=True,
+    average: dict | None = None,
+) -> Path | None:  # fmt: skip
     """Saves a step, points `latest` at it, then deletes old ones; returns its folder.
 
     What stays: the best, the last keep_last (0: all) and each keep_every-th step's (0: none's). config and trainer
     (tokens seen and so on) go to JSON. wait=False: returns None when the state is copied to host memory; a thread
     writes it, and a later finish ends it. On a full disk CheckpointError, and nothing is lost. A save in flight is
-    finished first; if it fails, this is not begun.
+    finished first; if it fails, this is not begun. average: {plain name: tensor}, an average of the weights.
     """
     finish()
     folder = Path(out_dir) / f"step-{step:08d}"
@@ -104,7 +106,10 @@ def save(
             kind[f"{plain(name)}.{key}"] = value
     trainer = {"step": step, **trainer, "optimizer": {"class": type(optimizer).__name__, "state": numbers}}
     texts = {"config.json": json.dumps(config, indent=1), "trainer.json": json.dumps(trainer, indent=1)}
-    files = own_files({"model": tensors, "trainer": moments}, copy=not wait)
+    kinds = {"model": tensors, "trainer": moments}
+    if average:
+        kinds["ema"] = average
+    files = own_files(kinds, copy=not wait)
     own_bytes = 0
     for rows, _ in files.values():
         own_bytes += sum(tensor.nbytes for tensor in rows.values())
@@ -218,12 +223,15 @@ def dtype_and_shape(tensor):
     return f"{str(tensor.dtype).removeprefix('torch.')} {[*tensor.shape]}"
 
 
-def fitting_weights(path, model):
-    """Returns the stored weights; CheckpointError where sizes in the configs, or else tensors, do not fit."""
+def fitting_weights(path, model, kind="model"):
+    """Returns the stored weights; CheckpointError where sizes in the configs, or else tensors, do not fit.
+
+    kind: ema for their average.
+    """
     config = getattr(model, "config", None)
     if dataclasses.is_dataclass(config):
         check_sizes(path, config)
-    stored = Stored(path, "model")
+    stored = Stored(path, kind)
     old = {name: dtype_and_shape(stored.like(name)) for name in stored.parts}
     new = {name: dtype_and_shape(tensor) for name, tensor in weights(model).items()}
     odd = []
@@ -235,12 +243,17 @@ def fitting_weights(path, model):
     return stored
 
 
-def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
+def weights_to_use(path: Path) -> str:
+    """Returns under which name a checkpoint has the weights that were evaluated: ema where it has an average."""
+    return "ema" if Stored(path, "ema").parts else "model"
+
+
+def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, kind="model") -> dict:
     """Copies a checkpoint's folder into the model and the optimizer's state; returns the `trainer` given to save.
 
     What does not fit is a CheckpointError, and nothing is copied. The optimizer's hyper-parameters stay as they are.
     """
-    stored = fitting_weights(path, model)
+    stored = fitting_weights(path, model, kind)
     trainer = read_json(path / "trainer.json", step=int, optimizer=dict)
     saved = trainer.pop("optimizer")
     if optimizer is not None:
@@ -272,8 +285,11 @@ def restore_optimizer(path, model, optimizer, numbers):
         optimizer.state[parameters[name]][key] = number
 
 
-def load_model(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict]:
-    """Returns (model in eval mode, config) of a checkpoint's folder or link, or of a run's newest whole checkpoint."""
+def load_model(path: str | Path, device: str = "cpu", average: bool = True) -> tuple[torch.nn.Module, dict]:
+    """Returns (model in eval mode, config) of a checkpoint's folder or link, or of a run's newest whole checkpoint.
+
+    average: take the average of the weights, where the checkpoint has one.
+    """
     path = resolve(path)
     config = load_config(path)
     name = f"model_{config['model']}"
@@ -291,7 +307,7 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, 
             f"{path} is of another version of {name}.py: only one of them knows {', '.join(odd)}{weights_too}"
         )
     model = module.GPT(module.GPTConfig(**saved)).to(device)
-    restore(path, model)
+    restore(path, model, kind=weights_to_use(path) if average else "model")
     return model.eval(), config
 
 

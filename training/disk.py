@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -88,7 +88,7 @@ def remove(path):
         path.unlink()
 
 
-def tensor_files(parts: int, i: int = 0) -> list[str]:
+def tensor_files(parts: int, i: int = 0, kinds: Iterable[str] = ("model", "trainer")) -> list[str]:
     """Returns the names of the i-th process's files (from 0) in a checkpoint that `parts` processes write."""
     end = f"-{i + 1:05d}-of-{parts:05d}" if parts > 1 else ""
-    return [f"model{end}.safetensors", f"trainer{end}.safetensors"]
+    return [f"{kind}{end}.safetensors" for kind in kinds]

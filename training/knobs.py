@@ -23,6 +23,13 @@ def check(config: dict, world_size: int) -> None:
     for knob, off, needed, needed_off in DEAD_WITHOUT:
         if config.get(knob, off) != off and config.get(needed) == needed_off:
             raise ValueError(f"{knob}={config[knob]} does nothing while {needed}={needed_off}: set that, too")
+    if config["dry_run"] and config["eval_only"]:
+        raise ValueError("dry_run counts what training would cost, and eval_only trains nothing: give one of them")
+    for knob in ("dry_run", "eval_only"):
+        if config[knob] and config["overwrite"]:
+            raise ValueError(f"{knob} writes nothing, and overwrite deletes the run in {config['out_dir']}: drop one")
+    if config["eval_only"] and config["sample_every"]:
+        raise ValueError("eval_only takes no step after which sample_every could print: try sample.py")
     for package in ("wandb", "tensorboard"):
         if config[package] and not find_spec(package):
             raise ValueError(f"{package}={config[package]}, but this package is not here:  pip install {package}")

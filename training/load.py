@@ -7,10 +7,10 @@ import torch
 import hf
 from data.shards import PUBLISHED, read_meta
 from data.tokenizer_json import begin_ids
-from data.tokenizers import load_tokenizer, tokenizer_from_dict
+from data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_dict
 from training import checkpoint
 from training.knobs import find_device
-from training.stored import own_rows
+from training.run_folder import is_from_hugging_face
 
 
 class NoTokenizer(ValueError):
@@ -18,12 +18,18 @@ class NoTokenizer(ValueError):
 
 
 def load(
-    path: Path, device: str = "auto", dtype: str = "auto", tokenizer: str | None = None, for_text: bool = True
+    path: Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer: str | None = None,
+    for_text: bool = True,
+    average: bool = True,
 ) -> tuple:
     """Returns the model in eval mode, its tokenizer, and the ids that every prompt begins with.
 
     dtype: auto is bfloat16 on CUDA, else float32. tokenizer: the name or path of one, for a folder that has none.
     for_text: False returns None in the place of a tokenizer that is not known, which is no error then.
+    average: of a run that has an average of its weights that one is taken.
     ValueError and OSError say what is missing, or does not belong together.
     """
     # 1. the model
@@ -36,7 +42,7 @@ def load(
     if is_from_hugging_face(path):
         model = hf.load(path, device, weights_in)
     else:
-        model, _ = checkpoint.load_model(path, device)
+        model, _ = checkpoint.load_model(path, device, average)
         model = model.to(weights_in)
 
     # 2. the tokenizer, and how our documents, or those of a Hugging Face model, begin
@@ -50,12 +56,6 @@ def load(
         sizes = f"{found.vocab_size} tokens, and the model {model.config.vocab_size}"
         raise ValueError(f"the tokenizer {found.name} has {sizes}: they do not belong together")
     return model, found, prefix
-
-
-def is_from_hugging_face(path: Path) -> bool:
-    """Returns whether a folder has a config.json, and none of our runs."""
-    file = path / "config.json"
-    return file.exists() and "knobs" not in hf.read_json(file)
 
 
 def find_tokenizer(path: Path, name: str | None) -> tuple:
@@ -89,6 +89,14 @@ def find_tokenizer(path: Path, name: str | None) -> tuple:
     raise NoTokenizer(f"{path} has no tokenizer: name one with --tokenizer, for example --tokenizer gpt2")
 
 
+def known_tokenizer(path: str | Path) -> Tokenizer | None:
+    """Returns the tokenizer of a folder; None where no file says which it is."""
+    try:
+        return find_tokenizer(Path(path), None)[0]
+    except NoTokenizer:
+        return None
+
+
 def hide_padding(model, tokenizer) -> None:
     """Leaves out the logits of what only pads the vocabulary: no text stands behind those ids."""
     logits = model.logits
@@ -106,47 +114,3 @@ def stop_tokens(tokenizer, path: Path | None = None) -> set[int]:
     if "<|im_end|>" in tokenizer.special_tokens:
         ids.add(tokenizer.special_tokens["<|im_end|>"])
     return ids
-
-
-# ---- the weights that a new run starts from --------------------------------------------------------------------------
-# Fields that may differ from those of the weights: what a longer context, other data or another loss ask for.
-MAY_DIFFER = (
-    "block_size rope_theta rope_scaling rope_factor rope_original dropout eot_id init_std zero_init_residual "
-    "balance_loss z_loss bias_rate router_jitter balance_over"
-).split()
-
-
-def config_to_start_from(path: str) -> dict:
-    """Returns {"model": name, field: value} of the model in a run's, a checkpoint's or a Hugging Face folder."""
-    folder = Path(path)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"init_from={path} has no config.json: give the folder of a run or a model")
-    if is_from_hugging_face(folder):
-        name, fields = hf.config_of(folder)
-        return {"model": name, **fields}
-    saved = checkpoint.load_config((checkpoint.folders(folder) or [folder])[0])  # a run's last stage counts
-    return {"model": saved["model"], **saved["model_config"]}
-
-
-def copy_weights(path: str, model: torch.nn.Module) -> None:
-    """Copies trained weights into a new model, or each process's share of them. ValueError names fields that differ."""
-    start = config_to_start_from(path)
-    name = type(model.config).__module__.removeprefix("model_")
-    odd = []
-    if start.pop("model") != name:
-        odd.append(f"model={name}")
-    for key, value in start.items():
-        ours = getattr(model.config, key, None)
-        if key == "block_size" and ours < value:
-            odd.append(f"block_size={ours}, which is less than {value}")
-        elif key not in MAY_DIFFER and ours != value:
-            odd.append(f"{key}={ours}, not {value}")
-    if odd:
-        raise ValueError(f"init_from={path} has other weights than this model: {'; '.join(odd)}")
-    if is_from_hugging_face(Path(path)):
-        source = hf.load(path).state_dict()
-        for key, tensor in checkpoint.weights(model).items():
-            rows, first = own_rows(tensor)
-            rows.copy_(source[key][first : first + len(rows)])
-    else:
-        checkpoint.restore(checkpoint.resolve(path), model)

@@ -127,6 +127,13 @@ def spikes(loss: float, losses: Sequence[float], norm: float, norms: Sequence[fl
     return found
 
 
+def smoothed(losses: Sequence[float]) -> float:
+    """Returns the mean of the last losses, in which each counts 5 % less than the one after it; nan of none."""
+    weights = [0.95**age for age in range(len(losses))]
+    total = sum(weight * loss for weight, loss in zip(weights, reversed(losses)))
+    return total / sum(weights) if weights else math.nan
+
+
 def of_model(model, with_tables: bool) -> dict:
     """Returns the model's own metrics; tables, such as the load of each expert, are wanted now and then."""
     if not hasattr(model, "metrics"):
@@ -176,7 +183,8 @@ def evaluation_row(step: int, reports: dict, tokens: int) -> dict:
 def step_line(row: dict, max_steps: int, seconds_left: float) -> str:
     mfu = f"{row['mfu']:.1%}" if row["mfu"] else "n/a"
     memory = "n/a" if row["memory_gb"] is None else f"{row['memory_gb']:.2f} GB"
-    learned = f"loss {row['loss']:.4f} | lr {row['lr']:.2e} | norm {row['grad_norm']:.3f}"
+    loss = f"loss {row['loss']:.4f} (smoothed {row['smoothed_loss']:.4f})"
+    learned = f"{loss} | lr {row['lr']:.2e} | norm {row['grad_norm']:.3f}"
     speed = f"{row['ms']:.0f} ms | {row['tokens_per_second']:,.0f} tokens/s | mfu {mfu} | {memory}"
     left = f"{seconds_left // 60:.0f}:{seconds_left % 60:02.0f}"
     return f"step {row['step']:>6}/{max_steps} | {learned} | {speed} | eta {left}"

@@ -89,7 +89,7 @@ class Album:
 
 def plot(out, title, stages, steps, evaluations, with_tables):
     plot_loss(steps, evaluations, stages, title, out / "loss.png")
-    own = sorted({key for row in steps for key in row} - {"step", "loss"})
+    own = sorted({key for row in steps for key in row} - {"step", "loss", "smoothed_loss"})
     if own:
         plot_numbers(steps, own, title, out / "metrics.png")
     for name in sorted({key for row in with_tables for key, value in row.items() if is_table(value)}):
@@ -117,6 +117,10 @@ def plot_loss(steps, evaluations, stages, title, path):
     training = [row for row in steps if "loss" in row]  # it was finite
     losses = [row["loss"] for row in training]
     axis.plot([row["step"] for row in training], losses, label="training", color="C0", alpha=0.4, lw=1)
+    smoothed = [row for row in steps if "smoothed_loss" in row]
+    axis.plot(
+        [row["step"] for row in smoothed], [row["smoothed_loss"] for row in smoothed], label="smoothed", color="C0"
+    )
 
     validation = [row for row in evaluations if row["val_loss"] is not None]
     val_losses = [row["val_loss"] for row in validation]

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import hf
 from configurator import config_source
 from distributed import processes
 from training.atomic import STEP, folders
@@ -59,6 +60,7 @@ FILES_OF_A_RUN = (
     "wandb_id",
     r"manifest\.json",
 )
+NOT_SAVED = ("resume", "overwrite", "eval_only", "dry_run")  # knobs: how a run is begun, and not what it is
 MAY_BE_LINKS = (STEP, "latest", "best")  # nothing is written through them
 
 
@@ -78,6 +80,12 @@ def exists(out: Path) -> bool:
     if taken:
         raise ValueError(f"{out} is no run, and holds {', '.join(taken[:3])}, which a run writes: try another out_dir")
     return False
+
+
+def is_from_hugging_face(path: Path) -> bool:
+    """Returns whether a folder has a config.json, and none of our runs."""
+    file = path / "config.json"
+    return file.exists() and "knobs" not in hf.read_json(file)
 
 
 def has_begun(out: Path) -> bool:

@@ -11,7 +11,10 @@ from training.disk import CheckpointError, read_json
 class Saver:
     """Saves steps of a run. On a full disk a run that has steps left goes on: what was saved before stays."""
 
-    def __init__(self, out: Path, lock, model, optimizer, config: dict, keep_last: int, keep_every: int, say):
+    def __init__(
+        self, out: Path, lock, model, optimizer, config: dict, keep_last: int, keep_every: int, say,
+        average=None,
+    ):  # fmt: skip
         self.out = out
         self.lock = lock  # what run_folder.lock returned
         self.model = model
@@ -20,6 +23,7 @@ class Saver:
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.say = say
+        self.average = average  # an Average of the weights, to be saved beside them
         self.in_place = None  # the folder of the newest step that is on the disk
 
     def save(self, step: int, trainer: dict, wait: bool, must: bool) -> None:
@@ -33,6 +37,9 @@ class Saver:
             fail(error)
         if self.finish(must=must):  # of the one before
             options = dict(keep_last=self.keep_last, keep_every=self.keep_every, wait=wait)
+            if self.average:
+                options["average"] = self.average.tensors
+                trainer["averaged_steps"] = self.average.steps
             self.attempt(
                 must, checkpoint.save, self.out, step, self.model, self.optimizer, self.config, trainer, **options
             )
@@ -72,6 +79,22 @@ class Saver:
 def was_evaluated(path: Path) -> bool:
     """Returns whether a checkpoint's validation loss is known, on all processes."""
     return on_first(atomic.evaluation, path) is not None
+
+
+def load_newest(out: Path, model, tokenizer, say) -> int | None:
+    """Puts the weights of a run's newest checkpoint into the model, to be evaluated; returns its step.
+
+    None where there is no checkpoint. tokenizer: the fingerprint of the data's, which has to be that of the run's.
+    """
+    path = checkpoint.newest(out, say)
+    if path is None:
+        return None
+    state = read_json(path / "trainer.json", identity=dict)
+    if state["identity"]["tokenizer"] != tokenizer:
+        raise ValueError(f"the data has another tokenizer than that of {path}: give data that was made with it")
+    checkpoint.restore(path, model, kind=checkpoint.weights_to_use(path))
+    say(f"evaluating {path}")
+    return atomic.step_of(path)
 
 
 def go_on_from(path: Path, model, optimizer, scaler, config: dict, identity: dict, machine: dict, say) -> dict:

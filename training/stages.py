@@ -75,6 +75,10 @@ class Stage:
         learns_all = all(shards.learns_all for shards, _ in texts)
         self.ignores_targets = self.mask_document_crossing or self.pack == "documents" or not learns_all
 
+    @property
+    def val_names(self) -> list[str]:
+        return names_of(self.val_texts)
+
     def describe(self) -> str:
         """Returns a line that says what this stage changes, and how a step is computed."""
         loader = self.loader

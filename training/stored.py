@@ -46,14 +46,14 @@ def own_files(kinds: dict, copy: bool = False) -> dict:
     elif rank() > 0:
         return {}
     files = {}
-    for file, tensors in zip(tensor_files(parts, rank() if parts > 1 else 0), kinds.values()):
+    for file, (kind, tensors) in zip(tensor_files(parts, rank() if parts > 1 else 0, kinds), kinds.items()):
         rows = {}
         metadata = {}
         for name, tensor in tensors.items():
             if rank() > 0 and not is_sharded(tensor):
                 continue
             own, first = own_rows(tensor)
-            rows[name] = host_copy(name, own) if copy else own
+            rows[name] = host_copy((kind, name), own) if copy else own
             if is_sharded(tensor):
                 metadata[name] = str(first)
         files[file] = rows, metadata
