@@ -23,8 +23,8 @@ from benchmarks.timing import (
 from benchmarks.variants import milliseconds, prefilled_cache, rounded
 
 RESULT = "attention"
-SHARED = dict(n_layer=4, n_head=6, head_dim=64, n_embd=384, n_inner=1024, vocab_size=1024)
-GROUPED = SHARED | dict(n_kv_head=2)
+SHARED = dict(n_layer=4, n_head=6, n_embd=384, n_inner=1024, vocab_size=1024)
+GROUPED = SHARED | dict(n_kv_head=2, head_dim=64)
 SIZES = {
     "longer": dict(
         contexts=(512, 2048, 8192, 16384),

@@ -236,7 +236,7 @@ def test_every_text_of_a_mixture_has_its_share(tmp_path, weights):
 def test_each_text_of_a_mixture_has_every_window_once_an_epoch_in_its_own_order(tmp_path):
     texts = texts_of(tmp_path, 0.7, 0.3)
     loader = Loader(texts, 16, 8, seed=1)
-    seen = np.concatenate([rows(loader.batches(step))[:, 0] for step in range(60)])
+    seen = np.concatenate([rows(loader.batches(step))[:, 0] for step in range(160)])  # more than a round
     for i, (shards, _) in enumerate(texts):
         alone = Loader(shards, 16, 1, seed=1)
         own = [first for first in seen.tolist() if first // 1000 == i]
