@@ -1,8 +1,8 @@
 """Batches of windows of tokens, in an order that is computed and not stored.
 
 A run sees windows 0, 1, 2, ... Which text a window is of, and where it begins in it, is a function of (seed, number of
-the window) and of what was drawn before the run's stage. There is no state to save, any step is reached at once, and
-the number of ranks and micro_batch change nothing.
+the window), and of how far earlier stages of the run got in each text (Position). There is no state to save, any step
+is reached at once, and the number of ranks and micro_batch change nothing.
 """
 
 import math
@@ -15,6 +15,7 @@ import numpy as np  # torch is imported where tensors are made: prepare.py and i
 from data.shards import Shards
 
 ROUND = 1024  # windows of a mixture, among which every text has its share exactly
+GRID, DOCUMENTS, TEXTS = range(3)  # what is drawn: each has random orders of its own
 
 
 class Position(NamedTuple):
@@ -27,11 +28,19 @@ class Position(NamedTuple):
 BEGINNING = Position()
 
 
+class Piece(NamedTuple):
+    """A part of the stream of tokens."""
+
+    start: int
+    length: int
+    follows: bool = False  # it goes on with a document that was cut, and has eot_id before it as if it were one
+
+
 class Window(NamedTuple):
     """Where the tokens of a window are, and how many of its first targets are there to be learned."""
 
     shards: Shards
-    pieces: list  # [(start, number of tokens)], which stand one behind the other
+    pieces: list[Piece]  # which stand one behind the other
     targets: int
 
 
@@ -63,16 +72,16 @@ def shuffled(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def draw(k: np.ndarray, n: int, seed: int, kind: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k-th draws from range(n), all of it once before any comes again: (draws, a number for each epoch)."""
+    """The k-th draws from range(n), all of it once before any comes again: (draws, a random number of their epoch)."""
     drawn = np.empty_like(k)
-    noise = np.empty_like(k)
+    epoch_number = np.empty_like(k)
     epochs = k // n
     for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
         keys = np.random.SeedSequence((seed, kind, epoch)).generate_state(7, np.uint64)
         drawn[here] = shuffled(k[here] % n, n, keys[1:])
-        noise[here] = keys[0] >> np.uint64(1)
-    return drawn, noise
+        epoch_number[here] = keys[0] >> np.uint64(1)
+    return drawn, epoch_number
 
 
 # ---- one text --------------------------------------------------------------------------------------------------------
@@ -80,8 +89,9 @@ class Stream:
     """The windows of one text, documents one behind the other: an order without end.
 
     An epoch is every cell of a grid once, in an order drawn from (seed, epoch); each epoch shifts the grid by a random
-    phase. A cell is as long as the longest window that the run's stages have: the windows of a shorter one follow each
-    other in it, so that no stage sees what one before it saw in the same epoch.
+    phase. A cell is as long as the longest window that the run's stages have. With stages of 512 and of 1,024 tokens
+    the first reads two windows of each cell, one after the other: the cells that are left in the epoch are whole, and
+    the second stage reads those.
 
     document_start_probability: this share of the windows begins where a document begins (every document once before any
     comes again) and runs on into the next document where the document is shorter.
@@ -108,7 +118,7 @@ class Stream:
         self.shards = shards
         self.block_size = block_size
         self.seed = seed
-        self.before = position._replace(tokens=math.ceil(position.tokens / block_size) * block_size)
+        self.begin = position._replace(tokens=math.ceil(position.tokens / block_size) * block_size)
         # One cell is left out, where there is more than one, so that the grid can begin at any place of a cell.
         self.cells = max(1, len(shards) // self.cell - 1)
         self.phases = min(self.cell, len(shards) - self.cells * self.cell)
@@ -117,44 +127,45 @@ class Stream:
         self.windows_per_epoch = self.cells * (self.cell // block_size)
         self.share = round(document_start_probability * (1 << 20))  # in integers, so that counting never drifts
         if self.share:
-            self.document_starts = shards.document_starts[shards.document_starts < len(shards) - block_size]
+            self.document_starts = shards.document_starts[shards.document_starts < len(shards) - self.cell]
             if not len(self.document_starts):
-                why = f"no document (eot_id={shards.eot_id}) starts block_size before the end"
+                why = f"no document (eot_id={shards.eot_id}) starts {self.cell} tokens before the end"
                 raise ValueError(f"{shards.folder}: {why}")
 
     def starts(self, k: np.ndarray) -> np.ndarray:
         """Where its k-th windows begin in the stream of tokens: int64 of the shape of k."""
         documents = k * self.share >> 20  # windows before this one that began with a document
-        tokens = self.before.tokens + (k - documents) * self.block_size
-        cell, noise = draw(tokens // self.cell, self.cells, self.seed, 0)
-        starts = cell * self.cell + noise % self.phases + tokens % self.cell
+        tokens = self.begin.tokens + (k - documents) * self.block_size
+        cell, epoch_number = draw(tokens // self.cell, self.cells, self.seed, GRID)
+        starts = cell * self.cell + epoch_number % self.phases + tokens % self.cell
         if self.share:
-            place, _ = draw(self.before.documents + documents, len(self.document_starts), self.seed, 1)
+            place, _ = draw(self.begin.documents + documents, len(self.document_starts), self.seed, DOCUMENTS)
             begins_document = (k + 1) * self.share >> 20 > documents
             starts = np.where(begins_document, self.document_starts[place], starts)
         return starts
 
     def windows(self, k: np.ndarray) -> list[Window]:
-        length = self.block_size + 1
-        return [Window(self.shards, [(start, length)], self.block_size) for start in self.starts(k).tolist()]
+        size = self.block_size
+        return [Window(self.shards, [Piece(start, size)], size) for start in self.starts(k).tolist()]
 
     def position_after(self, n: int) -> Position:
         """Returns how far a run is in this text after n of these windows."""
         documents = n * self.share >> 20
-        tokens = self.before.tokens + (n - documents) * self.block_size
-        return Position(tokens, self.before.documents + documents)
+        tokens = self.begin.tokens + (n - documents) * self.block_size
+        return Position(tokens, self.begin.documents + documents)
 
     def epochs(self, n: int) -> float:
-        """Returns how often n windows have gone through the text, from its beginning."""
+        """Returns how often the run has gone through the grid after n of these windows."""
         return self.position_after(n).tokens / (self.cells * self.cell)
 
 
 class Packed:
-    """The windows of one text that hold whole documents: an order without end.
+    """The windows of one text that hold whole documents: an order without end. Each block_size has its own.
 
     Documents are put into windows by best fit: the longest first, each into the fullest window in which there is room.
-    What is left of a window is filled with eot_id, which is no target; the one that follows a document is, so that
-    every document's end is learned. A document longer than a window is cut, or left out with long_documents="skip".
+    What is left of a window is filled with eot_id, which is no target; the one that follows a document is. A document
+    longer than a window is left out with long_documents="skip", and else cut: each piece but the first has an eot_id
+    before it, and the last target of each but the last is the token with which the next one goes on.
     """
 
     def __init__(self, shards, block_size, seed=0, long_documents="cut", position=BEGINNING):
@@ -170,42 +181,48 @@ class Packed:
             lengths = lengths[~is_long]
         if not len(starts):
             raise ValueError(f"{shards.folder}: no document fits into block_size={block_size}, and others are left out")
-        self.bins = best_fit(*cut(starts, lengths, block_size), block_size)
+        self.bins = best_fit(cut(starts.tolist(), lengths.tolist(), block_size), block_size)
         self.windows_per_epoch = len(self.bins)
-        self.utilisation = sum(n for pieces in self.bins for _, n in pieces) / (len(self.bins) * block_size)
-        self.before = math.ceil(position.tokens / block_size)  # windows: another size begins an epoch of other windows
+        self.utilisation = sum(map(room_of, sum(self.bins, []))) / (len(self.bins) * block_size)
+        self.first = position.tokens // block_size
 
     def windows(self, k: np.ndarray) -> list[Window]:
-        place, _ = draw(self.before + k, len(self.bins), self.seed, 0)
-        found = []
-        for i in place.tolist():
-            pieces = self.bins[i]
-            found.append(Window(self.shards, pieces, sum(n for _, n in pieces)))
-        return found
+        place, _ = draw(self.first + k, len(self.bins), self.seed, GRID)
+        bins = [self.bins[i] for i in place.tolist()]
+        return [Window(self.shards, pieces, sum(map(room_of, pieces))) for pieces in bins]
 
     def position_after(self, n: int) -> Position:
-        return Position((self.before + n) * self.block_size)
+        return Position((self.first + n) * self.block_size)
 
     def epochs(self, n: int) -> float:
-        return (self.before + n) / len(self.bins)
+        return (self.first + n) / len(self.bins)
 
 
-def cut(starts, lengths, size):
-    """Returns starts and lengths of pieces, none longer than size, that documents are cut into."""
-    pieces = -(-lengths // size)  # of each document
-    document = np.repeat(np.arange(len(starts)), pieces)
-    place = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its document
-    return starts[document] + place * size, np.minimum(lengths[document] - place * size, size)
+def room_of(piece: Piece) -> int:
+    """Returns how many tokens of a window a piece takes."""
+    return piece.length + piece.follows
 
 
-def best_fit(starts, lengths, size):
-    """Returns bins [(start, length), ...] of at most `size` tokens: the longest first, into the fullest with room."""
+def cut(starts, lengths, size) -> list[Piece]:
+    """Returns documents as pieces that take at most `size` tokens each."""
+    pieces = []
+    for start, length in zip(starts, lengths):
+        pieces.append(Piece(start, min(length, size)))
+        done = size
+        while done < length:
+            pieces.append(Piece(start + done, min(length - done, size - 1), follows=True))
+            done += size - 1
+    return pieces
+
+
+def best_fit(pieces: list[Piece], size: int) -> list[list[Piece]]:
+    """Returns bins of pieces, at most `size` tokens each: the longest first, into the fullest with room."""
     bins = []
     with_room = [[] for _ in range(size + 1)]  # [room]: bins that have exactly so much
     rooms = np.zeros(size + 1, bool)
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[i])
-        fitting = rooms[length:].argmax() + length  # the least room that is enough
+    for piece in sorted(pieces, key=room_of, reverse=True):
+        needed = room_of(piece)
+        fitting = int(rooms[needed:].argmax()) + needed  # the least room that is enough
         if rooms[fitting]:
             place = with_room[fitting].pop()
             rooms[fitting] = bool(with_room[fitting])
@@ -213,8 +230,8 @@ def best_fit(starts, lengths, size):
             place = len(bins)
             bins.append([])
             fitting = size
-        bins[place].append((int(starts[i]), length))
-        left = fitting - length
+        bins[place].append(piece)
+        left = fitting - needed
         if left:
             with_room[left].append(place)
             rooms[left] = True
@@ -235,7 +252,7 @@ class Mixture:
         self.seed = seed
         exact = np.array(weights) / sum(weights) * ROUND
         counts = np.maximum(np.floor(exact).astype(int), 1)
-        while counts.sum() != ROUND:  # the largest remainder gets what rounding left over
+        while counts.sum() != ROUND:  # what rounding left over, or took too much, is of those that it wronged most
             step = 1 if counts.sum() < ROUND else -1
             counts[np.argmax(step * (exact - counts) - (counts + step < 1) * ROUND)] += step
         self.counts = counts  # of each text, in a round
@@ -249,7 +266,7 @@ class Mixture:
         rounds = g // ROUND
         ends = np.cumsum(self.counts)
         for number in np.unique(rounds).tolist():
-            order, _ = draw(number * ROUND + np.arange(ROUND), ROUND, self.seed, 2)
+            order, _ = draw(number * ROUND + np.arange(ROUND), ROUND, self.seed, TEXTS)
             chosen = np.searchsorted(ends, order, side="right")  # (ROUND,)
             earlier = np.empty(ROUND, int)
             for i in range(len(self.texts)):
@@ -400,30 +417,39 @@ def make_batch(windows: list[Window], block_size: int, device: str, mask_documen
     """Returns x, y (windows, block_size), in pinned memory for a GPU; y is -1 where there is nothing to be learned."""
     import torch
 
-    tokens = np.empty((len(windows), block_size + 1), np.int64)
-    is_target = np.zeros((len(windows), block_size + 1), bool)
+    x = np.empty((len(windows), block_size), np.int64)
+    y = np.full((len(windows), block_size), -1, np.int64)
     for i, (shards, pieces, targets) in enumerate(windows):
-        tokens[i] = shards.eot_id
+        x[i] = shards.eot_id
         end = 0
-        for start, n in pieces:
-            tokens[i, end : end + n] = shards.read(start, n)
-            is_target[i, end : end + n] = shards.read_mask(start, n)
-            end += n
-        if end <= block_size:  # the end of the last document is learned where that document's last token is
-            is_target[i, end] = is_target[i, end - 1]
-        is_target[i, targets + 1 :] = False
+        for start, length, follows in pieces:
+            end += follows  # of the eot_id before it nothing is learned
+            tokens, is_target = read_with_next(shards, start, length)
+            x[i, end : end + length] = tokens[:-1]
+            y[i, end : end + length] = np.where(is_target[1:], tokens[1:], -1)
+            end += length
+        y[i, targets:] = -1
         if shards.targets:
             first, last = shards.targets
-            is_target[i] &= (first <= tokens[i]) & (tokens[i] < last)
+            y[i, (y[i] < first) | (y[i] >= last)] = -1
         if mask_document_crossing:
-            is_target[i] &= tokens[i] != shards.eot_id
-    x = np.ascontiguousarray(tokens[:, :-1])
-    y = np.where(is_target, tokens, -1)[:, 1:].copy()
+            y[i, y[i] == shards.eot_id] = -1
     x = torch.from_numpy(x)
     y = torch.from_numpy(y)
     if torch.device(device).type == "cuda":
         return x.pin_memory(), y.pin_memory()
     return x, y
+
+
+def read_with_next(shards, start, length):
+    """Returns length + 1 tokens, and which are targets. After the last token of the text comes eot_id."""
+    n = min(length + 1, len(shards) - start)
+    tokens = np.full(length + 1, shards.eot_id, np.int64)
+    tokens[:n] = shards.read(start, n)
+    is_target = np.empty(length + 1, bool)
+    is_target[:n] = shards.read_mask(start, n)
+    is_target[n:] = is_target[n - 1]  # the end of a document is learned where its last token is
+    return tokens, is_target
 
 
 def eval_batches(
@@ -447,7 +473,7 @@ def eval_batches(
     for i in range(0, len(starts), micro_batch):
         windows = []
         for start in starts[i : i + micro_batch]:
-            pieces = [(start, min(block_size + 1, len(shards) - start))]
-            windows.append(Window(shards, pieces, min(block_size, targets - start)))
+            piece = Piece(start, min(block_size, len(shards) - start))
+            windows.append(Window(shards, [piece], min(block_size, targets - start)))
         x, y = make_batch(windows, block_size, device)
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)

@@ -656,8 +656,8 @@ MUTANTS = [
     Mutant(
         "targets not shifted",
         "data/loader.py",
-        "np.where(is_target, tokens, -1)[:, 1:]",
-        "np.where(is_target, tokens, -1)[:, :-1]",
+        "np.where(is_target[1:], tokens[1:], -1)",
+        "np.where(is_target[1:], tokens[:-1], -1)",
         "test_loader.py -k shifted",
     ),
     Mutant(
@@ -677,23 +677,23 @@ MUTANTS = [
     Mutant(
         "the last window's filling is predicted",
         "data/loader.py",
-        "is_target[i, targets + 1 :] = False",
+        "y[i, targets:] = -1",
         "pass",
         "test_loader.py -k evaluation_has",
     ),
     Mutant(
         "a mask of the token before",
         "data/loader.py",
-        "is_target[i, end : end + n] = shards.read_mask(start, n)",
-        "is_target[i, end : end + n] = shards.read_mask(max(start - 1, 0), n)",
+        "is_target[:n] = shards.read_mask(start, n)",
+        "is_target[:n] = shards.read_mask(max(start - 1, 0), n)",
         "test_loader.py -k its_own_mask",
     ),
     Mutant(
-        "what packing leaves is predicted",
+        "all documents of a window but the first are lost",
         "data/loader.py",
-        "found.append(Window(self.shards, pieces, sum(n for _, n in pieces)))",
-        "found.append(Window(self.shards, pieces, self.block_size))",
-        "test_loader.py -k every_token_but",
+        "return [Window(self.shards, pieces, sum(map(room_of, pieces))) for pieces in bins]",
+        "return [Window(self.shards, pieces[:1], sum(map(room_of, pieces))) for pieces in bins]",
+        "test_loader.py -k packed_window",
     ),
     Mutant(
         "a mixture begins its texts anew in every round",
@@ -705,15 +705,15 @@ MUTANTS = [
     Mutant(
         "a stage forgets at which documents windows began",
         "data/loader.py",
-        "return Position(tokens, self.before.documents + documents)",
+        "return Position(tokens, self.begin.documents + documents)",
         "return Position(tokens, documents - documents)",
         "test_loader.py -k documents_that_began",
     ),
     Mutant(
         "a stage begins its texts anew",
         "training/stages.py",
-        "positions = positions | stage.loader",
-        "positions = {} and stage.loader",
+        "positions.get(stage.order, {}), cells",
+        "{}, cells",
         "test_stages.py -k no_stage_sees",
     ),
     Mutant(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import Loader, Position, eval_batches, shuffled
+from data.loader import Loader, Piece, Position, eval_batches, room_of, shuffled
 from data.shards import Shards, write_shard
 
 EOT = 50256
@@ -32,7 +32,7 @@ def rows(batches):
 
 def starts(loader, step):
     """Where the windows of a step begin."""
-    return [window.pieces[0][0] for window in loader.windows(step)]
+    return [window.pieces[0].start for window in loader.windows(step)]
 
 
 def windows_per_epoch(loader):
@@ -321,28 +321,39 @@ def test_packed_windows_hold_every_document_once_an_epoch_and_whole(documents, l
         pieces = []
         for step in range(text.windows_per_epoch):
             (window,) = loader.windows(epoch * text.windows_per_epoch + step)
-            assert sum(n for _, n in window.pieces) == window.targets <= 32
+            assert sum(map(room_of, window.pieces)) == window.targets <= 32
             pieces += window.pieces
         assert len(pieces) == len(set(pieces))
-        ends = np.cumsum(lengths)
-        wanted = {(int(end - n), int(n)) for end, n in zip(ends, lengths) if n <= 32}
-        if long_documents == "cut":
-            for end, n in zip(ends, lengths):
-                if n > 32:
-                    wanted |= {(int(end - n), 32), (int(end - n + 32), int(n - 32))}
+        wanted = set()
+        for end, n in zip(np.cumsum(lengths).tolist(), lengths.tolist()):
+            if n <= 32 or long_documents == "cut":
+                wanted.add(Piece(end - n, min(n, 32)))
+            if n > 32 and long_documents == "cut":  # no document is longer than 32 + 31
+                wanted.add(Piece(end - n + 32, n - 32, follows=True))
         assert set(pieces) == wanted
-    held = sum(n for _, n in wanted)
+    held = sum(map(room_of, wanted))
     assert text.utilisation == held / (32 * text.windows_per_epoch) > 0.9
     assert text.windows_per_epoch <= held / 32 * 11 / 9 + 1  # best fit by falling length needs no more than that
 
 
 def test_of_a_packed_window_every_token_but_the_filling_is_a_target_and_so_is_each_end(documents):
+    """Whole documents and pieces of those that were cut: what comes next is what comes next in the text."""
     shards, _ = documents
-    for x, y in Loader(shards, 32, 4, seed=2, pack="documents").batches(1):
-        assert torch.equal(y[:, :-1][y[:, :-1] >= 0], x[:, 1:][y[:, :-1] >= 0])
-        for row, targets, window in zip(x, y, Loader(shards, 32, 4, seed=2, pack="documents").windows(1)):
-            assert (targets >= 0).sum() == window.targets and (targets[: window.targets] >= 0).all()
-            assert targets[window.targets - 1] == EOT and (row[window.targets :] == EOT).all()
+    stream = [*shards.read(0, len(shards)).tolist(), EOT]
+    loader = Loader(shards, 32, 4, seed=2, pack="documents")
+    cut = 0
+    for step in range(12):
+        ((x, y),) = loader.batches(step)
+        for row, targets, window in zip(x.tolist(), y.tolist(), loader.windows(step)):
+            inputs = []
+            outputs = []
+            for start, length, follows in window.pieces:
+                inputs += [EOT] * follows + stream[start : start + length]
+                outputs += [-1] * follows + stream[start + 1 : start + length + 1]
+                cut += follows
+            filling = 32 - len(inputs)
+            assert row == inputs + [EOT] * filling and targets == outputs + [-1] * filling
+    assert cut > 3
 
 
 def test_a_packed_window_without_a_target_is_all_ignored(tmp_path):

@@ -82,8 +82,8 @@ def test_no_stage_sees_what_another_one_saw_in_the_same_epoch(work):
     seen = []
     for step in range(24):
         for window in plan.at(step).loader.windows(step):
-            ((start, n),) = window.pieces
-            seen += range(start, start + n - 1)
+            ((start, n, _),) = window.pieces
+            seen += range(start, start + n)
     assert len(seen) == len(set(seen)) == 24 * 256
 
 
@@ -156,6 +156,11 @@ def test_learned_positions_have_no_longer_stage(work):
     knobs = FIRST | dict(model="gpt2", n_kv_head=None, head_dim=None, n_inner=None)
     message = fail(work, "positions", **knobs, stages={8: dict(block_size=32)})
     assert "stages: 8: pos_embed.weight would be (32, 16), and is (16, 16)" in message
+
+
+def test_a_stage_that_has_fewer_weights_is_refused(work):
+    knobs = FIRST | dict(n_layer=2, stages={8: dict(n_layer=1)})
+    assert "stages: 8: blocks.1.attn_norm.weight would be gone, and is (16,)" in fail(work, "fewer", **knobs)
 
 
 def test_minutes_measure_every_stage_and_ask_for_shares(work):

@@ -57,7 +57,7 @@ def read_mixture(data: str | list) -> list[tuple[Path, float]]:
 
 
 class Stage:
-    """What holds from a step on: knobs and fields of GPTConfig as attributes, and the texts that they name."""
+    """What holds from a step on: the knobs of KNOBS as attributes, and the texts that they name."""
 
     def __init__(self, when: int | float, given: dict, values: dict, texts: list, val_texts: list):
         self.when = when  # as the config says it
@@ -72,6 +72,8 @@ class Stage:
         for key in KNOBS:
             setattr(self, key, values[key])
         self.values = values
+        # Stages of one order go on where the one before stopped; packed windows of each size have their own.
+        self.order = "stream" if self.pack == "stream" else self.block_size
         learns_all = all(shards.learns_all for shards, _ in texts)
         self.ignores_targets = self.mask_document_crossing or self.pack == "documents" or not learns_all
 
@@ -97,7 +99,7 @@ class Stage:
         return line
 
     def evaluations(self, eval_tokens: int, rank: int, world_size: int, device: str) -> Iterator[tuple]:
-        """Yields each text to evaluate on with its batches; all of them together have eval_tokens targets."""
+        """Yields each text to evaluate on with its batches; all of them together have about eval_tokens targets."""
         whole = sum(weight for _, weight in self.texts)
         for shards, (_, weight) in zip(self.val_texts, self.texts):
             share = math.ceil(eval_tokens * weight / whole)
@@ -105,10 +107,10 @@ class Stage:
 
 
 class Plan:
-    """The stages of a run, in order.
+    """The stages of a run, in order. Each changes what the one before it left.
 
-    config: the knobs of train.py and the fields of its model, as configure returns them. ValueError and OSError say at
-    which step which stage is impossible.
+    config: the knobs of train.py and the fields of its model, as configure returns them. A ValueError says which stage
+    is impossible.
     """
 
     def __init__(self, config: dict, script: str, GPTConfig: type):
@@ -175,20 +177,22 @@ class Plan:
                 raise ValueError(f"stages: {stage.when} is step {stage.first}, and step {before} has a stage before it")
             before = stage.first
             for shards, _ in stage.texts:
-                cells[shards.folder] = max(cells.get(shards.folder, 0), stage.block_size)
+                if stage.pack == "stream":
+                    cells[shards.folder] = max(cells.get(shards.folder, 0), stage.block_size)
 
-        positions = {}
+        positions = {}  # {order: {folder: Position}}
         for i, stage in enumerate(self.stages):
             with naming(stage.when):
                 windows = windows_of_a_step(stage.batch_tokens, stage.block_size, world_size)
                 stage.loader = Loader(
                     stage.texts, stage.block_size, windows, stage.values["seed"], rank, world_size, stage.micro_batch,
                     device, stage.document_start_probability, stage.mask_document_crossing, stage.pack,
-                    stage.long_documents, positions, cells,
+                    stage.long_documents, positions.get(stage.order, {}), cells,
                 )  # fmt: skip
             stage.loader.go_on(stage.first, 0)
             if i + 1 < len(self.stages):
-                positions = positions | stage.loader.positions_before(self.stages[i + 1].first)
+                after = stage.loader.positions_before(self.stages[i + 1].first)
+                positions[stage.order] = positions.get(stage.order, {}) | after
 
     def settle(self, GPTConfig: type, GPT: type, vocab_size: int, eot_id: int) -> None:
         """Gives each stage its fields and model_config. ValueError where a stage's weights would have other shapes."""
@@ -204,12 +208,11 @@ class Plan:
             return
         shapes = shapes_of(GPT, self.stages[0].model_config)
         for stage in self.stages[1:]:
-            for name, shape in shapes_of(GPT, stage.model_config).items():
-                if shapes.get(name) != shape:
-                    was = shapes.get(name, "not there")
-                    raise ValueError(
-                        f"stages: {stage.when}: {name} would be {shape}, and is {was}: not a stage's matter"
-                    )
+            others = shapes_of(GPT, stage.model_config)
+            for name in others | shapes:
+                if shapes.get(name) != others.get(name):
+                    change = f"{name} would be {others.get(name, 'gone')}, and is {shapes.get(name, 'not there')}"
+                    raise ValueError(f"stages: {stage.when}: {change}: not a stage's matter")
 
     def parts(self, GPT: type) -> list[tuple]:
         """Returns for each stage (its share of the steps, what puts a model into it, the batches of its n-th step)."""
@@ -232,10 +235,12 @@ class Plan:
     def epochs(self, max_steps: int) -> dict:
         """Returns {name: how often the run goes through a text} in so many steps."""
         found = {}
+        names = dict(zip(self.texts, names_of(self.texts)))
         ends = [stage.first for stage in self.stages[1:]] + [max_steps]
         for stage, end in zip(self.stages, ends):
-            counts = stage.loader.epochs_before(end)
-            found |= dict(zip(names_of([shards for shards, _ in stage.texts]), counts.values()))
+            if stage.first < max_steps:
+                counts = stage.loader.epochs_before(min(end, max_steps))
+                found |= {names[shards]: n for (shards, _), n in zip(stage.texts, counts.values())}
         return found
 
     def go_on(self, step: int, tokens: int) -> None:
