@@ -1,7 +1,7 @@
 """Most layers sum keys and values into a matrix of fixed size, without softmax: linear attention in three forms.
 
     q, k, v = Wq u, Wk u, Wv u                                                  u = RMSNorm(x)
-    M = decay M + k v^T;  y = M^T q                which is attention with weights q . k instead of their softmax
+    M = decay M + k v^T;  y = M^T q                attention whose weights are q . k, faded by the decays since k
     none      elu(q) + 1, elu(k) + 1; decay 1                   x = x + Wo (y / sum of q . k)
     head      silu(q), silu(k), silu(v); decay e^-slope         x = x + Wo (sigmoid(Wz u) * RMSNorm(y))
     channel   decay sigmoid(Wa u)^(1/16)                        x = x + Wo (silu(Wz u) * RMSNorm(y))
@@ -12,7 +12,8 @@ is RetNet's (https://arxiv.org/abs/2307.08621); channel is GLA (https://arxiv.or
 Without the softmax the sum over the past can be kept instead of the past: M has one size at every length, so a token
 costs as much after 100,000 others as after 10. But D^2 numbers do not hold 100,000 keys. With a decay the old ones make
 room: one number per head fades all of them at a fixed speed, one number per channel, a row of M, at a speed that each
-token sets. A linear layer knows positions by its decay alone. Where layer_pattern says a, a layer is the baseline's.
+token sets. A linear layer has no RoPE and no QK-norm: it knows positions by its decay, or without one by causality
+alone. Where layer_pattern says a, a layer is the baseline's.
 
 B  batch
 T  time: the tokens of one call
@@ -242,8 +243,8 @@ def linear_attention(q, k, v, log_decay, first, state, chunk=64):
     log_decay = in_chunks(log_decay.expand(-1, -1, T, -1), L)  # (B, H, N, L, D)
     first = in_chunks(first[..., None], L)  # (B or 1, 1, N, L, 1)
 
-    # 2. tokens of one document see each other, and those of the chunk's first one the state before it
-    document = first.cumsum(dim=-2)  # (B or 1, 1, N, L, 1), counted from 0
+    # 2. tokens of one document see each other; those of document 0, which began before the chunk, see the state too
+    document = first.cumsum(dim=-2)  # (B or 1, 1, N, L, 1)
     same = document == document.mT  # (B or 1, 1, N, L, L)
     state_kept = log_decay.cumsum(dim=-2).exp() * (document == 0)  # (B, H, N, L, D), of the state at each token
     kept_at_end = sum_behind(log_decay).exp() * same[..., -1:]  # (B, H, N, L, D), of each token at the last one
@@ -267,12 +268,12 @@ def in_chunks(x, L):
 
 
 def decayed_scores(q, k, log_decay):
-    """Returns (..., L, L): q_i . k_j, of each channel what the decays of j + 1 to i leave; j > i is for others to mask.
+    """Returns scores (..., L, L): the sum over channels of q_i k_j and the decays from j + 1 to i; j > i is undefined.
 
     q, k (..., L, D), log_decay (..., L, D or 1). One decay for all channels is a factor of the score. With one in each
     they have to be on q and k before the product, and k_j divided by all decays up to j would be infinite where a
-    channel forgets fast. So the late half of the tokens meets the early half in the middle, with factors of at most 1,
-    and each half is a shorter chunk. Of 4 tokens with decays d1 to d4:
+    channel forgets fast. So a late q carries the decays since the middle of the chunk, an early k those up to it, both
+    of them at most 1, and each half is a shorter chunk. Of 4 tokens with decays d1 to d4:
         q3 d3        k1 d2
         q4 d4 d3     k2         (q4 d4 d3) . (k1 d2) has the decays of the tokens 2 to 4
     """
@@ -307,7 +308,7 @@ class LinearAttention(nn.Module):
         D = config.head_dim
         width = config.n_head * D
         self.layer = layer
-        self.depth = depth  # which block of the model, where layer is which linear one
+        self.depth = depth  # counts all blocks; layer counts those of this kind, as the cache does
         self.n_layer = config.n_layer
         self.decay = config.decay
         self.head_dim = D
@@ -347,7 +348,7 @@ class LinearAttention(nn.Module):
             log_decay = self.fixed_log_decay(q)  # (1, H, 1, 1)
         else:
             a = self.wa_up(self.wa_down(x)).view(B, T, -1, self.head_dim).transpose(1, 2)
-            log_decay = F.logsigmoid(a.to(wide)) / 16  # (B, H, T, D); begins at 0.5^(1/16) = 0.96
+            log_decay = F.logsigmoid(a.to(wide)) / 16  # (B, H, T, D); a new model's decays are about 0.5^(1/16) = 0.96
 
         # 3. attend to what is in the state and to each other
         first = positions.view(-1, 1, T) == 0  # (B or 1, 1, T)
@@ -375,12 +376,12 @@ class LinearAttention(nn.Module):
     def fixed_log_decay(self, q):
         """Returns log_decay (1, H, 1, 1) for q (B, H, T, D): with 8 heads of the first layer -1/2, -1/4, ... -1/256.
 
-        Later layers remember longer, the last one nearly all.
+        The later a layer, the longer it remembers; in the last block of the model it would be nearly all.
         """
         H = q.size(1)
         h = torch.arange(1, H + 1, device=q.device).type_as(q)
         slope = 2 ** (-8 * h / H)  # those of ALiBi (https://arxiv.org/abs/2108.12409)
-        share = self.depth / (self.n_layer - 1 + 1e-5)  # 0 in the first layer, 1 in the last
+        share = self.depth / (self.n_layer - 1 + 1e-5)  # 0 in the first block, 1 in the last
         return -slope.view(1, H, 1, 1) * (1 - share + 1e-5)
 
 

@@ -9,8 +9,8 @@ By rule a query sees the last blocks, then every so-manyth, and the first ones o
 https://arxiv.org/abs/1904.10509). Each head of a query chooses further ones without any parameters (mixture of block
 attention, MoBA). There are only earlier blocks to choose from, as a mean tells of all tokens of its block.
 
-mask_of_blocks and softmax define the result. attend_gathered computes the same from the chosen blocks alone, so that
-its time grows with what is chosen and not with what could be seen.
+mask_of_blocks and softmax define the result. attend_gathered computes the same from the chosen blocks alone: what it
+costs grows with P, and the scores of all N means, which choose_blocks needs, are few beside those of all keys.
 
 B  batch
 T  time: the tokens of one call
@@ -20,8 +20,8 @@ H  query heads
 G  key/value heads
 D  head_dim
 b  key_block, the tokens of a block
-N  complete blocks, S / b
-P  the most blocks that a query attends to beside its own
+N  slots for complete blocks, S / b of them; no query sees one in which no block is complete
+P  blocks that a query attends to beside its own, at most
 V  vocabulary
 
 Differs from model_baseline.py in: GPTConfig, Attention, KVCache, GPT.positions_and_mask, Blocks, blocks_of,
@@ -55,9 +55,7 @@ class GPTConfig:
     n_local_block: int = 1  # a query sees the last so many blocks, its own among them
     block_stride: int = 0  # a query sees every so-manyth of the blocks before its own, counted back from it; 0: none
     n_global_block: int = 0  # a query sees the first so many blocks of its document
-    top_k_block: int = (
-        3  # each head of a query chooses top_k_block - 1 of the other blocks: its own is one of the top k
-    )
+    top_k_block: int = 3  # its own included: each head of a query chooses top_k_block - 1 of the others
     rope_theta: float = 10000.0  # wavelengths reach 2 pi rope_theta tokens: 1e6 for long context
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # turns more slowly, to read longer texts
     rope_factor: float = 1.0  # how much more slowly: 4.0 for a block_size of 4 times the trained length
@@ -176,8 +174,8 @@ class Blocks(NamedTuple):
     A document is cut into blocks from its own start, so that it is cut alike wherever it stands. Of the complete blocks
     one at most begins in each stretch of b places, and the number of the stretch is its slot. Two documents, b=4:
         place    0 1 2 3 4 5 6 7 8 9 10
-        block    a a B B B B C C C C d     a and d are not complete: their own tokens alone see them
-        slot     0 0 0 0 0 0 1 1 1 1 2     B begins at place 2, in stretch 0, and C at place 6, in stretch 1
+        block    w w X X X X Y Y Y Y z     w and z are not complete: their own tokens alone see them
+        slot     0 0 0 0 0 0 1 1 1 1 2     X begins at place 2, in stretch 0, and Y at place 6, in stretch 1
     """
 
     place: torch.Tensor  # (T,) of the queries
@@ -283,7 +281,7 @@ def mask_of_blocks(blocks, slots, chosen):
 def attend_to_part(q, k, v, seen=None):
     """Returns softmax attention (..., T, D) of q (..., T, D) to k, v (..., S, D), and the log (..., T) of its weight.
 
-    The weight is the sum of e^score over these keys: their share beside other keys of the same query.
+    The weight is the sum of e^score over these keys, from which their share beside other keys of the query follows.
     """
     scores = (q / q.size(-1) ** 0.5) @ k.transpose(-2, -1)  # (..., T, S)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -302,7 +300,7 @@ def attend_to_own(q, k, v, blocks, b):
     B, H, T, D = q.shape
     w = min(T, b)
     n = -(-T // w)
-    rest = n * w - T  # queries that fill up the last w, and see something, as 0 / 0 would have no gradient
+    rest = n * w - T  # queries that fill up the last w; they see something, as 0 / 0 would make gradients NaN
     first = blocks.place[0] - (b - 1) + w * torch.arange(n, device=q.device)  # (n,)
     key_place = first[:, None] + torch.arange(w + b - 1, device=q.device)  # (n, w + b - 1)
     start = F.pad(blocks.own_start, (0, rest)).view(B, n, w, 1)
@@ -317,8 +315,9 @@ def attend_to_own(q, k, v, blocks, b):
 def attend_to_slots(q, k, v, start, slots, b):
     """Returns attention to each block of slots (B, H, T, P) by itself: (B, H, T, P, D), and the logs of their weights.
 
-    The queries that chose a block are brought together, as tokens are at their expert, in tiles of r, each with one
-    block only. No shape depends on what was chosen. Three queries that chose two blocks each, r=2:
+    Also to slots that a query did not choose, which the caller drops. The queries of a block are brought together, as
+    tokens are at their expert, in tiles of r, each with one block only. No shape depends on what was chosen. Three
+    queries that chose two blocks each, r=2:
         slots     2 0 | 0 1 | 0 2
         block     0 0 0 1 2 2        the choices, sorted
         order     1 2 4 3 0 5        where each stood before

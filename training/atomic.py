@@ -190,7 +190,7 @@ def verify(path: Path) -> str:
         kinds = ["model", "trainer"]
         if any(name.startswith("ema") for name in manifest["files"]):
             kinds.append("ema")
-        parts = max((len(manifest["files"]) - len(TEXTS)) // len(kinds), 1)
+        parts = max(math.ceil((len(manifest["files"]) - len(TEXTS)) / len(kinds)), 1)
         names = [*TEXTS, *(name for i in range(parts) for name in tensor_files(parts, i, kinds))]
         odd = sorted(manifest["files"].keys() ^ set(names))
         if odd:  # so no name leads out of the folder
