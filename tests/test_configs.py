@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 
-from configurator import resolve
+from configurator import check_values, resolve
 from tests.tiny import ROOT
+from training.stages import read_mixture, shapes_of
 
 CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 
@@ -31,6 +32,22 @@ def test_a_config_builds_and_its_first_lines_say_what_it_trains(name):
     for stated in re.findall(r"([\d,]{9,}) parameters", first):
         assert sum(p.numel() for p in model.parameters()) == int(stated.replace(",", ""))
     assert config["batch_tokens"] % config["block_size"] == 0
+
+
+@pytest.mark.parametrize("name", ["pretrain_3stage.py", "quick_stages.py"])
+def test_the_stages_of_a_config_are_of_one_model_and_share_out_evenly(name):
+    config = resolved(name)
+    variant = importlib.import_module(f"model_{config['model']}")
+    sizes = []
+    shapes = []
+    for given in [{}, *config["stages"].values()]:
+        config = config | check_values(ROOT / "train.py", config, given, "in a stage")
+        fields = {field.name: config[field.name] for field in dataclasses.fields(variant.GPTConfig)}
+        fields["vocab_size"] = fields["vocab_size"] or 4096
+        shapes.append(shapes_of(variant.GPT, variant.GPTConfig(**fields)))
+        sizes.append(config["block_size"])
+        assert config["batch_tokens"] % config["block_size"] == 0 and read_mixture(config["data"])
+    assert all(shape == shapes[0] for shape in shapes) and all(max(sizes) % size == 0 for size in sizes)
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,7 @@ def test_greedy_is_true_only_for_the_continuation_that_the_model_writes():
 class ByIds:
     """A character is the token of its number: any ids can be written as text."""
 
-    eot_id, special_tokens = EOT, {}
+    eot_id, special_tokens, stop_ids = EOT, {}, {EOT}
 
     def encode(self, text):
         return list(map(ord, text))

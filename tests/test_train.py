@@ -855,7 +855,8 @@ def test_the_load_of_experts_is_logged_and_drawn(work):
 def test_every_config_trains_at_a_tiny_size(work, name):
     path = ROOT / "config" / name
     model = re.search(r'^model = "(\w+)"', path.read_text(), flags=re.M)
-    sizes = dict.fromkeys(SIZES) | TINY[model[1] if model else "baseline"] | dict(block_size=32, vocab_size=0)
+    sizes = dict.fromkeys(SIZES) | TINY[model[1] if model else "baseline"]
+    sizes |= dict(block_size=32, vocab_size=0, stages={})  # stages: see test_configs.py
     run = train(work, f"config {name}", path, **sizes, max_steps=2, warmup_steps=0)
     assert len(run.losses) == 2  # also where a config has minutes: the command line says more
     assert run.losses[1] < run.losses[0] + 0.5
