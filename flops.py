@@ -114,7 +114,7 @@ class Cost:
     forward: dict = field(default_factory=lambda: defaultdict(int))
     backward: dict = field(default_factory=lambda: defaultdict(int))
     scores: dict = field(default_factory=lambda: defaultdict(int))  # {module's path: FLOPs of its causal attention}
-    one_key: dict = field(default_factory=lambda: defaultdict(int))  # {path: what one key for each query costs}
+    one_pair: dict = field(default_factory=dict)  # {path: what a query with one key costs}
     peak_bytes: int = 0
 
 
@@ -174,7 +174,8 @@ class Counter(TorchDispatchMode):
         out = attend(q, k, v, *args)
         self.in_attention = False
         path = self.paths[-1]
-        self.cost.one_key[path] += self.times_of(path) * attention_flops(q, k[:, :, :1], v)
+        queries = q.size(0) * q.size(2)  # there may be more of them than tokens, to fill up a block
+        self.cost.one_pair[path] = self.times_of(path) * attention_flops(q, k[:, :, :1], v) / queries
         return out
 
     def add(self, path, between_tokens, flops, backward):
@@ -334,7 +335,7 @@ def from_shorter_runs(measure, T):
     def extrapolate(a, b, c):
         return a + n * (b - a) + n * (n - 1) // 2 * (c - 2 * b + a)
 
-    for name in ("forward", "backward", "scores", "one_key"):
+    for name in ("forward", "backward", "scores", "one_pair"):
         for key in getattr(costs[0], name):
             getattr(result, name)[key] = extrapolate(*(getattr(cost, name)[key] for cost in costs))
     result.peak_bytes = extrapolate(*(cost.peak_bytes for cost in costs))
@@ -360,7 +361,7 @@ def forward_flops(model: str, config, T: int, causal: bool = False) -> dict[str,
         for path, flops in cost.scores.items():
             mixer = gpt.get_submodule(path)
             seen = mixer.keys_seen(T) if hasattr(mixer, "keys_seen") else (T + 1) / 2
-            total[f"{component(path)} between tokens"] += seen * cost.one_key[path] - flops
+            total[f"{component(path)} between tokens"] += T * seen * cost.one_pair[path] - flops
     return {row: whole(flops / T) for row, flops in total.items()}
 
 
