@@ -230,8 +230,12 @@ def module_of(model: str):
 
 def on_meta(model: str, config) -> nn.Module:
     """Returns the model without contents and without the time that initial values take."""
-    variant = module_of(model)
-    skeleton = type("GPT", (variant.GPT,), {"init_weights": lambda self: None})
+    return without_contents(module_of(model).GPT, config)
+
+
+def without_contents(GPT: type, config) -> nn.Module:
+    """Returns GPT(config) on the meta device, where init_weights would have nothing to fill."""
+    skeleton = type("GPT", (GPT,), {"init_weights": lambda self: None})
     with torch.device("meta"):
         return skeleton(config)
 
@@ -657,9 +661,7 @@ def built(argv):
     configurator = importlib.import_module("configurator")
     knobs = configurator.resolve(ROOT / "train.py", argv)
     config = configurator.config_class(knobs["model"])[0]
-    data = knobs["data"]
-    if isinstance(data, list):  # of a mixture, all of which have one tokenizer: "FOLDER:WEIGHT"
-        data = data[0].rpartition(":")[0] or data[0]
+    data, _ = importlib.import_module("data.loader").read_mixture(knobs["data"])[0]  # all have one tokenizer
     if knobs["stages"]:
         print(f"of the first of {1 + len(knobs['stages'])} stages; --key=value can be those of another")
     knobs["vocab_size"] = knobs["vocab_size"] or vocab_size(data, config.vocab_size)

@@ -213,7 +213,7 @@ if parallel == "ddp":
     trains_a_part = any(getattr(each.model_config, "indexer_stage", "") == "dense" for each in plan.stages)
     net = processes.averaging_gradients(net, device, trains_a_part)
 
-bytes_of = {shards: bytes_of_tokens(tokenizer, vocab_size, shards) for shards in plan.splits}
+bytes_of = {val_data: bytes_of_tokens(tokenizer, vocab_size, val_data) for _, val_data in plan.opened.values()}
 evaluate = partial(
     evaluation.evaluate, raw_model, bytes_of=bytes_of, eval_tokens=eval_tokens, rank=rank, world_size=world_size,
     device=device, autocast=autocast,

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+import flops
 import muon
 from benchmarks.timing import (
     build,
@@ -92,17 +93,11 @@ def decoding_rows(rounds, device, dtype, contexts, models):
         for context in contexts:
             cache = prefilled_cache(model, max(context - calls // 2, 1), calls)
             functions.append(partial(model, token, cache=cache))
-            exact = model.new_cache(1, context)
-            rows.append({"model": label, "context": context, "cache_bytes": bytes_of(exact)})
+            held = flops.cache_bytes(name, model.config, context, model.embed.weight.element_size())
+            rows.append({"model": label, "context": context, "cache_bytes": held})
     for row, seconds in zip(rows, rounded(in_turn(functions, (), rounds, 10, device))):
         row["seconds"] = seconds
     return rows
-
-
-def bytes_of(cache):
-    """Returns the bytes of all tensors that a cache holds a layer each."""
-    held = [x for listed in vars(cache).values() if isinstance(listed, list) for x in listed]
-    return sum(x.numel() * x.element_size() for x in held if torch.is_tensor(x))
 
 
 def training_rows(rounds, device, dtype, lengths, models):

@@ -6,8 +6,10 @@ is reached at once, and the number of ranks and micro_batch change nothing.
 """
 
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np  # torch is imported where tensors are made: prepare.py and its workers start without it
@@ -239,6 +241,30 @@ def best_fit(pieces: list[Piece], size: int) -> list[list[Piece]]:
 
 
 # ---- many texts ------------------------------------------------------------------------------------------------------
+def read_mixture(data: str | list) -> list[tuple[Path, float]]:
+    """Returns [(folder, weight)] of the knob `data`: one folder, or a list of them with a weight after a colon."""
+    if isinstance(data, str):
+        return [(Path(data), 1.0)]
+    found = []
+    for item in data:
+        if not isinstance(item, str):
+            raise ValueError(f'data={data}: {item!r} is no text: write "FOLDER:WEIGHT"')
+        folder, _, weight = item.rpartition(":")
+        try:
+            weight = float(weight)
+        except ValueError:
+            folder = ""
+        if not folder:
+            folder, weight = item, 1.0
+        if not 0 < weight < math.inf:
+            raise ValueError(f"data: the weight of {item!r} is not above 0")
+        found.append((Path(os.path.expanduser(folder)), weight))
+    folders = [folder.resolve() for folder, _ in found]
+    if not found or len(set(folders)) < len(folders):
+        raise ValueError(f"data={data}: give one folder or more, each of them once")
+    return found
+
+
 class Mixture:
     """Windows of several texts, each in its own order and epochs, in the proportion of their weights.
 

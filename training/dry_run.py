@@ -27,10 +27,9 @@ def report(knobs: dict, plan, parallel: str, dtype: str, device: str, world_size
     max_steps = knobs["max_steps"]
     parameters = sum(flops.parameters(model, plan.stages[0].model_config).values())
     work = 0
-    ends = [stage.first for stage in plan.stages[1:]] + [max_steps]
-    for stage, end in zip(plan.stages, ends):
+    for stage, end in plan.spans(max_steps):
         of_a_token = flops.training_flops_per_token(model, stage.model_config, stage.block_size)
-        work += max(end - stage.first, 0) * stage.batch_tokens * of_a_token
+        work += (end - stage.first) * stage.batch_tokens * of_a_token
     say("dry run: nothing is trained, and nothing is written")
     say(f"{model}: {parameters:,} parameters")
     if knobs["minutes"]:

@@ -127,9 +127,8 @@ def plot_loss(steps, evaluations, stages, title, path):
     axis.plot([row["step"] for row in validation], val_losses, label="validation", color="C1", marker="o", ms=3)
 
     if len(losses) > 20:
-        high = sorted(losses)[
-            -1 - len(losses) // 50
-        ]  # 2 % are higher, as the first steps are, and would flatten the rest
+        # 2 % are higher, as the first steps are, and would flatten the rest.
+        high = sorted(losses)[-1 - len(losses) // 50]
         axis.set_ylim(top=high * 1.03)
     if val_losses:
         title = f"{title}, validation loss {val_losses[-1]:.3f}"

@@ -11,18 +11,17 @@ that is resumed is in the right stage by itself.
 
 import dataclasses
 import math
-import os
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from configurator import check_values
-from data.loader import Loader, check_evaluation, eval_batches
+from data.loader import Loader, check_evaluation, eval_batches, read_mixture
 from data.shards import Shards
+from flops import without_contents
 from training.knobs import windows_of_a_step
 
 # What a stage may change, besides the fields of GPTConfig that leave the weights their shapes.
@@ -30,30 +29,6 @@ KNOBS = (
     "data block_size batch_tokens micro_batch document_mask document_start_probability mask_document_crossing pack "
     "long_documents"
 ).split()
-
-
-def read_mixture(data: str | list) -> list[tuple[Path, float]]:
-    """Returns [(folder, weight)] of the knob `data`: one folder, or a list of them with a weight after a colon."""
-    if isinstance(data, str):
-        return [(Path(data), 1.0)]
-    found = []
-    for item in data:
-        if not isinstance(item, str):
-            raise ValueError(f'data={data}: {item!r} is no text: write "FOLDER:WEIGHT"')
-        folder, _, weight = item.rpartition(":")
-        try:
-            weight = float(weight)
-        except ValueError:
-            folder = ""
-        if not folder:
-            folder, weight = item, 1.0
-        if not 0 < weight < math.inf:
-            raise ValueError(f"data: the weight of {item!r} is not above 0")
-        found.append((Path(os.path.expanduser(folder)), weight))
-    folders = [folder.resolve() for folder, _ in found]
-    if not found or len(set(folders)) < len(folders):
-        raise ValueError(f"data={data}: give one folder or more, each of them once")
-    return found
 
 
 class Stage:
@@ -93,7 +68,7 @@ class Stage:
             line = f"{given}: {line}"
         if self.pack == "documents":
             fate = {"cut": "cut", "skip": "left out"}[self.long_documents]
-            for name, text in zip(names_of(self.val_texts), loader.mixture.texts):
+            for name, text in zip(self.val_names, loader.mixture.texts):
                 line += f"; {name}: {100 * text.utilisation:.1f} % of its windows is text, "
                 line += f"{text.n_long} documents longer than {self.block_size} are {fate}"
         return line
@@ -232,15 +207,20 @@ class Plan:
             of_each.append({"first": stage.first, "given": stage.given, "flops_per_token": stage.flops_per_token})
         return of_each
 
+    def spans(self, until: int) -> Iterator[tuple[Stage, int]]:
+        """Yields each stage that begins before a step, and the step before which it ends, or else this one."""
+        ends = [stage.first for stage in self.stages[1:]] + [until]
+        for stage, end in zip(self.stages, ends):
+            if stage.first < until:
+                yield stage, min(end, until)
+
     def epochs(self, max_steps: int) -> dict:
         """Returns {name: how often the run goes through a text} in so many steps."""
         found = {}
         names = dict(zip(self.texts, names_of(self.texts)))
-        ends = [stage.first for stage in self.stages[1:]] + [max_steps]
-        for stage, end in zip(self.stages, ends):
-            if stage.first < max_steps:
-                counts = stage.loader.epochs_before(min(end, max_steps))
-                found |= {names[shards]: n for (shards, _), n in zip(stage.texts, counts.values())}
+        for stage, end in self.spans(max_steps):
+            counts = stage.loader.epochs_before(end).values()
+            found |= {names[shards]: n for (shards, _), n in zip(stage.texts, counts)}
         return found
 
     def go_on(self, step: int, tokens: int) -> None:
@@ -259,9 +239,7 @@ class Plan:
 
     def tokens_before(self, step: int) -> int:
         """Returns the tokens that the steps before this one have."""
-        ends = [stage.first for stage in self.stages[1:]] + [step]
-        counts = [max(min(end, step) - stage.first, 0) for stage, end in zip(self.stages, ends)]
-        return sum(n * stage.batch_tokens for n, stage in zip(counts, self.stages))
+        return sum((end - stage.first) * stage.batch_tokens for stage, end in self.spans(step))
 
 
 def names_of(texts: list[Shards]) -> list[str]:
@@ -295,9 +273,7 @@ def check_entry(when, given, known):
 
 
 def shapes_of(GPT, config):
-    skeleton = type("GPT", (GPT,), {"init_weights": lambda self: None})
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in skeleton(config).named_parameters()}
+    return {name: tuple(p.shape) for name, p in without_contents(GPT, config).named_parameters()}
 
 
 def change(model: torch.nn.Module, GPT: type, config) -> None:
@@ -305,9 +281,7 @@ def change(model: torch.nn.Module, GPT: type, config) -> None:
 
     Of each module those attributes are replaced that come of the config: numbers, texts, functions, and the config.
     """
-    skeleton = type("GPT", (GPT,), {"init_weights": lambda self: None})
-    with torch.device("meta"):
-        fresh = skeleton(config)
+    fresh = without_contents(GPT, config)
     settings = (bool, int, float, str, types.FunctionType, types.BuiltinFunctionType, type(config))
     for old, new in zip(model.modules(), fresh.modules(), strict=True):
         for key, value in vars(new).items():
