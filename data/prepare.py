@@ -31,14 +31,14 @@ import numpy as np
 from tqdm import tqdm
 
 from data import token_files
-from data.bpe import EOT
+from data.bpe import CHAT_TOKENS, EOT
 from data.bpe_training import end_with_parent
 from data.shards import PUBLISHED, Shards, read_meta, write_shard
 from data.sources import KINDS, NAMED, Named, Skipped, find_text, identity_of
 from data.successor import successor
 from data.synthetic import MQAR
 from data.text import name_inside, print_any_text
-from data.tokenizers import CHAT_TOKENS, load_tokenizer, tokenizer_from_dict, train_bpe
+from data.tokenizers import load_tokenizer, tokenizer_from_dict, train_bpe
 
 CHUNK = 1 << 20  # characters that a worker gets at a time
 TEXT_OPTIONS = "tokenizer add_tokens eot field max_doc_tokens max_documents max_tokens split_at_eot".split()
