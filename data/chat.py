@@ -13,6 +13,7 @@ text of a message stays text, whatever tokens it spells out.
 
 import re
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +48,8 @@ def check(tokenizer: Tokenizer) -> None:
     missing = [token for token in CHAT_TOKENS if token not in known]
     if missing:
         raise ValueError(
-            f"{tokenizer.name} has no token {', '.join(missing)}, which a chat is made of: prepare the data with "
-            "--add_tokens chat, and train on that (the pretraining's data too: a model has its tokenizer for life)"
+            f"{tokenizer.name} has no token {', '.join(missing)}, which a chat is made of: prepare the chats with this "
+            "tokenizer and --add_tokens chat, and fine-tune on them: train.py --init_from gives a model the new tokens"
         )
 
 
@@ -59,7 +60,7 @@ def encode(tokenizer: Tokenizer, messages: list[dict], turns: str = "all") -> tu
     which at its own time it would have had, so that a model that is to think learns from the last alone.
     """
     check(tokenizer)
-    return to_ids(tokenizer, conversation(messages, turns))
+    return to_ids(tokenizer, rendered(messages, turns))
 
 
 def prompt(tokenizer: Tokenizer, messages: list[dict], think: bool | None = None) -> list[int]:
@@ -68,7 +69,7 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], think: bool | None = None
     think: True begins its thinking, False says that it is over, None leaves it to the model.
     """
     check(tokenizer)
-    parts = [*conversation(messages), Part(START, True), Part("assistant\n")]
+    parts = [*rendered(messages), Part(START, True), Part("assistant\n")]
     if think:
         parts += [Part(THINK, True), Part("\n")]
     elif think is False:
@@ -77,7 +78,7 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], think: bool | None = None
     return ids
 
 
-def conversation(messages, turns="all"):
+def rendered(messages, turns="all"):
     """Yields the parts of a conversation.
 
     A part ends wherever a prompt may end, behind the role, "<think>\n" and "</think>\n\n": what is learned then has the
@@ -213,6 +214,24 @@ def messages_of(row: Any, where: str, think: bool | None = None) -> list[dict]:
         for message in messages:
             message.pop("thinking", None)
     return messages
+
+
+def conversations(rows: Iterable, bad: Callable, think: bool | None = None, switches: bool = False) -> Iterator:
+    """Yields the messages of each row of ("FILE line N", row). bad: is called with what is Unreadable.
+
+    think: as for messages_of, and with True a row without any is Unreadable, too. switches: end each last question with
+    /think or /no_think, as it is answered.
+    """
+    for where, row in rows:
+        try:
+            messages = messages_of(row, where, think)
+            thinks = bool(messages[-1].get("thinking"))
+            if think and not thinks:
+                raise Unreadable(f"{where}: its last answer has no thinking")
+        except Unreadable as error:
+            bad(error)
+            continue
+        yield switched(messages, thinks) if switches else messages
 
 
 def form_of(row, where):
