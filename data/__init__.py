@@ -8,6 +8,7 @@ import importlib
 HOME = {
     "Shards": "data.shards",
     "Loader": "data.loader",
+    "find_rows": "data.sources",
     "Tokenizer": "data.tokenizers",
     "load_tokenizer": "data.tokenizers",
 }

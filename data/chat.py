@@ -11,9 +11,11 @@ left out. Learned is what an assistant writes: its thinking with the marks aroun
 text of a message stays text, whatever tokens it spells out.
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +24,9 @@ if __name__ == "__main__":  # this folder on the path would shadow the installed
 
 import regex
 
-from data import Tokenizer
+from data import Tokenizer, find_rows, load_tokenizer
 from data.bpe import CHAT_TOKENS, alternatives
-from data.text import Unreadable, text_field
+from data.text import Unreadable, print_any_text, stop, text_field
 
 START, END, THINK, END_THINK = CHAT_TOKENS
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -284,10 +286,14 @@ def solved(row, where):
 
 def instructed(row, where):
     """Reads an instruction, what it is to be followed with, and the output."""
+    return exchange(instruction_of(row, where), text_field(row, where, "output"))
+
+
+def instruction_of(row, where):
     question = text_field(row, where, "instruction")
     if row.get("input"):
         question += "\n\n" + text_field(row, where, "input")
-    return exchange(question, text_field(row, where, "output"))
+    return question
 
 
 def answered(row, where):
@@ -324,3 +330,46 @@ def boxed(text: str) -> str | None:
         if depth == 0:
             return rest[:end]
     return None
+
+
+# ---- the command: what is learned, token by token --------------------------------------------------------------------
+
+
+def coloured(tokenizer: Tokenizer, ids: list[int], mask: list[bool], terminal: bool) -> str:
+    """Returns the tokens as text with bars between them: what is learned is green, or stands in brackets."""
+    shown = []
+    for i, is_target in zip(ids, mask):
+        token = tokenizer.decode([i])
+        if is_target and terminal:
+            token = f"\033[32m{token}\033[0m"
+        elif is_target:
+            token = f"[{token}]"
+        shown.append(token)
+    return "|".join(shown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print conversations as tokens, and which of them are learned.")
+    add = parser.add_argument
+    add("source", nargs="+", metavar="FILE|NAME", help="as for data/prepare.py --chat")
+    add("--tokenizer", required=True, help="as for data/prepare.py; the tokens of a chat are added where it has none")
+    add("--show", type=int, default=3, help="how many (default: 3)")
+    add("--think", action="store_true", default=None)
+    add("--no_think", action="store_false", dest="think", default=None)
+    add("--switches", action="store_true")
+    add("--turns", choices=["all", "last"], default="all")
+    args = parser.parse_args()
+    print_any_text()
+    try:
+        tokenizer = load_tokenizer(args.tokenizer, CHAT_TOKENS)
+        rows = find_rows(args.source, None, None)
+        for messages in islice(conversations(rows.read(), stop, args.think, args.switches), args.show):
+            ids, mask = encode(tokenizer, messages, args.turns)
+            print(coloured(tokenizer, ids, mask, sys.stdout.isatty()))
+            print(f"({sum(mask)} of {len(ids)} tokens are learned)")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"chat.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
