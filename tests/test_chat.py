@@ -277,7 +277,10 @@ def documents_of(folder):
 
 
 @pytest.mark.parametrize("ending, workers", [("jsonl", 1), ("jsonl.gz", 2), ("json", 1)])
-def test_prepared_shards_hold_every_conversation_with_its_mask(tmp_path, bytes_and_chat, capsys, ending, workers):
+def test_prepared_shards_hold_every_conversation_with_its_mask(
+    tmp_path, monkeypatch, bytes_and_chat, capsys, ending, workers
+):
+    monkeypatch.setattr("data.prepare.CHUNK", 20)  # characters: no conversation is cut there
     rows = rows_of(30)
     path = write_rows(tmp_path / f"rows.{ending}", rows)
     if ending == "json":
@@ -337,6 +340,17 @@ def test_options_say_how_conversations_are_to_be_answered(tmp_path, bytes_and_ch
     folder = prepared(tmp_path, rows_of(3), **options)
     texts = [bracketed(bytes_and_chat, ids, mask) for ids, mask in documents_of(folder)]
     assert [expected in text for text in texts].count(True) == 1
+
+
+def test_prepared_answers_before_the_last_question_are_learned_or_not(tmp_path, bytes_and_chat):
+    rows = [{"messages": [user(f"{i}"), assistant("2"), user("3"), assistant("4", "of 3")]} for i in range(3)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    fingerprints = set()
+    for turns in ("all", "last"):
+        folder = prepare(path, chat=True, turns=turns, tokenizer="byte", add_tokens=CHAT_TOKENS, out=tmp_path / "chats")
+        assert documents_of(folder) == sorted(chat.encode(bytes_and_chat, row["messages"], turns) for row in rows)
+        fingerprints.add(Shards(folder, "train").fingerprint)
+    assert len(fingerprints) == 2  # other masks are other data
 
 
 def test_a_bad_row_is_an_error_with_its_line_or_left_out_and_counted(tmp_path, capsys):
