@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from data.problems import problems
 
 import generate
 from data import chat
 from data.loader import draw
+from data.problems import problems
 from data.tokenizers import Tokenizer
 from distributed import processes
 from evals import rewards
+from training import load
 from training.machine import Machine
 
 ORDER = 7  # the kind of draws by which problems are ordered (data/loader.draw)
@@ -84,7 +85,7 @@ class Writer:
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.autocast = autocast
-        self.budget = chat.think_budget(tokenizer, think_budget) if think_budget else None
+        self.budget = load.think_budget(tokenizer, think_budget) if think_budget else None
         self.rows = rows  # at once
 
     @torch.no_grad()
