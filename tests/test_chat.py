@@ -17,6 +17,7 @@ from data.problems import pairs, problems
 from data.shards import Shards
 from data.text import Unreadable
 from data.tokenizers import load_tokenizer, tokenizer_from_dict, train_bpe
+from training.load import think_budget
 
 # Token ids that Qwen3's own template and tokenizer give for small conversations; "tokenizer" has only the tokens of
 # Qwen3 that can come up in these, with their ids.
@@ -118,7 +119,7 @@ def test_a_prompt_is_the_beginning_of_the_conversation_that_is_learned(tmp_path,
 
 def test_a_budget_ends_thinking_as_conversations_do(bytes_and_chat):
     messages = [user("1"), assistant("2", "of 1")]
-    budget = chat.think_budget(bytes_and_chat, 4)
+    budget = think_budget(bytes_and_chat, 4)
     thought = chat.prompt(bytes_and_chat, messages[:1], True) + bytes_and_chat.encode("of 1")
     ids, _ = chat.encode(bytes_and_chat, messages)
     assert ids[: len(thought) + len(budget.end_ids)] == [*thought, *budget.end_ids]
