@@ -591,9 +591,9 @@ MUTANTS = [
     ),
     Mutant(
         "counts of a skipped step stay",
-        "train.py",
-        'if hasattr(raw_model, "after_step"):',
-        'if is_finite and hasattr(raw_model, "after_step"):',
+        "training/update.py",
+        'if hasattr(model, "after_step"):',
+        'if math.isfinite(norm) and hasattr(model, "after_step"):',
         "test_train.py -k skipped_step",
     ),
     Mutant(
