@@ -747,6 +747,10 @@ def check_options(args, parser) -> None:
 
 
 def check_chat_options(args):
+    if not args.tokenizer:
+        raise ValueError(
+            "--chat needs the tokenizer of the model: --tokenizer data/NAME/meta.json, of its earlier data"
+        )
     if re.fullmatch(r"char|bpe:\d+", args.tokenizer or ""):
         raise ValueError(f"--tokenizer={args.tokenizer} is made of text: name that of the model that learns to chat")
 
