@@ -39,7 +39,8 @@ from training.answers import Problems, Writer, evaluate, samples_of, score, summ
 from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pictures import Curve
-from training.policy import build, frozen, load_like, logprobs, only_known_tokens, pad
+from training.policy import build, frozen, load_like, logprobs, only_known_tokens, pad, reference_logprobs
+from training.reward_model import learned_reward
 from training.run import Run
 
 # ---- knobs: every field of the model's GPTConfig is one too ----------------------------------------------------------
@@ -54,9 +55,8 @@ think: Literal["free", "always", "never"] = (
     "free"  # answers begin as the model likes, with <think>, or without thoughts
 )
 # rewards
-rewards = "math:1"  # name:weight, ...: math, format, arithmetic, code, a file's my_rewards:my_function
-reward_model = ""  # the run of a reward model, whose score is a reward of weight reward_model_weight
-reward_model_weight = 1.0
+rewards = "math:1"  # name:weight,...: math, format, arithmetic, code, learned, or your own my_module:my_function
+reward_model = ""  # the run of reward.py whose score is the reward `learned`
 allow_code_execution = False  # run the programs of answers, in the sandbox: what the reward `code` needs
 # samples
 group_size = 8  # answers to each problem
@@ -190,8 +190,8 @@ def add_gradients(net, reference, batches, answers, tokens, here):
             if batch.old_logp is None:
                 batch.old_logp = logp.detach()
                 if reference is not None:
-                    with torch.no_grad(), autocast:
-                        batch.reference_logp, _ = logprobs(reference, batch.x, batch.y)
+                    with autocast:
+                        batch.reference_logp = reference_logprobs(reference, batch.x, batch.y)
             if teacher:
                 batch.advantage = batch.reference_logp - batch.old_logp
             losses, is_low, is_high = policy_loss(
@@ -245,7 +245,8 @@ def main():
         room = policy.config.block_size + 1 - max_new_tokens
         problems = Problems(data, tokenizer, THINK[think], room, here)
         held_out = Problems(eval_data, tokenizer, THINK[think], room, here) if eval_data else None
-        judges = rewards_of.load(rewards, allow_code_execution)
+        learned = learned_reward(reward_model, tokenizer, here) if reward_model else None
+        judges = rewards_of.load(rewards, allow_code_execution, learned)
 
         # 3. the run's folder
         identity = {"data": data, "tokenizer": tokenizer.fingerprint, "data_fingerprint": problems.fingerprint}
@@ -306,7 +307,7 @@ def main():
                 "trained_per_second": n_tokens * updates_per_batch / (trained - sampled)}  # fmt: skip
         run.note_samples(samples_of(answers[:log_samples], scores, tokenizer))
         run.end_step(row, LINE.format_map(row))
-    run.finish()
+    run.finish(f"python sample.py {out_dir} --interactive")
 
 
 if __name__ == "__main__":

@@ -828,7 +828,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args, parser) -> None:
-    """Finds out whether the source is text, another tool's token files, or mqar; refuses options of the others."""
+    """Finds out if it is text, conversations, another tool's token files, or mqar; refuses options of the others."""
     args.token_files = None
     meaningless = [*MQAR_OPTIONS, *CHAT_OPTIONS]
     if args.chat:
@@ -850,6 +850,10 @@ def check_options(args, parser) -> None:
 
 
 def check_chat_options(args):
+    if not args.tokenizer:
+        raise ValueError(
+            "--chat needs the tokenizer of the model: --tokenizer data/NAME/meta.json, of its earlier data"
+        )
     if re.fullmatch(r"char|bpe:\d+", args.tokenizer or ""):
         raise ValueError(f"--tokenizer={args.tokenizer} is made of text: name that of the model that learns to chat")
 

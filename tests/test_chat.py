@@ -17,6 +17,7 @@ from data.problems import pairs, problems
 from data.shards import Shards
 from data.text import Unreadable
 from data.tokenizers import load_tokenizer, tokenizer_from_dict, train_bpe
+from training.load import think_budget
 
 # Token ids that Qwen3's own template and tokenizer give for small conversations; "tokenizer" has only the tokens of
 # Qwen3 that can come up in these, with their ids.
@@ -114,6 +115,15 @@ def test_a_prompt_is_the_beginning_of_the_conversation_that_is_learned(tmp_path,
     assert ids[: len(prompt)] == prompt
     assert tokenizer.decode(prompt).endswith({None: "assistant\n", True: "<think>\n", False: "</think>\n\n"}[think])
     assert think is not None or mask == [i >= len(prompt) and i < len(ids) - 1 for i in range(len(ids))]
+
+
+def test_a_budget_ends_thinking_as_conversations_do(bytes_and_chat):
+    messages = [user("1"), assistant("2", "of 1")]
+    budget = think_budget(bytes_and_chat, 4)
+    thought = chat.prompt(bytes_and_chat, messages[:1], True) + bytes_and_chat.encode("of 1")
+    ids, _ = chat.encode(bytes_and_chat, messages)
+    assert ids[: len(thought) + len(budget.end_ids)] == [*thought, *budget.end_ids]
+    assert bytes_and_chat.decode([budget.think_id, budget.think_end_id]) == "<think></think>" and budget.n == 4
 
 
 @pytest.mark.parametrize(
@@ -268,7 +278,10 @@ def documents_of(folder):
 
 
 @pytest.mark.parametrize("ending, workers", [("jsonl", 1), ("jsonl.gz", 2), ("json", 1)])
-def test_prepared_shards_hold_every_conversation_with_its_mask(tmp_path, bytes_and_chat, capsys, ending, workers):
+def test_prepared_shards_hold_every_conversation_with_its_mask(
+    tmp_path, monkeypatch, bytes_and_chat, capsys, ending, workers
+):
+    monkeypatch.setattr("data.prepare.CHUNK", 20)  # characters: no conversation is cut there
     rows = rows_of(30)
     path = write_rows(tmp_path / f"rows.{ending}", rows)
     if ending == "json":
@@ -330,6 +343,17 @@ def test_options_say_how_conversations_are_to_be_answered(tmp_path, bytes_and_ch
     assert [expected in text for text in texts].count(True) == 1
 
 
+def test_prepared_answers_before_the_last_question_are_learned_or_not(tmp_path, bytes_and_chat):
+    rows = [{"messages": [user(f"{i}"), assistant("2"), user("3"), assistant("4", "of 3")]} for i in range(3)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    fingerprints = set()
+    for turns in ("all", "last"):
+        folder = prepare(path, chat=True, turns=turns, tokenizer="byte", add_tokens=CHAT_TOKENS, out=tmp_path / "chats")
+        assert documents_of(folder) == sorted(chat.encode(bytes_and_chat, row["messages"], turns) for row in rows)
+        fingerprints.add(Shards(folder, "train").fingerprint)
+    assert len(fingerprints) == 2  # other masks are other data
+
+
 def test_a_bad_row_is_an_error_with_its_line_or_left_out_and_counted(tmp_path, capsys):
     rows = [*rows_of(4), {"text": "no conversation"}, {"messages": [{"role": "tool", "content": ""}]}]
     with pytest.raises(ValueError, match="rows.jsonl line 5: no conversation: its fields are text.*--skip_bad"):
@@ -347,6 +371,7 @@ def test_a_bad_row_is_an_error_with_its_line_or_left_out_and_counted(tmp_path, c
         (rows_of(1), {}, "rows.jsonl: one conversation in it, and it takes two"),
         (rows_of(3), dict(add_tokens=[]), "byte has no token <|im_start|>"),
         ([{"messages": [user(str(i))]} for i in range(3)], {}, "no conversation is there an answer"),
+        (rows_of(3), dict(tokenizer=None), "--chat needs the tokenizer of the model"),
         (rows_of(3), dict(tokenizer="bpe:300"), "--tokenizer=bpe:300 is made of text"),
         ([NATURAL, NATURAL | {"prompt": "2"}], dict(think=True), "line 1: its last answer has no thinking"),
         (rows_of(3), dict(field="question"), "--field means nothing"),
@@ -396,7 +421,7 @@ def hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", module)
 
 
-CONVERSATIONS = "openmathinstruct numinamath ultrachat openhermes natural-instructions gsm8k gsm8k-test math math-test"
+CONVERSATIONS = "openmathinstruct numinamath ultrachat openhermes natural-instructions gsm8k gsm8k_test math math_test"
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS.split())
@@ -412,6 +437,13 @@ def test_named_sets_are_conversations_in_which_the_user_asks_and_the_assistant_a
     for messages in chat.conversations(rows, bad=pytest.fail):
         roles = [message["role"] for message in messages if message["role"] != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
+
+
+def test_a_local_copy_of_a_named_set_is_read_in_its_place(tmp_path):
+    path = write_rows(tmp_path / "copy.jsonl", rows_of(5))
+    options = dict(chat=True, tokenizer="byte", add_tokens=CHAT_TOKENS)
+    copied = prepare("gsm8k", input=str(path), out=tmp_path / "copied", **options)
+    assert documents_of(copied) == documents_of(prepare(path, out=tmp_path / "read", **options))
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from data.problems import problems
 
 import generate
 from data import chat
 from data.loader import draw
+from data.problems import problems
 from data.tokenizers import Tokenizer
 from distributed import processes
 from evals import rewards
+from training import load
 from training.machine import Machine
 
 ORDER = 7  # the kind of draws by which problems are ordered (data/loader.draw)
@@ -84,7 +85,7 @@ class Writer:
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.autocast = autocast
-        self.budget = chat.think_budget(tokenizer, think_budget) if think_budget else None
+        self.budget = load.think_budget(tokenizer, think_budget) if think_budget else None
         self.rows = rows  # at once
 
     @torch.no_grad()
@@ -112,9 +113,21 @@ class Writer:
         return answers
 
 
-# ---- what is said of them --------------------------------------------------------------------------------------------
-def summary(answers: list[Answer], scores) -> dict:
-    """Returns means, and extremes of the lengths, over the answers of all processes. scores: of rewards.score."""
+# ---- what they are worth ------------------------------------------------------------------------------------------
+class Scores(NamedTuple):
+    totals: list[float]  # of each answer
+    parts: dict[str, list[float]]  # by the name of a reward, without its weight
+    failures: int  # values that a reward could not give
+
+
+def score(judges: list, answers: list[Answer]) -> Scores:
+    """Returns what answers are worth. judges: of rewards.load. A row has the text's "tokens", with its prompt, too."""
+    rows = [answer.problem.row | {"tokens": answer.problem.prompt + answer.ids} for answer in answers]
+    return Scores(*rewards.score(judges, [answer.text for answer in answers], rows))
+
+
+def summary(answers: list[Answer], scores: Scores) -> dict:
+    """Returns means, and extremes of the lengths, over the answers of all processes."""
     columns = {
         "reward": scores.totals,
         **{f"reward_{name}": values for name, values in scores.parts.items()},
@@ -152,12 +165,7 @@ def evaluate(writer: Writer, some: list[Problem], judges: list, samples: int, he
     return report
 
 
-def score(judges: list, answers: list[Answer]):
-    """Returns what rewards.score says of answers."""
-    return rewards.score(judges, [answer.text for answer in answers], [answer.problem.row for answer in answers])
-
-
-def samples_of(answers: list[Answer], scores, tokenizer: Tokenizer) -> list[dict]:
+def samples_of(answers: list[Answer], scores: Scores, tokenizer: Tokenizer) -> list[dict]:
     """Returns rows for samples.jsonl."""
     rows = []
     for i, answer in enumerate(answers):

@@ -4,10 +4,10 @@ import hashlib
 from typing import NamedTuple
 
 import numpy as np
-from data.problems import pairs
 
 from data import chat
 from data.loader import draw
+from data.problems import pairs
 from data.tokenizers import Tokenizer
 from training.machine import Machine
 
