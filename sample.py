@@ -148,13 +148,13 @@ def say(model, tokenizer, prompt, options, stops=(), echo=True):
 
 
 def answer(model, tokenizer, prefix, messages, think, options, stops):
-    """Prints the answer to the messages of a chat, and returns the first sample of it as a message."""
+    """Prints the answer to the messages of a chat; returns it (the first sample) as a message without its thinking."""
     prompt = prefix + chat.prompt(tokenizer, messages, think)[1:]  # a document begins as the model's own do
     text = tokenizer.decode(say(model, tokenizer, prompt, options, stops, echo=False))
     if think:
         text = f"{chat.THINK}\n{text}"  # which the prompt has begun
-    thinking, content = chat.split_thinking(text)
-    return {"role": "assistant", "content": content, "thinking": thinking or ""}
+    _, content = chat.split_thinking(text)
+    return {"role": "assistant", "content": content}
 
 
 def interact(model, tokenizer, prefix, messages, think, options, stops):
