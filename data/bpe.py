@@ -7,6 +7,7 @@ from pathlib import Path
 import regex
 
 EOT = "<|endoftext|>"
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|return|>")  # of chats: text stops there, none begins there
 MAX_ID = 2**24  # no vocabulary is so large, and arrays as long as the largest id are made
 

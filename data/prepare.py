@@ -3,7 +3,8 @@
 Writes data/NAME/{train_000000.bin, ..., val_000000.bin, ..., meta.json}, which data/shards.py reads. Every document
 begins with the tokenizer's eot token, and goes to train or validation by a hash of its content, so that more files or
 another order never move it across; a text that is one document is cut, and its last part validates. mqar is no text:
-its documents are drawn (data/synthetic.py). All is written in a folder beside and takes the place of an earlier one
+its documents are drawn (data/synthetic.py). With --chat a document is a conversation of data/chat.py, and shards of
+masks say which of its tokens are learned. All is written in a folder beside and takes the place of an earlier one
 when it is whole; where nothing has changed nothing is done. A folder of another tool's token files, nanoGPT's or
 build-nanogpt's, becomes shards of the same tokens (data/token_files.py).
 """
@@ -15,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -30,19 +31,20 @@ if __name__ == "__main__":  # this folder on the path would shadow the installed
 import numpy as np
 from tqdm import tqdm
 
-from data import token_files
-from data.bpe import EOT
+from data import chat, sources, token_files
+from data.bpe import CHAT_TOKENS, EOT
 from data.bpe_training import end_with_parent
 from data.shards import PUBLISHED, Shards, read_meta, write_shard
 from data.sources import KINDS, NAMED, Named, Skipped, find_text, identity_of
 from data.successor import successor
 from data.synthetic import MQAR
 from data.text import name_inside, print_any_text
-from data.tokenizers import CHAT_TOKENS, load_tokenizer, tokenizer_from_dict, train_bpe
+from data.tokenizers import load_tokenizer, tokenizer_from_dict, train_bpe
 
 CHUNK = 1 << 20  # characters that a worker gets at a time
 TEXT_OPTIONS = "tokenizer add_tokens eot field max_doc_tokens max_documents max_tokens split_at_eot".split()
 TEXT_OPTIONS += ["skip_bad", "input", "workers"]
+CHAT_OPTIONS = "think", "switches", "turns"
 MQAR_OPTIONS = *MQAR._fields, "documents", "seed"
 worker = {}  # a worker process's settings
 
@@ -106,6 +108,28 @@ def split_documents(read_all: Callable, val_fraction: float) -> Callable[[], Ite
     return documents
 
 
+def find_chats(args, skipped: Skipped | None) -> sources.Text:
+    """Returns conversations as documents, each the JSON of its messages."""
+    rows = sources.find_rows(args.source, args.input, skipped)
+    name = " ".join(args.source)
+
+    def documents():
+        if skipped is not None:
+            skipped.clear()
+        found = chat.conversations(
+            rows.read(), lambda error: sources.leave_out(error, skipped), args.think, args.switches
+        )
+        n = 0
+        for messages in islice(found, args.max_documents):
+            n += 1
+            yield [json.dumps(messages)]
+        if n < 2:
+            count = "one conversation" if n else "no conversation"
+            raise ValueError(f"{name}: {count} in it, and it takes two: one to train on, and one that validates")
+
+    return sources.Text(rows.identity, None, documents)
+
+
 # ---- text to tokens, in worker processes ----------------------------------------------------------------------------
 
 
@@ -149,14 +173,17 @@ class Encoded(NamedTuple):
     tokens: dict[str, np.ndarray]  # of each split
     bytes: dict[str, np.ndarray]  # of each split: of the text, and of what its tokens stand for before they are cut
     changed: list[tuple[str, str]]  # where a text and what its tokens give back differ, if they do
+    masks: dict[str, np.ndarray] = {}  # of each split, where not all tokens are targets
+    chats: Counter = Counter()  # what there is to be said of conversations
 
 
-def start_worker(tokenizer, max_doc_tokens):
-    """Makes this process ready for `encode`; it may be the only one."""
+def start_worker(tokenizer, max_doc_tokens, turns):
+    """Makes this process ready for `encode` or `encode_chats`; it may be the only one."""
     worker["tokenizer"] = tokenizer_from_dict(tokenizer)
     worker["token_bytes"] = worker["tokenizer"].token_bytes()
     worker["is_lossy"] = tokenizer["kind"] in ("sentencepiece", "huggingface") or tokenizer.get("nfc", False)
     worker["max_doc_tokens"] = max_doc_tokens
+    worker["turns"] = turns
     if parent_process():
         end_with_parent()
 
@@ -182,6 +209,28 @@ def encode(chunk):
     return Encoded(whole, sizes, changed)
 
 
+def encode_chats(chunk):
+    """Returns a chunk's conversations as tokens and masks."""
+    tokenizer = worker["tokenizer"]
+    tokens = {"train": [], "val": []}
+    masks = {"train": [], "val": []}
+    sizes = {"train": np.zeros(2, np.int64), "val": np.zeros(2, np.int64)}
+    counts = Counter()
+    for split, _, text in chunk:
+        ids, is_target = chat.encode(tokenizer, json.loads(text), worker["turns"])
+        array = np.array(ids, np.uint32)[: worker["max_doc_tokens"]]
+        mask = np.array(is_target)[: worker["max_doc_tokens"]]
+        counts["learned"] += int(mask.sum())
+        counts["empty"] += not mask.any()
+        counts["cut"] += len(array) < len(ids)
+        sizes[split] += worker["token_bytes"][array].sum()
+        tokens[split].append(array)
+        masks[split].append(mask)
+    tokens = {split: np.concatenate(arrays) for split, arrays in tokens.items() if arrays}
+    masks = {split: np.concatenate(arrays) for split, arrays in masks.items() if arrays}
+    return Encoded(tokens, sizes, [], masks, counts)
+
+
 def difference(text, back):
     """Returns the first place where two texts differ, as it looks in each."""
     same = len(os.path.commonprefix([text, back]))
@@ -189,18 +238,22 @@ def difference(text, back):
     return text[around], back[around]
 
 
-def encode_all(all_chunks, workers, tokenizer, max_doc_tokens):
-    """Yields encoded chunks in order. Only a few are under way at a time, so memory stays bounded whatever comes."""
-    settings = tokenizer.to_dict(), max_doc_tokens
+def encode_all(all_chunks, workers, tokenizer, max_doc_tokens, turns):
+    """Yields encoded chunks in order. Only a few are under way at a time, so memory stays bounded whatever comes.
+
+    turns: which answers of conversations are learned, None for text.
+    """
+    settings = tokenizer.to_dict(), max_doc_tokens, turns
+    work = encode_chats if turns else encode
     if workers == 1:
         start_worker(*settings)
-        yield from map(encode, all_chunks)
+        yield from map(work, all_chunks)
         return
     context = get_context("spawn")  # a fork would inherit the lock on the output
     with ProcessPoolExecutor(workers, context, start_worker, settings) as pool:
         waiting = deque()
         for chunk in all_chunks:
-            waiting.append(pool.submit(encode, chunk))
+            waiting.append(pool.submit(work, chunk))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -220,6 +273,7 @@ class Writer:
         self.token_bytes = token_bytes
         dtype = np.uint16 if vocab.vocab_size <= 1 << 16 else np.uint32
         self.buffer = np.empty(shard_tokens, dtype)
+        self.mask = None  # of what is in the buffer, where not all of it are targets
         self.filled = 0
         self.tokens = 0
         self.documents = 0
@@ -227,15 +281,22 @@ class Writer:
         self.shards = 0
         self.digest = hashlib.sha256()
 
-    def add(self, tokens):
+    def add(self, tokens, mask=None):
         self.tokens += len(tokens)
         self.documents += int((tokens == self.vocab.eot_id).sum())  # plain text never becomes eot
         self.bytes += int(self.token_bytes[tokens].sum(dtype=np.int64))
         self.digest.update(tokens.astype("<u4").data)
+        if mask is not None:
+            self.digest.update(mask.data)
+            if self.mask is None:
+                self.mask = np.empty(len(self.buffer), bool)
         while len(tokens):
             part = tokens[: len(self.buffer) - self.filled]
             tokens = tokens[len(part) :]
             self.buffer[self.filled : self.filled + len(part)] = part
+            if mask is not None:
+                self.mask[self.filled : self.filled + len(part)] = mask[: len(part)]
+                mask = mask[len(part) :]
             self.filled += len(part)
             if self.filled == len(self.buffer):
                 self.flush()
@@ -243,7 +304,8 @@ class Writer:
     def flush(self):
         if self.filled:
             path = self.folder / f"{self.split}_{self.shards:06d}.bin"
-            write_shard(path, self.buffer[: self.filled], self.vocab.vocab_size)
+            mask = None if self.mask is None else self.mask[: self.filled]
+            write_shard(path, self.buffer[: self.filled], self.vocab.vocab_size, mask)
             tqdm.write(f"wrote {path.name}: {self.filled:,} tokens")
             self.shards += 1
             self.filled = 0
@@ -254,7 +316,7 @@ def earlier_meta(out: Path) -> dict | None:
     names = sorted(os.listdir(out)) if out.exists() else []
     if not names:
         return None
-    foreign = [name for name in names if not re.fullmatch(r"(train|val)_\d{6}\.bin|meta\.json", name)]
+    foreign = [name for name in names if not re.fullmatch(r"(train|val)_\d{6}(\.mask)?\.bin|meta\.json", name)]
     advice = "move it away or choose another folder with --out"
     meta = {}
     if not foreign and "meta.json" in names:
@@ -313,25 +375,33 @@ def write_text(args, folder, text):
             workers = min(workers, 1 + text.size // (4 * CHUNK))
     tokenizer = make_tokenizer(args.tokenizer, args.add_tokens, args.eot, documents, folder, workers)
     print_marker(tokenizer)
+    if args.chat:
+        chat.check(tokenizer)
     token_bytes = tokenizer.token_bytes()
     writers = {split: Writer(folder, split, tokenizer, token_bytes, args.shard_tokens) for split in ("train", "val")}
     train = writers["train"]
 
     max_characters = None
-    if args.max_doc_tokens:
+    if args.chat:
+        max_characters = sys.maxsize  # no part of a conversation's JSON stands alone
+    elif args.max_doc_tokens:
         longest = max(1, int(token_bytes.max()))  # bytes, so a token never has more characters
         max_characters = args.max_doc_tokens * longest
     work = chunks(documents(), max_characters)
     sizes = {split: np.zeros(2, np.int64) for split in writers}  # of text, and of what its tokens stand for
+    chats = Counter()
     n_changed = 0
     examples = []
     with tqdm(total=text.size, unit="B", unit_scale=True, disable=None) as bar:
-        for encoded in encode_all(work, workers, tokenizer, args.max_doc_tokens):
+        for encoded in encode_all(work, workers, tokenizer, args.max_doc_tokens, args.turns if args.chat else None):
             for split, tokens in encoded.tokens.items():
+                mask = encoded.masks.get(split)
                 if args.max_tokens and split == "train":
                     tokens = tokens[: args.max_tokens - train.tokens]
-                writers[split].add(tokens)
+                    mask = None if mask is None else mask[: len(tokens)]
+                writers[split].add(tokens, mask)
                 sizes[split] += encoded.bytes[split]
+            chats.update(encoded.chats)
             n_changed += len(encoded.changed)
             examples = examples or encoded.changed[:1]
             bar.update(sum(of_text for of_text, _ in encoded.bytes.values()))
@@ -343,6 +413,12 @@ def write_text(args, folder, text):
     for split, (of_text, of_tokens) in sizes.items():
         text_bytes[split] = round(writers[split].bytes * of_text / max(of_tokens, 1))
     more = {"tokenizer": tokenizer.to_dict(), "text_bytes": text_bytes}
+    if args.chat:
+        if not chats["learned"]:
+            raise ValueError(
+                f"{' '.join(args.source)}: in no conversation is there an answer of the assistant to learn"
+            )
+        more |= {"masks": True, "chats": chats}
     write_meta(args, folder, writers, tokenizer, tokenizer.fingerprint, more)
     if examples:
         warn_of_loss(tokenizer, n_changed, examples[0], sizes["train"] + sizes["val"])
@@ -458,6 +534,8 @@ def request_hash(args, identity):
         args.field,
         args.max_documents,
     ]
+    if args.chat:
+        options += [args.think, args.switches, args.turns]
     version = 4  # one more, when the same request comes to give other tokens
     request = json.dumps([version, identity, args.tokenizer, stamp, options])
     return hashlib.sha256(request.encode()).hexdigest()
@@ -509,6 +587,10 @@ def make_folder(args) -> Path:
     elif args.token_files:
         identity = identity_of(chain(*args.token_files.values()))
         write = partial(write_tokens, args)
+    elif args.chat:
+        text = find_chats(args, skipped)
+        identity = ["chat", text.identity]
+        write = partial(write_text, args, text=text)
     else:
         text = find_text(args.source, args.input, skipped, args.split_at_eot, args.field, args.max_documents)
         identity = text.identity
@@ -537,9 +619,20 @@ def make_folder(args) -> Path:
     for split in ("train", "val"):
         sizes = ", ".join(f"{meta[what][split]:,} {what}" for what in ("documents", "bytes", "tokens"))
         print(f"{out} {split}: {sizes}, vocabulary {meta['vocab_size']:,}")
+    if "chats" in meta:
+        print(about_chats(meta["chats"], sum(meta["documents"].values()), sum(meta["tokens"].values())))
     if "document_tokens" in meta:
         print(f"every document has {meta['document_tokens']} tokens: train with that block_size")
     return out
+
+
+def about_chats(counts, documents, tokens):
+    line = f"{documents:,} conversations: {counts['learned']:,} of {tokens:,} tokens are learned"
+    if counts["empty"]:
+        line += f", nothing of {counts['empty']:,} conversations"
+    if counts["cut"]:
+        line += f"; {counts['cut']:,} were cut to --max_doc_tokens"
+    return f"{line}; train with --pack=documents --document_mask"
 
 
 def prepare(*sources: str | Path, **options) -> Path:
@@ -573,9 +666,11 @@ def positive(text):
 def make_parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {name:12} {named.about} [{named.tokenizer}]" for name, named in NAMED.items())
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
-    parser.epilog = f"names, and their tokenizers:\n{names}"
+    row_sets = "\n".join(f"  {name:20} {row_set.about}" for name, row_set in sources.ROW_SETS.items())
+    parser.epilog = f"names, and their tokenizers:\n{names}\nnames with --chat:\n{row_sets}"
     add = parser.add_argument
     text = parser.add_argument_group("of text alone")
+    chats = parser.add_argument_group("of conversations alone")
     mqar = parser.add_argument_group("of mqar alone")
     kinds = ", ".join(KINDS)
     add(
@@ -599,6 +694,26 @@ def make_parser() -> argparse.ArgumentParser:
     add("--skip_bad", action="store_true", help="leave out files and lines that cannot be read, and count them")
     add("--input", help="a local copy (file or folder) of a named set")
     add("--workers", type=positive, help="processes (default: by the size of the text and the cores)")
+    add = chats.add_argument
+    add(
+        "--chat",
+        action="store_true",
+        help=f"rows are conversations: of {', '.join(sources.ROW_KINDS)}, or a name below",
+    )
+    add(
+        "--think", action="store_true", default=None, help="thinking is made of worked solutions, and each row has some"
+    )
+    add(
+        "--no_think",
+        action="store_false",
+        dest="think",
+        default=None,
+        help="no thinking: an empty block is before the last answer",
+    )
+    add("--switches", action="store_true", help="the last question ends with /think or /no_think, as it is answered")
+    add(
+        "--turns", choices=["all", "last"], default="all", help="which answers are learned (last: for those that think)"
+    )
     add = mqar.add_argument
     add("--pairs", type=int, default=8, help="keys with a value in a document (default: 8)")
     add("--queries", type=int, help="of these keys that are asked for (default: all but one: 4 * pairs - 1 tokens)")
@@ -612,18 +727,28 @@ def make_parser() -> argparse.ArgumentParser:
 def check_options(args, parser) -> None:
     """Finds out whether the source is text, another tool's token files, or mqar; refuses options of the others."""
     args.token_files = None
-    meaningless = MQAR_OPTIONS
-    if args.source == ["mqar"]:
-        meaningless = TEXT_OPTIONS
+    meaningless = [*MQAR_OPTIONS, *CHAT_OPTIONS]
+    if args.chat:
+        check_chat_options(args)
+        meaningless = [*MQAR_OPTIONS, "field", "split_at_eot"]
+    elif args.source[0] in sources.ROW_SETS:
+        raise ValueError(f"{args.source[0]} is a set of conversations: add --chat")
+    elif args.source == ["mqar"]:
+        meaningless = [*TEXT_OPTIONS, *CHAT_OPTIONS]
     elif len(args.source) == 1 and args.source[0] not in NAMED and os.path.isdir(args.source[0]):
         args.token_files = token_files.find(Path(args.source[0]))
     if args.token_files:
-        meaningless = {*TEXT_OPTIONS, *MQAR_OPTIONS, "val_fraction"} - {"tokenizer", "eot"}
+        meaningless = {*TEXT_OPTIONS, *CHAT_OPTIONS, *MQAR_OPTIONS, "val_fraction"} - {"tokenizer", "eot"}
         if not args.tokenizer:
             meaningless.add("eot")
     for key in sorted(meaningless):
         if getattr(args, key) != parser.get_default(key):
             raise ValueError(f"--{key} means nothing to {' '.join(args.source)}: leave it out")
+
+
+def check_chat_options(args):
+    if re.fullmatch(r"char|bpe:\d+", args.tokenizer or ""):
+        raise ValueError(f"--tokenizer={args.tokenizer} is made of text: name that of the model that learns to chat")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,9 +1,9 @@
-"""Where text comes from: named sets (the table NAMED at the end), files and folders, standard input.
+"""Where text and conversations come from: named sets (tables at the end), files and folders, standard input.
 
 find_text gives what the user named as documents. A document is an iterable of the parts of its text, and gives them
 again each time: [text], or a File that is read in parts. A file is one document, but a .jsonl, a .csv and a .parquet
 have one in a field of each row, and a .txt may have many with <|endoftext|> between them; all but a .parquet may be
-compressed. Of a page of HTML the text is read.
+compressed. Of a page of HTML the text is read. find_rows gives rows whole, which data/chat.py makes conversations of.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data import text
 from data.bpe import EOT
@@ -27,6 +27,7 @@ from data.html_text import text_of_html
 from data.text import Unreadable
 
 KINDS = (".txt", ".md", ".rst", ".py", ".html", ".htm", ".jsonl", ".csv", ".tsv", ".parquet")
+ROW_KINDS = (".jsonl", ".json", ".parquet")  # of which every row is wanted whole
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
@@ -57,6 +58,11 @@ class Text(NamedTuple):
     size: int | None  # in bytes, where it is known
     documents: Callable[[], Iterator[Iterable[str]]]  # gives the documents, each time from the first
     with_marker: Iterable = ()  # the names of texts that were read whole, and in which EOT is spelled out
+
+
+class Rows(NamedTuple):
+    identity: object  # what decides the rows, as of Text
+    read: Callable[[], Iterator[tuple[str, Any]]]  # gives ("FILE line N", row) of each, each time from the first
 
 
 def find_text(
@@ -100,12 +106,12 @@ def find_all_text(sources, copy, skipped, split_at_eot, field):
     if sources == ["-"]:
         return standard_input(separator, with_marker)
     if copy:
-        paths = find_files([copy])
+        paths = find_files([copy], KINDS, NAMED)
         separator = named.separator or separator
     elif named:
         paths = named.files()
     else:
-        paths = find_files(sources)
+        paths = find_files(sources, KINDS, NAMED)
 
     size = sum(path.stat().st_size for path in paths)
 
@@ -116,6 +122,28 @@ def find_all_text(sources, copy, skipped, split_at_eot, field):
             yield from read(path, separator, field, skipped, with_marker)
 
     return Text(identity_of(paths), size, documents, with_marker)
+
+
+def find_rows(sources: list[str], copy: str | None, skipped: Skipped | None) -> Rows:
+    """Returns the rows of what the user named: of conversations, problems or pairs.
+
+    Lines that cannot be read are added to `skipped`, or are an error where that is None.
+    """
+    name = sources[0]
+    if name in ROW_SETS and len(sources) > 1:
+        raise ValueError(f"{name} is a named set: give it alone, not with {' '.join(sources[1:])}")
+    if copy and name not in ROW_SETS:
+        raise ValueError(f"--input is a local copy of a named set, and {name} is none: leave --input out")
+    if name in ROW_SETS and not copy:
+        return Rows(name, ROW_SETS[name].read)
+
+    paths = find_files([copy] if copy else sources, ROW_KINDS, ROW_SETS)
+
+    def read_rows():
+        for path in paths:
+            yield from whole_rows(path, lambda error: leave_out(error, skipped))
+
+    return Rows(identity_of(paths), read_rows)
 
 
 def identity_of(paths: Iterable[Path]) -> list:
@@ -144,23 +172,27 @@ def standard_input(separator, with_marker):
 # ---- which files ----------------------------------------------------------------------------------------------------
 
 
-def find_files(names: Iterable[str]) -> list[Path]:
-    """Returns the files of that name, and all text files in the folders of that name."""
+def find_files(names: Iterable[str], kinds: tuple[str, ...], named: dict) -> list[Path]:
+    """Returns the files of that name, and all in the folders of that name that are of these kinds.
+
+    named: the sets that could have been meant.
+    """
     paths = []
     for name in names:
         if Path(name).is_dir():
-            found, left_out = walk(name)
+            found, left_out = walk(name, kinds)
             paths += found
             if left_out:
-                readable = f"read are {', '.join(KINDS)} and .gz or .zst of them"
+                readable = f"read are {', '.join(kinds)} and .gz or .zst of them"
                 print(f"left out of {name}: {counts(left_out)} ({readable})", file=sys.stderr)
         elif not Path(name).exists():
-            near = difflib.get_close_matches(name, NAMED, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the named sets are {', '.join(NAMED)}"
+            near = difflib.get_close_matches(name, named, 1)
+            hint = f"did you mean {near[0]}?" if near else f"the named sets are {', '.join(named)}"
             raise ValueError(f"{name}: there is no such file, and no set of this name: {hint}")
-        elif not text.name_inside(name).endswith(KINDS):
-            readable = f"{', '.join(KINDS)} and .gz or .zst of them"
-            raise ValueError(f"{name}: can read {readable}: call it .txt if it is plain text")
+        elif not text.name_inside(name).endswith(kinds):
+            readable = f"{', '.join(kinds)} and .gz or .zst of them"
+            hint = ": call it .txt if it is plain text" if ".txt" in kinds else ""
+            raise ValueError(f"{name}: can read {readable}{hint}")
         else:
             paths.append(Path(name))
     return paths
@@ -278,6 +310,24 @@ def rows(path, field, bad):
     return text.table_rows(path, field, bad)
 
 
+def whole_rows(path: Path, bad: Callable) -> Iterator[tuple[str, Any]]:
+    """Yields ("FILE line N", row) of every row of a file; that of a .json is an item of its list."""
+    name = text.name_inside(path)
+    try:
+        if name.endswith(".jsonl"):
+            yield from text.json_lines(path, bad)
+        elif name.endswith(".parquet"):
+            yield from text.parquet_rows(path)
+        else:
+            items = text.read_json(path)
+            if not isinstance(items, list):
+                raise Unreadable(f"{path}: is {type(items).__name__}, not a list of rows: a row a line is a .jsonl")
+            for number, row in enumerate(items, 1):
+                yield f"{path} row {number}", row
+    except Unreadable as error:
+        bad(error)
+
+
 def check_whole(path):
     """Raises Unreadable where a compressed file has damage, which shows at its end, before its documents are used."""
     if path.suffix in text.COMPRESSED:
@@ -322,6 +372,17 @@ def shakespeare():
 
 def hub(path, **arguments):
     """Returns a function that streams a dataset of the Hugging Face hub: a document is the "text" of a row."""
+    read_rows = hub_rows(path, **arguments)
+
+    def documents():
+        for place, row in read_rows():
+            yield [text.text_field(row, place)]
+
+    return documents
+
+
+def hub_rows(path, split="train", **arguments):
+    """Returns a function that streams a dataset of the Hugging Face hub as ("PATH row N", row)."""
 
     def read_rows():
         try:
@@ -330,9 +391,9 @@ def hub(path, **arguments):
             raise ValueError(
                 f"{path} is streamed from the hub: pip install datasets zstandard  (or give a local copy with --input)"
             ) from None
-        rows = datasets.load_dataset(path, split="train", streaming=True, **arguments)
+        rows = datasets.load_dataset(path, split=split, streaming=True, **arguments)
         for number, row in enumerate(rows, 1):
-            yield [text.text_field(row, f"{path} row {number}")]
+            yield f"{path} row {number}", row
 
     return read_rows
 
@@ -361,4 +422,23 @@ NAMED = {
     "proof-pile": Named("55B tokens: papers, mathematics, code", documents=hub("json", data_files=PROOF_PILE)),
     "pg19": Named("11 GB of books", documents=hub("emozilla/pg19")),
     "mqar": Named("recall of many keys' values, made from a seed", "none"),  # no text: data/synthetic.py
+}
+
+
+class RowSet(NamedTuple):
+    about: str
+    read: Callable  # gives ("PATH row N", row) of each row
+
+
+ROW_SETS = {  # conversations, and what has problems with their answers (data/problems.py reads them as such, too)
+    "openmathinstruct": RowSet("14M problems with solutions of a model", hub_rows("nvidia/OpenMathInstruct-2")),
+    "numinamath": RowSet("860,000 problems of competitions, solved in steps", hub_rows("AI-MO/NuminaMath-CoT")),
+    "ultrachat": RowSet("200,000 chats", hub_rows("HuggingFaceH4/ultrachat_200k", "train_sft")),
+    "openhermes": RowSet("1M instructions and chats", hub_rows("teknium/OpenHermes-2.5")),
+    "natural-instructions": RowSet("2M tasks", hub_rows("andersonbcdefg/supernatural-instructions-2m")),
+    "gsm8k": RowSet("7,473 problems of grade school, with working", hub_rows("openai/gsm8k", name="main")),
+    "gsm8k-test": RowSet("the 1,319 that models are tested on", hub_rows("openai/gsm8k", "test", name="main")),
+    "math": RowSet("7,500 problems of competitions", hub_rows("lighteval/MATH")),
+    "math-test": RowSet("the 5,000 that models are tested on", hub_rows("lighteval/MATH", "test")),
+    "ultrafeedback": RowSet("64,000 prompts, four scored answers each: for pairs", hub_rows("openbmb/UltraFeedback")),
 }

@@ -310,7 +310,7 @@ def decoded_lines(file, where):
         offset += len(line)
 
 
-def parquet_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def parquet_rows(path: Path, field: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ("FILE row N", {column: value}) of every row of a parquet table, of this column alone if it has it."""
     try:
         from pyarrow import ArrowException, parquet

@@ -38,7 +38,6 @@ from data.bpe_training import chunks, count_words, merge_words
 from data.text import read_text
 
 MAX_PATTERN = 4096  # characters; those that are known have up to 600
-CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
 class Tokenizer:

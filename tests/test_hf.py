@@ -21,7 +21,8 @@ import hf
 import kernels
 import sample
 from data import tokenizer_json
-from data.tokenizers import CHAT_TOKENS, PATTERNS, load_tokenizer, tokenizer_from_dict, train_bpe
+from data.bpe import CHAT_TOKENS
+from data.tokenizers import PATTERNS, load_tokenizer, tokenizer_from_dict, train_bpe
 from tests import proved
 from tests.payloads import payloads
 from tests.tiny import EOT, MODELS, ROOT, build, tokens

@@ -13,7 +13,8 @@ import torch
 import generate
 import sample
 from data import tokenizer_json
-from data.tokenizers import CHAT_TOKENS, PATTERNS, load_tokenizer
+from data.bpe import CHAT_TOKENS
+from data.tokenizers import PATTERNS, load_tokenizer
 from tests.test_tokenizers import save_hugging_face
 from tests.tiny import module
 from training import checkpoint

@@ -21,8 +21,8 @@ import tiktoken
 from data import bpe_training as trainer
 from data import tokenizer_json
 from data import tokenizers as ours
+from data.bpe import CHAT_TOKENS
 from data.tokenizers import (
-    CHAT_TOKENS,
     EOT,
     PATTERNS,
     Tokenizer,
