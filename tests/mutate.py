@@ -448,8 +448,8 @@ MUTANTS = [
     Mutant(
         "padding stays when tokens are lost",
         "generate.py",
-        "new_pad = (pad - lost).clamp(min=0) if ragged else None",
-        "new_pad = pad if ragged else None",
+        "pad = (self.pad[::n] - lost).clamp(min=0) if self.ragged else None",
+        "pad = self.pad[::n] if self.ragged else None",
         "test_generate.py -k 'ragged and baseline'",
     ),
     Mutant(
@@ -462,8 +462,8 @@ MUTANTS = [
     Mutant(
         "samples of a prompt apart",
         "generate.py",
-        "logits = logits.repeat_interleave(num_samples, dim=0)",
-        "logits = logits.repeat(num_samples, 1)",
+        "logits = logits.repeat_interleave(n, dim=0)",
+        "logits = logits.repeat(n, 1)",
         "test_generate.py -k 'num_samples and baseline'",
     ),
     Mutant(
