@@ -1,0 +1,19 @@
+# Conversations about sums, of which a quarter think: 338,736 parameters, 1 minute on one CPU core. What is learned first
+# is to answer at once, which is mostly wrong, and to think when told to, which is mostly right.
+# The data: python data/prepare.py data/arithmetic/sft.jsonl --chat --tokenizer data/arithmetic/tokenizer.json --out data/arithmetic/sft
+init_from = "out/posttrain/pretrain"
+data = "data/arithmetic/sft"
+out_dir = "out/posttrain/sft"
+
+document_mask = True
+pack = "documents"
+block_size = 128
+batch_tokens = 2560  # 20 * 128: about 64 conversations
+micro_batch = 20
+max_steps = 400  # 12 epochs
+learning_rate = 3e-3
+warmup_steps = 20
+weight_decay = 0.0
+muon_steps = 3
+eval_every = 100
+eval_tokens = 0
