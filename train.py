@@ -11,7 +11,6 @@ router_jitter draw. `--help` lists all the knobs.
 
 import importlib
 import math
-import os
 import shlex
 import sys
 import time
@@ -32,15 +31,16 @@ from configurator import configure
 from data.text import print_any_text
 from data.tokenizers import tokenizer_from_dict
 from distributed import processes
-from training import atomic, checkpoint, evaluation, load, metrics, output, pictures, run_folder, saving, start
+from training import atomic, checkpoint, evaluation, load, machine, metrics, output, pictures, run_folder, saving, start
 from training import dry_run as dry
 from training.average import Average
 from training.calibration import count_steps
-from training.knobs import check, find_device, find_dtype, minutes_or_steps, why_not_compiled
+from training.knobs import check, minutes_or_steps
 from training.loss import bytes_of_tokens
 from training.schedule import learning_rate as learning_rate_at
 from training.signals import DIVERGED, StopSignals
 from training.stages import Plan, change
+from training.update import update
 
 # ---- knobs: every field of the model's GPTConfig is one too ----------------------------------------------------------
 # model and data
@@ -121,40 +121,15 @@ except (OSError, ValueError) as error:
 rank, world_size = processes.launched()
 main = rank == 0
 output.outlast_readers()
-say = tqdm.write if main else lambda *_: None
 try:
     check(config, world_size)
     config["minutes"] = minutes = minutes_or_steps(minutes, sys.argv)
-    if deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    if parallel == "auto":
-        parallel = "ddp" if world_size > 1 else "none"
-    device = find_device(device)
-    if parallel != "none":
-        device = processes.meet(device, timeout)
-    device_type = torch.device(device).type
-    if device_type == "cuda":
-        torch.cuda.set_device(device)
-    dtype = find_dtype(dtype, device)
-    if parallel == "fsdp" and dtype == "float16":
-        raise ValueError("dtype=float16 needs a loss scaler, which parallel=fsdp has not: try bfloat16 or float32")
+    here = machine.join(device, dtype, timeout, parallel, compile, tf32, deterministic)
 except ValueError as error:
     processes.fail(error)
-if compile == "auto":
-    compile = device_type == "cuda"
-obstacle = why_not_compiled(device) if compile else ""
-if obstacle:
-    say(f"not compiled: {obstacle}")
-    compile = False
-torch.set_float32_matmul_precision("high" if tf32 and device_type == "cuda" else "highest")
-autocast = nullcontext()
-if dtype != "float32":
-    autocast = torch.autocast(device_type, getattr(torch, dtype))
-device_name = flops.device_name(device)
-peak_flops = flops.peak_flops(device_name, dtype)  # None where it is not known, on CPUs for example
-say(f"{world_size} x {device_name}, {dtype}, {'compiled' if compile else 'eager'}, parallel={parallel}")
+device, dtype, parallel, compile = here.device, here.dtype, here.parallel, here.compile
+say = here.say
+autocast = here.autocast()
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 variant = importlib.import_module(f"model_{model}")
@@ -252,7 +227,7 @@ make_optimizer = partial(
     muon_dtype=muon_type, decay_with_lr=decay_with_lr, cautious_decay=cautious_decay,
 )  # fmt: skip
 opt = make_optimizer(raw_model)
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+scaler = torch.amp.GradScaler(here.device_type, enabled=dtype == "float16")
 parameters = sum(p.numel() for p in raw_model.parameters())
 if main:
     for each in plan.stages:
@@ -278,15 +253,8 @@ recent_norms = deque(maxlen=100)
 launcher = "python" if parallel == "none" else "torchrun ..."
 arguments = [word for word in sys.argv if word.split("=")[0] not in ("--resume", "--overwrite")]
 go_on = f"{launcher} {shlex.join([*arguments, '--resume'])}"
-machine = {"processes": world_size, "device": device_name, "torch": torch.__version__}
 try:
-    already_there = bool(resume and checkpoint.folders(out)) or run_folder.exists(out)
-    if resume is True and not already_there:
-        raise ValueError(f"--resume given but no checkpoint in {out}")
-    lock = run_folder.lock(out)  # held while this process lives
-    if already_there and not (resume or overwrite) and run_folder.has_begun(out):
-        choices = "go on with --resume, delete it with --overwrite, or choose another --out_dir"
-        raise ValueError(f"{out} already holds a run: {choices}")
+    lock, already_there = run_folder.claim(out, resume, overwrite)
     if minutes and resume and already_there:
         config["max_steps"] = max_steps = run_folder.saved_knob(out, "max_steps")
     elif minutes:
@@ -309,7 +277,7 @@ try:
         stage = plan.at(atomic.step_of(path))
         change(raw_model, variant.GPT, stage.model_config)
         saved_config["model_config"] = stage.fields
-        state = saving.go_on_from(path, raw_model, opt, scaler, saved_config, identity, machine, say)
+        state = saving.go_on_from(path, raw_model, opt, scaler, saved_config, identity, here.facts(), say)
         step = state["step"]
         tokens = state["tokens"]
         skipped = state["skipped"]
@@ -334,11 +302,9 @@ try:
     if main:
         if already_there and not resume:  # overwrite was given, or no step was ever done there
             run_folder.delete(out)
-        hardware = {"device": device_name, "processes": world_size, "parallel": parallel, "dtype": dtype,
-                    "compile": compile, "peak_flops": peak_flops}  # fmt: skip
         work = {"parameters": parameters, "flops_per_token": plan.stages[0].flops_per_token,
                 "tokens": plan.tokens_before(max_steps), "stages": plan.described()}  # fmt: skip
-        facts = {"seed": seed, **identity, "hardware": hardware, **work, "optimizer": muon.group_table(opt)}
+        facts = {"seed": seed, **identity, "hardware": here.described(), **work, "optimizer": muon.group_table(opt)}
         run_folder.describe(out, saved_config, meta, facts)
         album = pictures.Album(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters",
                                [each.first for each in plan.stages[1:]])  # fmt: skip
@@ -363,7 +329,7 @@ def save():
         processes.fail(f"{changed[0]} was written to while this run read it: restore it, and go on with --resume")
     trainer = {"tokens": tokens, "skipped": skipped, "skipped_in_a_row": skipped_in_a_row,
                "recent_losses": [*recent_losses], "recent_norms": [*recent_norms],
-               "scaler": scaler.state_dict(), "identity": identity, "machine": machine}  # fmt: skip
+               "scaler": scaler.state_dict(), "identity": identity, "machine": here.facts()}  # fmt: skip
     is_last = step >= max_steps or stop > 0
     saver.save(step, trainer, wait=is_last or not async_save, must=is_last)
 
@@ -447,21 +413,12 @@ while True:
             scaler.scale(loss).backward()
         total_loss += loss.detach()
 
-    # 4. update, unless the gradient is not finite: one bad batch must not spoil the weights
-    scaler.unscale_(opt)
-    norm = processes.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)).item()
+    # 4. update
     lr = learning_rate_at(step, peak_lr(stage), min_lr, warmup_steps, max_steps, schedule, decay_fraction, decay_shape)
-    for group in opt.param_groups:
-        group["lr"] = lr
+    norm = update(raw_model, opt, scaler, lr, grad_clip)
     is_finite = math.isfinite(norm)
-    if is_finite:
-        scaler.step(opt)
-        if average:
-            average.update()
-    if hasattr(raw_model, "after_step"):  # after a skipped step too, or its counts would enter those of the next
-        raw_model.after_step()
-    scaler.update()
-    opt.zero_grad(set_to_none=True)
+    if average and is_finite:
+        average.update()
     skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
     skipped += not is_finite
     loss = processes.all_sum([total_loss.item() / world_size], device)[0]
@@ -473,11 +430,11 @@ while True:
     clock.tick()
     bar.update()
     speed = stage.batch_tokens / seconds
-    mfu = speed * stage.flops_per_token / (peak_flops * world_size) if peak_flops else None
+    mfu = speed * stage.flops_per_token / (here.peak_flops * world_size) if here.peak_flops else None
     smoothed = metrics.smoothed([*recent_losses, loss])
     row = dict(step=step, loss=loss, smoothed_loss=smoothed, lr=lr, grad_norm=norm,
                ms=1000 * seconds, tokens_per_second=speed, mfu=mfu,
-               memory_gb=metrics.peak_gb(device_type), resident_gb=metrics.resident_gb(), tokens=tokens,
+               memory_gb=metrics.peak_gb(here.device_type), resident_gb=metrics.resident_gb(), tokens=tokens,
                skipped=skipped, spikes=metrics.spikes(loss, recent_losses, norm, recent_norms))  # fmt: skip
     if is_finite and math.isfinite(loss):
         recent_losses.append(loss)

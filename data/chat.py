@@ -80,6 +80,16 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], think: bool | None = None
     return ids
 
 
+def think_budget(tokenizer: Tokenizer, n: int):
+    r"""Returns what generate.rollout needs to end a thinking of n tokens, by the tokens of "\n</think>\n\n"."""
+    from generate import ThinkBudget  # which imports torch: data/prepare.py starts without it
+
+    check(tokenizer)
+    tokens = tokenizer.special_tokens | tokenizer.added_tokens
+    end_ids = [*tokenizer.encode("\n"), tokens[END_THINK], *tokenizer.encode("\n\n")]
+    return ThinkBudget(n, tokens[THINK], tokens[END_THINK], end_ids)
+
+
 def rendered(messages, turns="all"):
     """Yields the parts of a conversation.
 

@@ -185,8 +185,19 @@ class Packed:
             raise ValueError(f"{shards.folder}: no document fits into block_size={block_size}, and others are left out")
         self.bins = best_fit(cut(starts.tolist(), lengths.tolist(), block_size), block_size)
         self.windows_per_epoch = len(self.bins)
+        self.n_without_target = self.count_without_target()
         self.utilisation = sum(map(room_of, sum(self.bins, []))) / (len(self.bins) * block_size)
         self.first = position.tokens // block_size
+
+    def count_without_target(self) -> int:
+        """Returns in how many windows the masks leave nothing to be learned."""
+        if not self.shards.mask_paths:
+            return 0
+        return sum(not any(map(self.has_target, pieces)) for pieces in self.bins)
+
+    def has_target(self, piece: Piece) -> bool:
+        _, is_target = read_with_next(self.shards, piece.start, piece.length)
+        return bool(is_target[1:].any())
 
     def windows(self, k: np.ndarray) -> list[Window]:
         place, _ = draw(self.first + k, len(self.bins), self.seed, GRID)

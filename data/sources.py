@@ -437,8 +437,8 @@ ROW_SETS = {  # conversations, and what has problems with their answers (data/pr
     "openhermes": RowSet("1M instructions and chats", hub_rows("teknium/OpenHermes-2.5")),
     "natural-instructions": RowSet("2M tasks", hub_rows("andersonbcdefg/supernatural-instructions-2m")),
     "gsm8k": RowSet("7,473 problems of grade school, with working", hub_rows("openai/gsm8k", name="main")),
-    "gsm8k-test": RowSet("the 1,319 that models are tested on", hub_rows("openai/gsm8k", "test", name="main")),
+    "gsm8k_test": RowSet("the 1,319 that models are tested on", hub_rows("openai/gsm8k", "test", name="main")),
     "math": RowSet("7,500 problems of competitions", hub_rows("lighteval/MATH")),
-    "math-test": RowSet("the 5,000 that models are tested on", hub_rows("lighteval/MATH", "test")),
+    "math_test": RowSet("the 5,000 that models are tested on", hub_rows("lighteval/MATH", "test")),
     "ultrafeedback": RowSet("64,000 prompts, four scored answers each: for pairs", hub_rows("openbmb/UltraFeedback")),
 }

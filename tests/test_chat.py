@@ -116,6 +116,15 @@ def test_a_prompt_is_the_beginning_of_the_conversation_that_is_learned(tmp_path,
     assert think is not None or mask == [i >= len(prompt) and i < len(ids) - 1 for i in range(len(ids))]
 
 
+def test_a_budget_ends_thinking_as_conversations_do(bytes_and_chat):
+    messages = [user("1"), assistant("2", "of 1")]
+    budget = chat.think_budget(bytes_and_chat, 4)
+    thought = chat.prompt(bytes_and_chat, messages[:1], True) + bytes_and_chat.encode("of 1")
+    ids, _ = chat.encode(bytes_and_chat, messages)
+    assert ids[: len(thought) + len(budget.end_ids)] == [*thought, *budget.end_ids]
+    assert bytes_and_chat.decode([budget.think_id, budget.think_end_id]) == "<think></think>" and budget.n == 4
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -396,7 +405,7 @@ def hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", module)
 
 
-CONVERSATIONS = "openmathinstruct numinamath ultrachat openhermes natural-instructions gsm8k gsm8k-test math math-test"
+CONVERSATIONS = "openmathinstruct numinamath ultrachat openhermes natural-instructions gsm8k gsm8k_test math math_test"
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS.split())

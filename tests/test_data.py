@@ -317,9 +317,9 @@ def test_a_document_that_is_longer_than_a_chunk_is_cut_once(tmp_path, monkeypatc
 def test_no_more_workers_are_started_than_windows_can_wait_for(tmp_path, monkeypatch):
     started = []
 
-    def encode_all(chunks, workers, tokenizer, max_doc_tokens):
+    def encode_all(chunks, workers, *settings):
         started.append(workers)
-        return one_process(chunks, 1, tokenizer, max_doc_tokens)
+        return one_process(chunks, 1, *settings)
 
     one_process = prepare_module.encode_all
     monkeypatch.setattr(prepare_module, "encode_all", encode_all)

@@ -5,8 +5,8 @@ import ast
 import pytest
 import torch
 
-from generate import CompiledStep, generate, pick_token, stream
-from tests.tiny import EOT, MODELS, ROOT, build, cache_tensors, tokens
+from generate import CompiledStep, ThinkBudget, draw, draws, generate, pick_token, rollout, stream
+from tests.tiny import EOT, MODELS, ROOT, build, cache_tensors, module, tokens
 
 each_model = pytest.mark.parametrize("name", MODELS)
 
@@ -146,6 +146,182 @@ def test_the_repetition_penalty_counts_the_tokens_of_the_prompt_and_no_padding()
     alone = [generate(model, [p], 20, **options)[0] for p in prompts]
     assert generate(model, prompts, 20, **options) == alone
     assert alone[0] != generate(model, prompts[:1], 20, temperature=0)[0]
+
+
+# ---- rollouts --------------------------------------------------------------------------------------------------------
+
+
+def without_limits(name):
+    """A model whose experts take all that chose them, with documents."""
+    options = dict(eot_id=EOT)
+    if hasattr(module(name).GPTConfig, "capacity_factor"):
+        options["capacity_factor"] = 0.0
+    return build(name, **options)
+
+
+def ragged_prompts():
+    return [[EOT, *tokens(n, seed=n).tolist()] for n in (3, 9, 6)]
+
+
+def trainers_logprobs(model, prompts, rows, num_samples):
+    """What a trainer computes of the new tokens: rows padded at the right, and targets of -1 for all else."""
+    texts = [prompts[i // num_samples] + new for i, new in enumerate(rows.tokens)]
+    longest = max(map(len, texts))
+    idx = torch.tensor([text + [EOT] * (longest - len(text)) for text in texts])
+    targets = torch.full_like(idx, -1)
+    for target, text, new in zip(targets, texts, rows.tokens):
+        target[len(text) - len(new) : len(text)] = torch.tensor(new)
+    with torch.no_grad():
+        losses, _ = model(idx[:, :-1], targets[:, 1:], per_token=True)
+    return [-row[wanted >= 0] for row, wanted in zip(losses, targets[:, 1:])]
+
+
+@each_model
+def test_log_probabilities_are_those_of_a_trainer_and_those_without_a_cache(name):
+    model, prompts = without_limits(name), ragged_prompts()
+    uniforms = draws(1, 0, range(3), 4, 16)
+    options = dict(num_samples=4, uniforms=uniforms, stop=range(8))
+    rows = rollout(model, prompts, 16, **options)
+    uncached = rollout(model, prompts, 16, **options, use_cache=False)
+    assert rows.tokens == uncached.tokens and {True, False} == set(rows.cut)
+    for got, again, want in zip(rows.logprobs, uncached.logprobs, trainers_logprobs(model, prompts, rows, 4)):
+        assert (torch.tensor(got) - want).abs().max() <= 1e-4
+        assert (torch.tensor(again) - want).abs().max() <= 1e-4
+
+
+@each_model
+def test_a_row_of_a_rollout_is_what_it_is_alone(name):
+    model, prompts = without_limits(name).double(), ragged_prompts()
+    uniforms = draws(1, 0, range(3), 4, 16)
+    rows = rollout(model, prompts, 16, 4, uniforms, stop=range(8))
+    assert len({tuple(row) for row in rows.tokens}) > 9  # short ones may be alike by chance
+    for i in range(12):
+        alone = rollout(model, [prompts[i // 4]], 16, 1, uniforms[i : i + 1], stop=range(8))
+        assert alone.tokens[0] == rows.tokens[i] and alone.cut[0] == rows.cut[i]
+        assert alone.logprobs[0] == pytest.approx(rows.logprobs[i], abs=1e-6)
+        assert alone.entropies[0] == pytest.approx(rows.entropies[i], abs=1e-6)
+
+
+def test_a_rollouts_row_ends_with_its_stop_token_and_one_without_is_cut():
+    model, prompts = build("baseline"), ragged_prompts()
+    rows = rollout(model, prompts, 16, 4, draws(1, 0, range(3), 4, 16), stop=range(8))
+    for row, is_cut in zip(rows.tokens, rows.cut):
+        assert not any(token < 8 for token in row[:-1])
+        assert (row[-1] >= 8) == is_cut and (len(row) == 16 or not is_cut)
+    for per_token in (rows.logprobs, rows.entropies, rows.forced):
+        assert [len(row) for row in per_token] == [len(row) for row in rows.tokens]
+    assert not any(any(row) for row in rows.forced)
+
+
+def test_a_greedy_rollout_is_what_generate_says_and_its_stop_token():
+    model, prompts = build("baseline"), ragged_prompts()
+    rows = rollout(model, prompts, 16, stop=range(8), temperature=0)
+    assert [row if cut else row[:-1] for row, cut in zip(rows.tokens, rows.cut)] == generate(
+        model, prompts, 16, temperature=0, stop=range(8)
+    )
+
+
+def test_temperature_and_filters_change_the_distribution_that_log_probabilities_are_of():
+    model, prompt = build("baseline"), ragged_prompts()[0]
+    logits = model(torch.tensor([prompt]))[0, -1]
+    uniforms = draws(1, 0, [0], 8, 1)
+    sharp = (logits / 0.5).log_softmax(-1)
+    rows = rollout(model, [prompt], 1, 8, uniforms, temperature=0.5)
+    for token, logprob, entropy in zip(rows.tokens, rows.logprobs, rows.entropies):
+        assert logprob[0] == pytest.approx(sharp[token[0]].item(), abs=1e-5)
+        assert entropy[0] == pytest.approx(-(sharp.exp() * sharp).sum().item(), abs=1e-5)
+    best = logits.topk(2)
+    rows = rollout(model, [prompt], 1, 8, uniforms, top_k=2)
+    for token, logprob in zip(rows.tokens, rows.logprobs):
+        place = best.indices.tolist().index(token[0])
+        assert logprob[0] == pytest.approx(best.values.log_softmax(-1)[place].item(), abs=1e-5)
+
+
+def test_a_uniform_number_chooses_the_token_in_whose_part_it_lies_and_never_an_impossible_one():
+    probs = torch.tensor([[0.0, 0.2, 0.5, 0.0, 0.3, 0.0]])
+    for uniform, want in [(0.0, 1), (0.19, 1), (0.21, 2), (0.69, 2), (0.71, 4), (1 - 2**-53, 4)]:
+        assert draw(probs, torch.tensor([uniform], dtype=torch.float64)).item() == want, uniform
+
+
+def test_draws_are_a_function_of_seed_step_prompt_and_sample_and_as_even_as_chance():
+    x = draws(1, 2, [7, 3], 4, 1000)
+    assert x.shape == (8, 1000) and x.dtype == torch.float64
+    assert torch.equal(x, draws(1, 2, [3, 7], 4, 1000).roll(4, dims=0))
+    assert torch.equal(x[:2], draws(1, 2, [7], 2, 1000)) and torch.equal(x[:, :5], draws(1, 2, [7, 3], 4, 5))
+    others = [draws(*args, 1, 1000) for args in ((2, 2, [7]), (1, 3, [7]), (1, 2, [8]), (2, 1, [7]))]
+    every = torch.cat([x, *others])
+    assert len(every.flatten().unique()) == every.numel()
+    assert (every.mean(dim=1) - 0.5).abs().max() < 0.05 and abs(torch.corrcoef(every).triu(1)).max() < 0.15
+
+
+def test_a_rollout_says_which_numbers_it_misses():
+    model, prompts = build("baseline"), ragged_prompts()
+    for uniforms, message in [
+        (None, "make them with draws"),
+        (torch.rand(5, 4), r"\(5, 4\) are not enough for 6 rows of 4 tokens"),
+        (torch.rand(6, 3), r"\(6, 3\) are not enough"),
+        (torch.ones(6, 4), "not including, 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            rollout(model, prompts, 4, 2, uniforms)
+
+
+# ---- a budget of thinking --------------------------------------------------------------------------------------------
+
+THINK, THINK_END = 90, 91
+FORCED = [80, THINK_END, 81]
+
+
+def test_thinking_is_ended_at_exactly_its_budget_and_what_is_forced_is_in_the_cache():
+    model = without_limits("baseline")
+    prompts = [[EOT, 5, THINK, 6], [EOT, 5, 7, 8, 9], [EOT, THINK, 5, THINK_END, 6]]
+    budget = ThinkBudget(4, THINK, THINK_END, FORCED)
+    uniforms = draws(1, 0, range(3), 8, 12)
+    options = dict(num_samples=8, uniforms=uniforms, think_budget=budget)
+    rows = rollout(model, prompts, 12, **options)
+    uncached = rollout(model, prompts, 12, **options, use_cache=False)
+    assert rows.tokens == uncached.tokens
+    n_forced = 0
+    for i, (row, forced) in enumerate(zip(rows.tokens, rows.forced)):
+        want = [False] * 12
+        so_far = 1 if i < 8 else None  # the first prompt thinks already, and its 6 counts
+        place = 0
+        while place < 12:
+            if so_far is not None and so_far >= 4:
+                assert row[place : place + 3] == FORCED[: 12 - place]
+                want[place : place + 3] = [True] * len(row[place : place + 3])
+                place += 3
+                so_far = None
+                continue
+            if so_far is not None:
+                so_far = None if row[place] == THINK_END else so_far + 1
+            elif row[place] == THINK:
+                so_far = 0
+            place += 1
+        assert forced == want
+        n_forced += any(want)
+    assert 8 <= n_forced < 24
+    for got, forced, want in zip(rows.logprobs, rows.forced, trainers_logprobs(model, prompts, rows, 8)):
+        free = ~torch.tensor(forced)
+        assert (torch.tensor(got) - want)[free].abs().max() <= 1e-4
+        assert not torch.tensor(got)[~free].any()
+
+
+def test_a_stream_obeys_the_budget_too_and_one_that_is_used_up_is_forced_at_once():
+    model = build("baseline")
+    for n, prompt in [(2, [EOT, THINK]), (0, [EOT, THINK, 80, 7])]:
+        budget = ThinkBudget(n, THINK, THINK_END, FORCED)
+        row = generate(model, [prompt], 8, temperature=0, think_budget=budget)[0]
+        assert row[n : n + 3] == FORCED
+        free = generate(model, [prompt + row[: n + 3]], 5 - n, temperature=0)[0]
+        assert row[n + 3 :] == free
+
+
+def test_thinking_that_ends_by_itself_is_left_alone():
+    model = build("baseline")
+    row = generate(model, [[EOT, THINK]], 8, temperature=0)[0]
+    budget = ThinkBudget(4, THINK, row[2], FORCED)
+    assert generate(model, [[EOT, THINK]], 8, temperature=0, think_budget=budget)[0] == row
 
 
 # ---- the compiled step -----------------------------------------------------------------------------------------------

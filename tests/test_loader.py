@@ -363,6 +363,15 @@ def test_a_packed_window_without_a_target_is_all_ignored(tmp_path):
         assert (y == -1).all()
 
 
+def test_packed_windows_without_a_target_are_counted(tmp_path):
+    mask = np.zeros(40, bool)
+    mask[[1, 2, 9]] = True  # of the first document and of the third
+    shards = make_shards(tmp_path, np.tile([EOT, 1, 2, 3], 10), mask=mask)
+    loader = Loader(shards, 4, 10, pack="documents")
+    ((_, y),) = loader.batches(0)
+    assert loader.mixture.texts[0].n_without_target == (y == -1).all(1).sum() == 8
+
+
 def test_without_a_document_that_fits_there_is_nothing_to_pack(tmp_path):
     shards = make_shards(tmp_path, np.tile([EOT, 1, 2, 3], 10))
     with pytest.raises(ValueError, match="no document fits into block_size=3, and others are left out"):

@@ -233,7 +233,7 @@ def test_a_picture_that_fails_costs_a_warning(tmp_path, monkeypatch, capsys):
         album.add(row)
     album.finish()
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    monkeypatch.setattr(pictures, "plot_loss", lambda *_: 1 / 0)
+    monkeypatch.setattr(pictures, "plot_curve", lambda *_: 1 / 0)
     album.draw()
     album.finish()
     assert capsys.readouterr().err.count("no pictures of") == 1
@@ -255,12 +255,12 @@ class FullDisk(io.RawIOBase):
 
 def test_rows_that_found_no_room_are_written_when_there_is_some(tmp_path, capsys):
     log = metrics.Log(tmp_path, 0, {})
-    log.file = FullDisk()
+    log.rows.file = FullDisk()
     for step in range(1, 101):
         log.write({"step": step, "loss": float(step), "filler": 200 * "x"})
-    log.file.room = True
+    log.rows.file.room = True
     log.write({"step": 101})
-    assert [json.loads(line)["step"] for line in log.file.bytes.splitlines()] == list(range(1, 102))
+    assert [json.loads(line)["step"] for line in log.rows.file.bytes.splitlines()] == list(range(1, 102))
     assert capsys.readouterr().err.count("rows wait in memory for room") == 1
 
 

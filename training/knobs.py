@@ -16,13 +16,23 @@ DEAD_WITHOUT = (
 )
 
 
-def check(config: dict, world_size: int) -> None:
-    """Raises ValueError where knobs do not go together, or not with so many processes."""
+def check_run(config: dict) -> None:
+    """Raises ValueError where the knobs of a run do not go together: what all commands that train have in common."""
     if not config["out_dir"]:
         raise ValueError("out_dir is empty, and a run needs a folder of its own: try out_dir=out/run")
     for knob, off, needed, needed_off in DEAD_WITHOUT:
         if config.get(knob, off) != off and config.get(needed) == needed_off:
             raise ValueError(f"{knob}={config[knob]} does nothing while {needed}={needed_off}: set that, too")
+    for package in ("wandb", "tensorboard"):
+        if config[package] and not find_spec(package):
+            raise ValueError(f"{package}={config[package]}, but this package is not here:  pip install {package}")
+    if config["overwrite"] and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise ValueError("--overwrite would delete the run at each restart of --max-restarts: try --resume=auto")
+
+
+def check(config: dict, world_size: int) -> None:
+    """Raises ValueError where knobs of train.py do not go together, or not with so many processes."""
+    check_run(config)
     if config["dry_run"] and config["eval_only"]:
         raise ValueError("dry_run counts what training would cost, and eval_only trains nothing: give one of them")
     for knob in ("dry_run", "eval_only"):
@@ -30,9 +40,6 @@ def check(config: dict, world_size: int) -> None:
             raise ValueError(f"{knob} writes nothing, and overwrite deletes the run in {config['out_dir']}: drop one")
     if config["eval_only"] and config["sample_every"]:
         raise ValueError("eval_only takes no step after which sample_every could print: try sample.py")
-    for package in ("wandb", "tensorboard"):
-        if config[package] and not find_spec(package):
-            raise ValueError(f"{package}={config[package]}, but this package is not here:  pip install {package}")
     parallel = config["parallel"]
     if world_size > 1 and parallel == "none":
         raise ValueError(f"parallel=none, but torchrun started {world_size} processes: try parallel=ddp")
@@ -41,8 +48,6 @@ def check(config: dict, world_size: int) -> None:
         raise ValueError(f"parallel={parallel} is for processes that torchrun starts:  {launch}")
     if parallel != "fsdp" and (config["cpu_offload"] or not config["reshard"]):
         raise ValueError(f"cpu_offload=True and reshard=False are for parallel=fsdp, and this is parallel={parallel}")
-    if config["overwrite"] and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise ValueError("--overwrite would delete the run at each restart of --max-restarts: try --resume=auto")
 
 
 def minutes_or_steps(minutes: float, argv: list[str]) -> float:

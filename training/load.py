@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 
 import hf
+from data import chat
 from data.shards import PUBLISHED, read_meta
 from data.tokenizer_json import begin_ids
 from data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_dict
+from generate import ThinkBudget
 from training import checkpoint
 from training.knobs import find_device
 from training.run_folder import is_from_hugging_face
@@ -114,3 +116,11 @@ def stop_tokens(tokenizer, path: Path | None = None) -> set[int]:
     if "<|im_end|>" in tokenizer.special_tokens:
         ids.add(tokenizer.special_tokens["<|im_end|>"])
     return ids
+
+
+def think_budget(tokenizer: Tokenizer, n: int) -> ThinkBudget:
+    """Returns what ends a model's thinking after n tokens: the end of a block of thinking, as a chat has it."""
+    chat.check(tokenizer)
+    tokens = tokenizer.special_tokens | tokenizer.added_tokens
+    end = tokens[chat.END_THINK]
+    return ThinkBudget(n, tokens[chat.THINK], end, [*tokenizer.encode("\n"), end, *tokenizer.encode("\n\n")])

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from training.disk import replaced, warn_once, write_text
-from training.run_folder import metrics_of
+from training.run_folder import rows_of
 
 try:
     import resource
@@ -21,26 +21,49 @@ except ImportError:  # Windows
     resource = None
 
 
+class Rows:
+    """A file of JSON, a row a line, each of them of a step. On a full disk rows wait in memory for room.
+
+    step: where the run goes on; rows of later steps are dropped, since these steps will be done again.
+    seen: is called with each row that stays.
+    """
+
+    def __init__(self, path: Path, step: int, seen=lambda row: None):
+        self.name = path.name
+        with replaced(path) as file:
+            for row in rows_of(path):
+                if step > 0 and row["step"] <= step:
+                    file.write(json.dumps(row) + "\n")
+                    seen(row)
+        self.file = open(path, "ab", buffering=0)
+        self.waiting = b""  # lines for which there was no room
+
+    def write(self, row: dict) -> None:
+        self.waiting += json.dumps(row).encode() + b"\n"
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            warn_once(f"{self.name}: {error.strerror}: rows wait in memory for room")
+
+    def close(self) -> None:
+        """Closes the file; a full disk costs the last rows and a warning."""
+        self.file.close()
+        if self.waiting:
+            rows = len(self.waiting.splitlines())
+            warn_once(f"{self.name} lacks its last {rows} rows: there was no room for them")
+
+
 class Log:
     """A run's metrics: rows for metrics.jsonl, and, if asked for, Weights & Biases and TensorBoard.
 
-    wandb: online or offline. step: where the run goes on; rows of later steps are dropped, since these steps will be
-    done again. album: the pictures, which get each row. What fails here ends no run: rows wait for room on the disk,
-    and a service costs a warning.
+    wandb: online or offline. step: where the run goes on. album: the pictures, which get each row. What fails here
+    ends no run: rows wait for room on the disk, and a service costs a warning.
     """
 
     def __init__(self, out: Path, step: int, config: dict, wandb: str = "", tensorboard: bool = False, album=None):
         self.album = album
-        path = out / "metrics.jsonl"
-        with replaced(path) as file:
-            for row in metrics_of(out):
-                if step > 0 and row["step"] <= step:
-                    file.write(json.dumps(row) + "\n")
-                    if album:
-                        album.add(row)
-        self.file = open(path, "ab", buffering=0)
-        self.waiting = b""  # lines for which there was no room
-
+        self.rows = Rows(out / "metrics.jsonl", step, album.add if album else lambda row: None)
         self.services = []  # functions of (step, {name: number})
         self.to_close = []
         if wandb:
@@ -79,13 +102,7 @@ class Log:
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row[key] = None
-        self.waiting += json.dumps(row).encode() + b"\n"
-        try:
-            while self.waiting:
-                self.waiting = self.waiting[self.file.write(self.waiting) :]
-        except OSError as error:
-            warn_once(f"metrics.jsonl: {error.strerror}: rows wait in memory for room")
-
+        self.rows.write(row)
         if self.album:
             self.album.add(row)
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
@@ -96,11 +113,8 @@ class Log:
                 warn_once(f"a service for metrics failed: {type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Closes the file and the services; a full disk costs the last rows and a warning."""
-        self.file.close()
-        if self.waiting:
-            rows = len(self.waiting.splitlines())
-            warn_once(f"metrics.jsonl lacks its last {rows} rows: there was no room for them")
+        """Closes the file and the services."""
+        self.rows.close()
         for close in self.to_close:
             try:
                 close()

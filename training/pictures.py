@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,17 @@ from training.disk import warn_once
 
 # What train.py notes of each step, besides its number and its loss; all else is the model's own.
 NOT_DRAWN = "lr grad_norm ms tokens_per_second mfu memory_gb resident_gb tokens skipped spikes".split()
+
+
+class Curve(NamedTuple):
+    """What a run is about: a number of each step, and one of each evaluation, with their names in metrics.jsonl."""
+
+    step: str
+    evaluation: str
+    label: str
+
+
+LOSS = Curve("loss", "val_loss", "loss (nats per token)")
 
 
 class Thinned:
@@ -42,12 +54,14 @@ class Thinned:
 class Album:
     """The pictures of a run, drawn in a thread from a thinned history: a long run's cost no more than a short one's.
 
-    Rows are those of metrics.jsonl. loss.png has the loss; what the model's own metrics() gave is drawn by its shape:
-    numbers share metrics.png, an axis each, and a table, such as (layers, experts), has a picture metrics-<name>.png.
+    Rows are those of metrics.jsonl. loss.png has the loss, or that of another name what the run is about; what the
+    model's own metrics() gave is drawn by its shape: numbers share metrics.png, an axis each, and a table, such as
+    (layers, experts), has a picture metrics-<name>.png.
     """
 
-    def __init__(self, out: Path, title: str, stages: Sequence[int] = ()):
+    def __init__(self, out: Path, title: str, stages: Sequence[int] = (), curve: Curve = LOSS):
         self.out = out
+        self.curve = curve
         self.stages = stages  # the steps from which later stages hold
         self.title = title.replace("$", r"\$")  # which begins a formula
         self.steps = Thinned()
@@ -57,11 +71,11 @@ class Album:
         self.drawing = None
 
     def add(self, row: dict) -> None:
-        if "val_loss" in row:
+        if self.curve.evaluation in row:
             self.evaluations.add(row)
         if any(is_table(value) for value in row.values()):
             self.with_tables.add(row)
-        if "loss" in row:
+        if self.curve.step in row:
             self.steps.add({key: x for key, x in row.items() if key not in NOT_DRAWN and isinstance(x, int | float)})
 
     def draw(self) -> None:
@@ -70,7 +84,7 @@ class Album:
             self.warn()
             kinds = (self.steps, self.evaluations, self.with_tables)
             self.drawing = self.drawer.submit(
-                plot, self.out, self.title, self.stages, *(thinned.items() for thinned in kinds)
+                plot, self.out, self.title, self.curve, self.stages, *(thinned.items() for thinned in kinds)
             )
 
     def finish(self) -> None:
@@ -87,9 +101,9 @@ class Album:
             warn_once(f"no pictures of {self.out}: {type(error).__name__}: {error}")
 
 
-def plot(out, title, stages, steps, evaluations, with_tables):
-    plot_loss(steps, evaluations, stages, title, out / "loss.png")
-    own = sorted({key for row in steps for key in row} - {"step", "loss", "smoothed_loss"})
+def plot(out, title, curve, stages, steps, evaluations, with_tables):
+    plot_curve(curve, steps, evaluations, stages, title, out / f"{curve.step}.png")
+    own = sorted({key for row in steps for key in row} - {"step", curve.step, f"smoothed_{curve.step}"})
     if own:
         plot_numbers(steps, own, title, out / "metrics.png")
     for name in sorted({key for row in with_tables for key, value in row.items() if is_table(value)}):
@@ -109,30 +123,30 @@ def is_table(value):
     return isinstance(value, list) and len(value) > 0 and isinstance(value[0], list)
 
 
-def plot_loss(steps, evaluations, stages, title, path):
-    """Draws the losses of training and validation over the steps, and a line where a stage begins."""
+def plot_curve(curve, steps, evaluations, stages, title, path):
+    """Draws what a run is about over the steps, and a line where a stage begins."""
     figure, axis = new_figure((8, 4.5))
     for first in stages:
         axis.axvline(first, color="gray", ls=":")
-    training = [row for row in steps if "loss" in row]  # it was finite
-    losses = [row["loss"] for row in training]
-    axis.plot([row["step"] for row in training], losses, label="training", color="C0", alpha=0.4, lw=1)
-    smoothed = [row for row in steps if "smoothed_loss" in row]
-    axis.plot(
-        [row["step"] for row in smoothed], [row["smoothed_loss"] for row in smoothed], label="smoothed", color="C0"
-    )
+    training = [row for row in steps if curve.step in row]  # it was finite
+    values = [row[curve.step] for row in training]
+    axis.plot([row["step"] for row in training], values, label="training", color="C0", alpha=0.4, lw=1)
+    smoothed = [row for row in steps if f"smoothed_{curve.step}" in row]
+    smoothed_values = [row[f"smoothed_{curve.step}"] for row in smoothed]
+    axis.plot([row["step"] for row in smoothed], smoothed_values, label="smoothed", color="C0")
 
-    validation = [row for row in evaluations if row["val_loss"] is not None]
-    val_losses = [row["val_loss"] for row in validation]
-    axis.plot([row["step"] for row in validation], val_losses, label="validation", color="C1", marker="o", ms=3)
+    validation = [row for row in evaluations if row[curve.evaluation] is not None]
+    found = [row[curve.evaluation] for row in validation]
+    name = curve.evaluation.removeprefix("val_").replace("_", " ")
+    axis.plot([row["step"] for row in validation], found, label="validation", color="C1", marker="o", ms=3)
 
-    if len(losses) > 20:
+    if curve is LOSS and len(values) > 20:
         # 2 % are higher, as the first steps are, and would flatten the rest.
-        high = sorted(losses)[-1 - len(losses) // 50]
+        high = sorted(values)[-1 - len(values) // 50]
         axis.set_ylim(top=high * 1.03)
-    if val_losses:
-        title = f"{title}, validation loss {val_losses[-1]:.3f}"
-    axis.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    if found:
+        title = f"{title}, validation {name} {found[-1]:.3f}"
+    axis.set(xlabel="step", ylabel=curve.label, title=title)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)

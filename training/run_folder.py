@@ -5,6 +5,7 @@ out/run/  config.json, config.py    the resolved config; the second is one to gi
           data.json                 the data's meta.json: its tokenizer for sample.py
           state.json                for scripts: running, stopped, finished or diverged, the step, how to go on
           metrics.jsonl, loss.png   a line a step, and a line an evaluation; metrics*.png: what the model measures
+          samples.jsonl             of reinforcement learning: what the model wrote, with its rewards
           step-*, latest, best      checkpoints (checkpoint.py)
           .lock                     held by the run at work here
 """
@@ -52,7 +53,8 @@ FILES_OF_A_RUN = (
     r"data\.json",
     r"state\.json",
     r"metrics\.jsonl",
-    r"loss\.png",
+    r"samples\.jsonl",
+    r"(loss|reward|accuracy)\.png",
     r"metrics\.png",
     r"metrics-.*\.png",
     "tensorboard",
@@ -88,6 +90,21 @@ def is_from_hugging_face(path: Path) -> bool:
     return file.exists() and "knobs" not in hf.read_json(file)
 
 
+def claim(out: Path, resume: bool | str, overwrite: bool) -> tuple:
+    """Takes a run's folder as the knobs say; returns (its lock, whether a run is there). ValueError where one is.
+
+    The lock is held while this process lives.
+    """
+    already_there = bool(resume and folders(out)) or exists(out)
+    if resume is True and not already_there:
+        raise ValueError(f"--resume given but no checkpoint in {out}")
+    held = lock(out)
+    if already_there and not (resume or overwrite) and has_begun(out):
+        choices = "go on with --resume, delete it with --overwrite, or choose another --out_dir"
+        raise ValueError(f"{out} already holds a run: {choices}")
+    return held, already_there
+
+
 def has_begun(out: Path) -> bool:
     """Returns whether a run has done a step: one that died before has nothing that could be lost."""
     return bool(folders(out)) or any(row["step"] > 0 for row in metrics_of(out))
@@ -103,7 +120,7 @@ def source(model: str) -> dict[str, Path]:
     """Returns the code of a run, {name: file}: ours, and of the variants the one that it trains."""
     variant = Path(sys.modules[f"model_{model}"].__file__)
     files = {variant.name: variant}
-    for folder in ("", "training", "distributed", "data"):
+    for folder in ("", "training", "distributed", "data", "evals"):
         for path in sorted((ROOT / folder).glob("*.py")):
             if not path.name.startswith("model_"):
                 files[str(path.relative_to(ROOT))] = path
@@ -227,8 +244,12 @@ def saved_knob(out: Path, name: str):
 
 # ---- what it did ----------------------------------------------------------------------------------------------------
 def metrics_of(out: Path) -> Iterator[dict]:
-    """Yields the rows of metrics.jsonl; a line that is none, such as one that a crash cut short, is left out."""
-    path = out / "metrics.jsonl"
+    """Yields the rows of a run's metrics.jsonl."""
+    return rows_of(out / "metrics.jsonl")
+
+
+def rows_of(path: Path) -> Iterator[dict]:
+    """Yields the rows of a file; a line that is none, such as one that a crash cut short, is left out."""
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:

@@ -71,6 +71,8 @@ class Stage:
             for name, text in zip(self.val_names, loader.mixture.texts):
                 line += f"; {name}: {100 * text.utilisation:.1f} % of its windows is text, "
                 line += f"{text.n_long} documents longer than {self.block_size} are {fate}"
+                if text.n_without_target:
+                    line += f", {text.n_without_target} windows have nothing to learn"
         return line
 
     def evaluations(self, eval_tokens: int, rank: int, world_size: int, device: str) -> Iterator[tuple]:

@@ -1,0 +1,313 @@
+"""Reinforcement learning by groups of samples: GRPO (https://arxiv.org/abs/2402.03300) and what came of it.
+
+    python grpo.py --init_from=out/sft --data=problems.jsonl --rewards=math:1 --out_dir=out/grpo
+    torchrun --standalone --nproc_per_node=8 grpo.py config/grpo_gsm8k.py
+
+A step samples G answers to each of some problems, r is the reward of each, and within a group of G
+
+    A = (r - mean r) / (std r + 1e-4)                        scale_rewards=none: A = r - mean r
+    ratio = p(token) / p_old(token)                          of the policy, and as it was when it wrote the answer
+    loss of a token = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + beta KL(policy, reference)
+
+What a token's loss counts in the sum over an answer of n tokens, N answers that have n_total tokens together:
+
+    grpo      1 / (n N)         each answer alike, so that a token of a long one counts less
+    dapo      1 / n_total       each token alike (https://arxiv.org/abs/2503.14476)
+    dr_grpo   1 / (N n_max)     as dapo, whatever the lengths are: n_max = max_new_tokens (https://arxiv.org/abs/2503.20783)
+    gspo      as grpo, and the ratio is one for the whole answer: exp(mean log ratio) (https://arxiv.org/abs/2507.18071)
+    cispo     as dapo, with -min(ratio, 1 + clip_high).detach() A log p (https://arxiv.org/abs/2506.13585)
+
+Watch `reward`, and `logprob_difference`: the largest |log p by the sampler - log p by the trainer| of a step's tokens.
+Above 1e-3 in float32 a cache, a mask or a position is wrong. The loss says little: without a reference it is
+about 0 by construction. With `teacher` there are no rewards, and A of a token is log p_teacher - log p: on-policy
+distillation (https://arxiv.org/abs/2306.13649).
+"""
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from configurator import configure
+from data.text import print_any_text
+from distributed import processes
+from evals import rewards as rewards_of
+from training import load, machine, output, start
+from training.answers import Problems, Writer, evaluate, samples_of, score, summary
+from training.checkpoint import CheckpointError
+from training.knobs import check_run
+from training.pictures import Curve
+from training.policy import build, frozen, load_like, logprobs, only_known_tokens, pad
+from training.run import Run
+
+# ---- knobs: every field of the model's GPTConfig is one too ----------------------------------------------------------
+# model and data
+model = "baseline"  # which model_<model>.py: that of init_from
+init_from = ""  # the policy to begin with: a run, a checkpoint or a Hugging Face folder, that knows chats
+data: str | list = ""  # problems to answer: a .jsonl file, or a named set such as gsm8k
+eval_data = ""  # problems that are never trained on
+out_dir = "out/grpo"  # the run: config, metrics, samples, checkpoints, picture
+seed = 1  # of the order of problems and of what is sampled
+think: Literal["free", "always", "never"] = (
+    "free"  # answers begin as the model likes, with <think>, or without thoughts
+)
+# rewards
+rewards = "math:1"  # name:weight, ...: math, format, arithmetic, code, a file's my_rewards:my_function
+reward_model = ""  # the run of a reward model, whose score is a reward of weight reward_model_weight
+reward_model_weight = 1.0
+allow_code_execution = False  # run the programs of answers, in the sandbox: what the reward `code` needs
+# samples
+group_size = 8  # answers to each problem
+problems_per_step = 48  # over all devices
+max_new_tokens = 256  # of an answer: longer ones are cut
+temperature = 1.0  # of sampling; the trainer's logits are divided by it, too
+think_budget = 0  # above 0: thoughts are ended after so many tokens
+rollout_rows = 512  # answers that a device samples at once: lower it if memory runs out
+# loss
+loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dapo"
+scale_rewards: Literal["group", "none"] = "group"  # divide by the standard deviation (with n - 1) of the group
+clip_low = 0.2
+clip_high = 0.28
+beta = 0.0  # of the KL divergence to the policy of init_from; 0: that is not even loaded
+mask_truncated = False  # learn nothing from answers that were cut
+teacher = ""  # the run of a model to learn from instead of rewards, of the same vocabulary
+# optimizer
+optimizer: Literal["muon", "adamw"] = "adamw"
+max_steps = 100  # each with new samples
+updates_per_batch = 1  # of the optimizer on the samples of a step; from the second on the ratio is not 1
+micro_batch = 64  # answers at once on a device: lower it if memory runs out
+learning_rate = 1e-6  # for billions of parameters; 3e-4 for a third of a million
+min_lr = 0.0  # where the schedule ends
+warmup_steps = 0  # in which the learning rate rises to its value
+schedule: Literal["cosine", "wsd", "constant"] = "constant"
+weight_decay = 0.0
+beta1 = 0.9  # of AdamW
+beta2 = 0.95
+grad_clip = 1.0  # 0: off
+# loop
+eval_every = 20  # steps; also at the end. The step is saved first
+eval_problems = 128  # of eval_data, the first ones; 0: all
+eval_samples = 0  # k: sample so many answers to each of them as well, for pass@1 and pass@k
+save_every = 100  # steps; also before each evaluation and at the end
+keep_last = 3  # checkpoints, besides the best; 0: all
+log_every = 1  # steps between printed lines; metrics.jsonl gets every step
+log_samples = 4  # answers of each step that go to samples.jsonl, with their rewards
+wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases too
+tensorboard = False  # write out_dir/tensorboard too
+# system
+device = "auto"  # cuda, cuda:1, mps or cpu; auto: the first of these that is there
+dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: the best that the device is fast at
+kernels = False  # Triton kernels in place of PyTorch's, on GPUs since the H100
+deterministic = False  # the same bits each time, on a GPU as well; slower
+timeout = 600  # seconds that a process waits for another: samples end at different times
+resume: bool | Literal["auto"] = False  # go on from the newest whole checkpoint of the run in out_dir; auto: or begin
+overwrite = False  # delete the run that is in out_dir
+
+
+THINK = {"free": None, "always": True, "never": False}
+LINE = (
+    "reward {reward:.3f} +- {reward_std:.3f} | {length:.1f} tokens, {thinks:.0%} think, {cut:.0%} cut | entropy "
+    "{entropy:.3f} | {flat_groups:.0%} flat | logprob difference {logprob_difference:.1e} | norm {grad_norm:.3f}"
+)
+
+
+# ---- the algorithm ---------------------------------------------------------------------------------------------------
+def advantages(rewards, scale_rewards):
+    """Returns by how much each reward is better than the mean of its group: (problems, G), as rewards are."""
+    above = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale_rewards == "group":
+        above = above / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    return above
+
+
+def policy_loss(logp, old_logp, advantage, is_target, loss_type, clip_low, clip_high):
+    """Returns the loss of each token (rows, T), and whether it was clipped: below 1 - clip_low, above 1 + clip_high.
+
+    logp, old_logp: log p of each token, now and when it was sampled. advantage: (rows, 1), or (rows, T).
+    """
+    log_ratio = (logp - old_logp) * is_target
+    if loss_type == "gspo":
+        lengths = is_target.sum(dim=1, keepdim=True).clamp(min=1)
+        log_ratio = (log_ratio.sum(dim=1, keepdim=True) / lengths).expand_as(logp)
+    ratio = log_ratio.exp()
+    if loss_type == "cispo":
+        loss = -ratio.clamp(max=1 + clip_high).detach() * advantage * logp
+    else:
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+        loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    is_low = (ratio < 1 - clip_low) & (advantage < 0) & is_target
+    is_high = (ratio > 1 + clip_high) & (advantage > 0) & is_target
+    return loss * is_target, is_low, is_high
+
+
+def kl_to_reference(logp, reference_logp):
+    """Returns an estimate of KL(policy, reference) at each token: never negative, and right in the mean (k3)."""
+    log_ratio = reference_logp - logp
+    return log_ratio.exp() - log_ratio - 1
+
+
+def token_weights(is_target, loss_type, max_new_tokens, answers, tokens):
+    """Returns what the loss of each token counts (rows, T). answers, tokens: how many all processes have together."""
+    if loss_type in ("grpo", "gspo"):
+        lengths = is_target.sum(dim=1, keepdim=True).clamp(min=1)
+        return is_target / (lengths * max(answers, 1))
+    if loss_type == "dr_grpo":
+        return is_target / (max(answers, 1) * max_new_tokens)
+    return is_target / max(tokens, 1)
+
+
+class Batch:
+    """Answers that are learned from at once, as rows of T tokens, and what is known of them before the first update."""
+
+    def __init__(self, lessons, eot_id, device):
+        """lessons: (answer, its advantage) of each row."""
+        answers = [answer for answer, _ in lessons]
+        self.x, self.y = pad([a.problem.prompt for a in answers], [a.ids for a in answers],
+                             [a.is_target for a in answers], eot_id, device)  # fmt: skip
+        self.is_target = self.y >= 0  # (rows, T)
+        self.advantage = torch.tensor([advantage for _, advantage in lessons], device=device)[:, None]  # (rows, 1)
+        self.sampled_logp = torch.zeros_like(self.x, dtype=torch.float32)  # (rows, T), by the sampler
+        for row, answer in enumerate(answers):
+            first = len(answer.problem.prompt) - 1
+            self.sampled_logp[row, first : first + len(answer.ids)] = torch.tensor(answer.logprobs)
+        self.old_logp = None  # (rows, T), by the trainer
+        self.reference_logp = None
+
+
+def add_gradients(net, reference, batches, answers, tokens, here):
+    """Adds up the gradients of a step's batches; returns their loss, and {name: sum over tokens} of what to look at.
+
+    answers, tokens: how many are learned from in all processes together.
+    """
+    autocast = here.autocast()
+    sums = Counter()
+    for i, batch in enumerate(batches):
+        with processes.backward_of(net, last=i == len(batches) - 1):
+            with autocast:
+                logp, auxiliary = logprobs(net, batch.x, batch.y)
+            if batch.old_logp is None:
+                batch.old_logp = logp.detach()
+                if reference is not None:
+                    with torch.no_grad(), autocast:
+                        batch.reference_logp, _ = logprobs(reference, batch.x, batch.y)
+            if teacher:
+                batch.advantage = batch.reference_logp - batch.old_logp
+            losses, is_low, is_high = policy_loss(
+                logp, batch.old_logp, batch.advantage, batch.is_target, loss_type, clip_low, clip_high
+            )
+            if beta:
+                kl = kl_to_reference(logp, batch.reference_logp) * batch.is_target
+                losses = losses + beta * kl
+                sums["kl"] += kl.sum().item()
+            weights = token_weights(batch.is_target, loss_type, max_new_tokens, answers, tokens)
+            loss = (losses * weights).sum() + auxiliary * len(batch.x) / max(answers, 1)
+            (loss * here.world_size).backward()  # processes are averaged: this makes it a sum
+        sums["loss"] += loss.item()
+        sums["clipped_low"] += is_low.sum().item()
+        sums["clipped_high"] += is_high.sum().item()
+    return sums
+
+
+def logprob_difference(batches):
+    """Returns the largest |log p by the sampler - log p by the trainer| of all tokens of this process."""
+    between = [((b.sampled_logp - b.old_logp) * b.is_target).abs().max().item() for b in batches]
+    return max(between, default=0.0)
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+def main():
+    config = configure(globals(), starting_from=start.knobs_of)
+    output.outlast_readers()
+    print_any_text()
+    try:
+        check_run(config)
+        if group_size < 2:
+            raise ValueError("group_size=1: an answer is compared with others to the same problem, so give 2 or more")
+        if problems_per_step < processes.launched()[1]:
+            raise ValueError(f"problems_per_step={problems_per_step} gives some processes none: raise it")
+        here = machine.join(device, dtype, timeout, deterministic=deterministic)
+
+        # 1. models
+        policy, tokenizer = build(config, here)
+        reference = None
+        if teacher:
+            reference = load_like(teacher, tokenizer, here.device)
+        elif beta:
+            reference = frozen(policy)
+        for each in (policy, reference):
+            if each is not None:
+                only_known_tokens(each, tokenizer, temperature)
+        net = processes.averaging_gradients(policy, here.device) if here.parallel == "ddp" else policy
+
+        # 2. problems and rewards
+        room = policy.config.block_size + 1 - max_new_tokens
+        problems = Problems(data, tokenizer, THINK[think], room, here)
+        held_out = Problems(eval_data, tokenizer, THINK[think], room, here) if eval_data else None
+        judges = rewards_of.load(rewards, allow_code_execution)
+
+        # 3. the run's folder
+        identity = {"data": data, "tokenizer": tokenizer.fingerprint, "data_fingerprint": problems.fingerprint}
+        run = Run(config, here, policy, tokenizer, identity, Curve("reward", "eval_reward", "reward"))
+    except (OSError, ValueError, CheckpointError) as error:
+        processes.fail(error)
+    stop = load.stop_tokens(tokenizer, Path(init_from))
+    writer = Writer(policy, tokenizer, stop, max_new_tokens, seed, here.autocast(), think_budget, rollout_rows)
+    policy.train()
+
+    while True:
+        run.save_if_due()
+        if held_out and run.evaluation_is_due:
+            report = evaluate(writer, held_out.all[: eval_problems or None], judges, eval_samples, here)
+            run.note_evaluation(report, error=-report["eval_reward"])
+        if run.is_done or run.asked_to_stop():
+            run.save_if_due(now=True)
+            break
+
+        # 1. G answers to each problem, and their rewards
+        begin = time.perf_counter()
+        answers = writer.write(problems.of_step(run.step, problems_per_step, seed), run.step, group_size)
+        sampled = time.perf_counter()
+        scores = score(judges, answers)
+
+        # 2. what is learned from: nothing, where all answers of a group have the same reward
+        groups = torch.tensor(scores.totals).view(-1, group_size)
+        is_flat = (groups == groups[:, :1]).all(dim=1).repeat_interleave(group_size)
+        lessons = []
+        for answer, advantage, flat in zip(answers, advantages(groups, scale_rewards).flatten().tolist(), is_flat):
+            if (teacher or not flat) and not (mask_truncated and answer.is_cut):
+                lessons.append((answer, advantage))
+        own = [len(lessons), sum(sum(answer.is_target) for answer, _ in lessons)]
+        n_answers, n_tokens = processes.all_sum(own, here.device)
+        if not lessons:  # others wait for this process's gradients, and be they 0
+            lessons = [(answers[0]._replace(is_target=[False] * len(answers[0].ids)), 0.0)]
+        lessons.sort(key=lambda lesson: len(lesson[0].problem.prompt) + len(lesson[0].ids))  # little is filled up then
+        batches = [Batch(lessons[i : i + micro_batch], tokenizer.eot_id, here.device)
+                   for i in range(0, len(lessons), micro_batch)]  # fmt: skip
+
+        # 3. learn
+        lr, norm = 0.0, 0.0
+        sums = Counter()
+        for _ in range(updates_per_batch if n_tokens else 0):
+            sums = add_gradients(net, reference, batches, n_answers, n_tokens, here)
+            lr, norm = run.update()
+        trained = time.perf_counter()
+
+        # 4. log: shares are of what was learned from, of the last update
+        names = ("loss", "kl", "clipped_low", "clipped_high")
+        loss, kl, low, high = processes.all_sum([sums[name] for name in names], here.device)
+        row = summary(answers, scores)
+        row["flat_groups"] = sum(sum(processes.gather(is_flat.tolist()), [])) / (problems_per_step * group_size)
+        row["logprob_difference"] = max(processes.gather(logprob_difference(batches))) if n_tokens else 0.0
+        row |= {"loss": loss, "lr": lr, "grad_norm": norm, "kl": kl / max(n_tokens, 1),
+                "clipped_low": low / max(n_tokens, 1), "clipped_high": high / max(n_tokens, 1),
+                "sampled_per_second": sum(len(a.ids) for a in answers) * here.world_size / (sampled - begin),
+                "trained_per_second": n_tokens * updates_per_batch / (trained - sampled)}  # fmt: skip
+        run.note_samples(samples_of(answers[:log_samples], scores, tokenizer))
+        run.end_step(row, LINE.format_map(row))
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

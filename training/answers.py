@@ -1,0 +1,168 @@
+"""Problems, and the answers that a model samples to them: what it is scored on, and learns from."""
+
+import hashlib
+import json
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import generate
+from data import chat
+from data.loader import draw
+from data.problems import problems
+from data.tokenizers import Tokenizer
+from distributed import processes
+from evals import rewards
+from training import load
+from training.machine import Machine
+
+ORDER = 7  # the kind of draws by which problems are ordered (data/loader.draw)
+
+
+class Problem(NamedTuple):
+    number: int  # in its file
+    prompt: list[int]
+    row: dict  # with what its answers are scored by
+
+
+class Answer(NamedTuple):
+    problem: Problem
+    ids: list[int]  # with the token that ended it
+    logprobs: list[float]  # of each, as it was sampled
+    entropies: list[float]  # of the distribution that each was sampled from
+    is_target: list[bool]  # for each, whether it was chosen: the end of thoughts may have been forced
+    is_cut: bool  # at max_new_tokens
+    text: str
+
+    @property
+    def thinks(self) -> bool:
+        """Returns whether it, or its prompt, has thoughts that are not empty."""
+        thoughts, _ = chat.split_thinking(self.text)
+        return bool(thoughts and thoughts.strip())
+
+
+class Problems:
+    """The problems of a file or a named set that leave room for an answer. ValueError where there are none."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer, think: bool | None, room: int, here: Machine):
+        """room: tokens that a prompt may have. think: as chat.prompt has it."""
+        self.here = here
+        self.all = []
+        too_long = 0
+        digest = hashlib.sha256()
+        for messages, row in problems(source):
+            prompt = chat.prompt(tokenizer, messages, think)
+            too_long += len(prompt) > room
+            if len(prompt) <= room:
+                self.all.append(Problem(len(self.all), prompt, row))
+                digest.update(json.dumps([prompt, row], sort_keys=True, default=str).encode())
+        self.fingerprint = digest.hexdigest()
+        if not self.all:
+            raise ValueError(
+                f"{source}: no problem leaves room for an answer, of {too_long}: lower max_new_tokens, or take a model "
+                "with a larger block_size"
+            )
+        left_out = f", and {too_long:,} more leave no room for an answer" if too_long else ""
+        here.say(f"{source}: {len(self.all):,} problems{left_out}")
+
+    def of_step(self, step: int, n: int, seed: int) -> list[Problem]:
+        """Returns this process's share of the n problems of a step: all of them once before any comes again."""
+        places, _ = draw(step * n + np.arange(n), len(self.all), seed, ORDER)
+        return [self.all[i] for i in self.here.share(places)]
+
+
+class Writer:
+    """Samples answers of a model. Each is a function of the weights and of (seed, step, problem, sample) alone."""
+
+    def __init__(
+        self, model: torch.nn.Module, tokenizer: Tokenizer, stop: set[int], max_new_tokens: int, seed: int,
+        autocast, think_budget: int = 0, rows: int = 512,
+    ):  # fmt: skip
+        self.model = model
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self.autocast = autocast
+        self.budget = load.think_budget(tokenizer, think_budget) if think_budget else None
+        self.rows = rows  # at once
+
+    @torch.no_grad()
+    def write(self, some: list[Problem], step: int, n: int, temperature: float = 1.0) -> list[Answer]:
+        """Returns n answers to each problem, side by side. temperature=0: the likeliest token each time."""
+        was_training = self.model.training
+        self.model.eval()
+        answers = []
+        at_once = max(self.rows // n, 1)
+        for begin in range(0, len(some), at_once):
+            part = some[begin : begin + at_once]
+            prompts = [problem.prompt for problem in part]
+            uniforms = generate.draws(self.seed, step, [problem.number for problem in part], n, self.max_new_tokens)
+            with self.autocast:
+                found = generate.rollout(
+                    self.model, prompts, self.max_new_tokens, num_samples=n, uniforms=uniforms, stop=self.stop,
+                    temperature=temperature, think_budget=self.budget,
+                )  # fmt: skip
+            for i, row in enumerate(zip(found.tokens, found.logprobs, found.entropies, found.forced, found.cut)):
+                ids, logprobs, entropies, forced, is_cut = row
+                text = self.tokenizer.decode([token for token in ids if token not in self.stop])
+                is_target = [not was_forced for was_forced in forced]
+                answers.append(Answer(part[i // n], ids, logprobs, entropies, is_target, is_cut, text))
+        self.model.train(was_training)
+        return answers
+
+
+# ---- what is said of them --------------------------------------------------------------------------------------------
+def summary(answers: list[Answer], scores) -> dict:
+    """Returns means, and extremes of the lengths, over the answers of all processes. scores: of rewards.score."""
+    columns = {
+        "reward": scores.totals,
+        **{f"reward_{name}": values for name, values in scores.parts.items()},
+        "length": [len(answer.ids) for answer in answers],
+        "cut": [answer.is_cut for answer in answers],
+        "thinks": [answer.thinks for answer in answers],
+        "entropy": [sum(answer.entropies) / len(answer.ids) for answer in answers],
+    }
+    found = {}
+    for name, own in columns.items():
+        values = np.array(sum(processes.gather(list(own)), []), float)
+        found[name] = float(values.mean())
+        if name == "reward":
+            found["reward_std"] = float(values.std())
+        if name == "length":
+            found["length_min"], found["length_max"] = float(values.min()), float(values.max())
+    return found
+
+
+def evaluate(writer: Writer, some: list[Problem], judges: list, samples: int, here) -> dict:
+    """Returns what greedy answers to problems are worth: their summary, each name with eval_ before it.
+
+    samples: above 0, so many answers are sampled to each problem, too: pass_at_1 is the share of those that the first
+    of the rewards gives 1 or more, pass_at_<samples> the share of the problems with one or more of these.
+    """
+    own = here.share(some)
+    answers = writer.write(own, step=0, n=1, temperature=0.0)
+    report = {f"eval_{name}": value for name, value in summary(answers, score(judges, answers)).items()}
+    if samples:
+        answers = writer.write(own, step=0, n=samples)
+        first, *_ = score(judges, answers).parts.values()
+        passed = np.array(sum(processes.gather(first), [])).reshape(-1, samples) >= 1
+        report["pass_at_1"] = float(passed.mean())
+        report[f"pass_at_{samples}"] = float(passed.any(axis=1).mean())
+    return report
+
+
+def score(judges: list, answers: list[Answer]):
+    """Returns what rewards.score says of answers."""
+    return rewards.score(judges, [answer.text for answer in answers], [answer.problem.row for answer in answers])
+
+
+def samples_of(answers: list[Answer], scores, tokenizer: Tokenizer) -> list[dict]:
+    """Returns rows for samples.jsonl."""
+    rows = []
+    for i, answer in enumerate(answers):
+        parts = {name: values[i] for name, values in scores.parts.items()}
+        prompt = tokenizer.decode(answer.problem.prompt)
+        rows.append({"prompt": prompt, "answer": answer.text, "reward": scores.totals[i], **parts})
+    return rows
