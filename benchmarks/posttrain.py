@@ -1,13 +1,12 @@
 """`python bench.py posttrain`: from nothing to a model that thinks when it is told to, on sums of three numbers.
 
-Pretraining, fine-tuning on conversations, GRPO, fusion of both ways of answering, GRPO again, online DPO: each stage is a
-command with a config of config/arithmetic, and goes on from the run of the one before. After each one the model answers
-the held-out questions of data/arithmetic.py. What is finished is not done again, as long as nothing of it has changed.
+Pretraining, fine-tuning on conversations, GRPO, fusion of both ways of answering, GRPO again, online DPO: each stage is
+a command with a config of config/arithmetic, and goes on from the run of the one before. After each one the model
+answers the held-out questions of data/arithmetic.py. What is finished is not done again, until what decides it changes.
 """
 
 import hashlib
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -48,7 +47,7 @@ STAGES = {
     "sft": Stage("train.py", "pretrain", "SFT, a quarter of it thinks"),
     "grpo": Stage("grpo.py", "sft", "GRPO, rewarded for right answers"),
     "dpo_offline": Stage("dpo.py", "grpo", "*beside it: plain DPO, pairs sampled once*"),
-    "fusion": Stage("train.py", "grpo", "SFT with /think and /no_think"),
+    "fusion": Stage("train.py", "grpo", "SFT of both ways, by a switch"),
     "grpo_mixed": Stage("grpo.py", "fusion", "GRPO with both switches"),
     "dpo_online": Stage("dpo.py", "grpo_mixed", "online DPO with nll_coef=1"),
 }
@@ -107,10 +106,11 @@ def command_of(name: str, seed: int, device: str) -> list[str]:
 
 
 def key_of(name: str, seed: int, device: str) -> str:
-    """Returns a hash of what decides what comes of a stage: its command, its config, the data, and the stages before."""
+    """Returns a hash of what decides a stage: its command, its config, the data, and the stages before it."""
     command = command_of(name, seed, device)
     stage = STAGES[name]
-    parts = [*command, (ROOT / command[1]).read_text(), (ROOT / "data/arithmetic.py").read_text()]
+    parts = [*command, (ROOT / command[1]).read_text()]
+    parts += [file.read_text() for file in sorted((ROOT / DATA).glob("*.json*"))]
     if stage.before:
         parts.append(key_of(stage.before, seed, device))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -199,7 +199,7 @@ def ask(model, tokenizer, rows, switch, think, temperature):
         thinking, answer = chat.split_thinking(text)
         right.append(answer.strip() == row["answer"])
         thinks.append(bool(thinking))
-        obeys.append(arithmetic.obeys_switch(text, {"question": question}))
+        obeys.append(arithmetic.obeys_switch(text, question))
     tokens = [len(tokenizer.encode(text, special=True)) + 1 for text in texts]  # with the one that ends the turn
     return {
         "accuracy": statistics.mean(right),
@@ -294,8 +294,8 @@ def interpretation(result) -> list[str]:
     gain = mean_of(result, "grpo", "greedy") - mean_of(result, "sft", "greedy")
     mode = mean_of(result, "sft", "forced to think") - mean_of(result, "sft", "greedy")
     return [
-        f"- Pretraining taught the sums: as plain text, {worked:.1%} of the held-out ones are worked out right. Nothing "
-        "below adds to that; it is about when the model uses it.",
+        f"- Pretraining taught the sums: as plain text, {worked:.1%} of the held-out ones are worked out right. What "
+        "follows adds little to that: it is about when the model makes use of it.",
         f"- GRPO lifts greedy answers from {percent('sft', 'greedy')} to {percent('grpo', 'greedy')}, and "
         f"{mode / gain:.0%} of the gain is the choice to think: forced to, the model of SFT was right in "
         f"{percent('sft', 'forced to think')} before. What is beyond that is little more than what chance does.",

@@ -9,9 +9,9 @@
 
 pretrain.jsonl   documents of plain text: facts such as 94+55=149, and worked sums, in which a sum's own steps follow it
 sft.jsonl        conversations, of which a quarter think and the others answer at once
-fusion.jsonl     as many that think, after /think, as answer at once, after /no_think
+fusion.jsonl     half think, after /think or without a switch, and half answer at once, after /no_think
 rl.jsonl         questions with their answers, to learn from by trying
-rl_mixed.jsonl   the same with a switch, /think or /no_think, in each question
+rl_mixed.jsonl   the same with these switches
 held_out.jsonl   400 questions for evaluation: no other file has one of them, nor one with its numbers in another order
 tokenizer.json   24 tokens: digits one by one, and one token for each word of the chat format
 """
@@ -25,6 +25,7 @@ import numpy as np
 
 HELD_OUT = 400
 THINKING_SHARE = 0.25  # of the first conversations
+SWITCHES = (" /think", " /no_think", "", " /no_think")  # they take turns; without one a model is to think
 CHARACTERS = "\n +0123456789="
 # In characters the chat format would be longer than a sum. The empty line is a token of its own, as in Qwen's
 # tokenizers: a prompt that ends with "<think>" and one line break can only go on with a thought.
@@ -104,11 +105,10 @@ def sft_rows(rng: np.random.Generator, n: int) -> Iterator[dict]:
 
 
 def fusion_rows(rng: np.random.Generator, n: int) -> Iterator[dict]:
-    """Yields conversations that think and that do not in turn, each with the switch that says so."""
     source = problems(rng)
     for i in range(n):
-        think = i % 2 == 0
-        yield conversation(next(source), think, " /think" if think else " /no_think")
+        switch = SWITCHES[i % len(SWITCHES)]
+        yield conversation(next(source), switch != " /no_think", switch)
 
 
 def rl_rows(rng: np.random.Generator, n: int, switches: tuple = ("",)) -> Iterator[dict]:
@@ -124,13 +124,17 @@ def held_out_rows() -> Iterator[dict]:
         yield {"question": question(problem), "answer": answer(problem)}
 
 
-def obeys_switch(completion: str, row: dict) -> float:
-    """Returns 1.0 where a completion thinks, or has an empty block, as its question's switch says: a reward."""
+def obeys_switch(completion: str, question: str) -> bool:
+    """Returns whether a completion thinks, or has an empty block, as its question says; without a switch it thinks."""
     if "</think>" not in completion:
-        return 0.0
+        return False
     thought = completion.split("</think>")[0].removeprefix("<think>").strip()
-    wanted = not row["question"].endswith("/no_think")
-    return float(bool(thought) == wanted)
+    return bool(thought) != question.endswith("/no_think")
+
+
+def obedience(completions: list[str], rows: list[dict]) -> list[float]:
+    """Returns 1.0 for each completion that obeys the switch of its row, else 0.0: a reward for grpo.py."""
+    return [float(obeys_switch(text, row["question"])) for text, row in zip(completions, rows)]
 
 
 def write_all(out: Path, seed: int, sizes: dict) -> None:
@@ -145,7 +149,7 @@ def write_all(out: Path, seed: int, sizes: dict) -> None:
         "sft": sft_rows(rng(2), sizes["sft"]),
         "fusion": fusion_rows(rng(3), sizes["fusion"]),
         "rl": rl_rows(rng(4), sizes["rl"]),
-        "rl_mixed": rl_rows(rng(5), sizes["rl"], (" /think", " /no_think")),
+        "rl_mixed": rl_rows(rng(5), sizes["rl"], SWITCHES),
         "held_out": held_out_rows(),
     }
     for name, rows in files.items():
@@ -159,9 +163,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(""), help="(default: data/arithmetic)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--pretrain", type=int, default=350_000, help="documents: 20 tokens each (default: 350,000)")
+    parser.add_argument("--pretrain", type=int, default=150_000, help="documents: 20 tokens each (default: 150,000)")
     parser.add_argument("--sft", type=int, default=2_000, help="conversations (default: 2,000)")
-    parser.add_argument("--fusion", type=int, default=4_000, help="conversations (default: 4,000)")
+    parser.add_argument("--fusion", type=int, default=20_000, help="conversations (default: 20,000)")
     parser.add_argument("--rl", type=int, default=4_000, help="questions (default: 4,000)")
     args = parser.parse_args(argv)
     sizes = {"pretrain": args.pretrain, "sft": args.sft, "fusion": args.fusion, "rl": args.rl}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 
@@ -9,6 +10,7 @@ from data import arithmetic
 from data.prepare import prepare
 from data.shards import Shards
 from data.tokenizers import load_tokenizer
+from evals import rewards
 
 SIZES = ["--pretrain=3000", "--sft=800", "--fusion=200", "--rl=100"]
 
@@ -81,31 +83,33 @@ def test_answers_are_right_and_thinking_leads_to_them(folder):
             assert sum(map(int, row["question"].split("+"))) == int(row["answer"])
 
 
-def test_a_quarter_of_the_first_conversations_think_and_half_of_those_with_a_switch_as_it_says(folder):
+def test_a_quarter_of_the_first_conversations_think_and_half_of_those_with_switches_as_they_say(folder):
     share = sum("thinking" in row["messages"][1] for row in rows_of(folder, "sft")) / 800
     assert abs(share - 0.25) < 5 * (0.25 * 0.75 / 800) ** 0.5
-    switches = {True: 0, False: 0}
+    switches = Counter()
     for row in rows_of(folder, "fusion"):
         user, assistant = row["messages"]
-        switch = user["content"].split()[1]
-        assert ("thinking" in assistant) == (switch == "/think") and switch in ("/think", "/no_think")
-        switches["thinking" in assistant] += 1
-    assert switches == {True: 100, False: 100}
+        _, _, switch = user["content"].partition(" ")
+        assert ("thinking" in assistant) == (switch != "/no_think")
+        switches[switch] += 1
+    assert switches == {"/think": 50, "": 50, "/no_think": 100}
 
 
 @pytest.mark.parametrize(
     "question, completion, obeyed",
     [
-        ("1+2+3 /think", "<think>\n1+2=3\n3+3=6\n</think>\n\n6", 1.0),
-        ("1+2+3 /think", "<think>\n\n</think>\n\n6", 0.0),
-        ("1+2+3 /think", "6", 0.0),
-        ("1+2+3 /no_think", "<think>\n\n</think>\n\n6", 1.0),
-        ("1+2+3 /no_think", "<think>\n1+2=3\n3+3=6\n</think>\n\n6", 0.0),
-        ("1+2+3 /no_think", "6", 0.0),
+        ("1+2+3 /think", "<think>\n1+2=3\n3+3=6\n</think>\n\n6", True),
+        ("1+2+3", "<think>\n1+2=3\n3+3=6\n</think>\n\n6", True),
+        ("1+2+3 /think", "<think>\n\n</think>\n\n6", False),
+        ("1+2+3 /think", "6", False),
+        ("1+2+3 /no_think", "<think>\n\n</think>\n\n6", True),
+        ("1+2+3 /no_think", "<think>\n1+2=3\n3+3=6\n</think>\n\n6", False),
+        ("1+2+3 /no_think", "6", False),
     ],
 )
 def test_a_completion_obeys_the_switch_if_it_thinks_or_has_an_empty_block(question, completion, obeyed):
-    assert arithmetic.obeys_switch(completion, {"question": question}) == obeyed
+    assert arithmetic.obeys_switch(completion, question) == obeyed
+    assert rewards.load("data.arithmetic:obedience:2")[0].function([completion], [{"question": question}]) == [obeyed]
 
 
 def test_the_tokenizer_has_one_token_for_each_digit_and_each_word_of_a_chat(folder):

@@ -1,11 +1,11 @@
-# DPO on pairs that the model itself samples, anew every 10 steps; nll_coef keeps the better answer likely. Half a minute
-# on one CPU core. The last stage of `make posttrain`.
+# DPO on pairs that the model itself samples, anew every 10 steps; nll_coef keeps the better answer likely. Half a
+# minute on one CPU core. The last stage of `make posttrain`.
 init_from = "out/posttrain/grpo_mixed"
 data = "data/arithmetic/rl_mixed.jsonl"
 out_dir = "out/posttrain/dpo_online"
 
 online = 10
-rewards = "math:1,data.arithmetic:obeys_switch:2"
+rewards = "math:1,data.arithmetic:obedience:2"
 problems_per_round = 96
 group_size = 8
 max_new_tokens = 40

@@ -1,6 +1,8 @@
-# Both ways of answering, by a switch at the end of the question: as many conversations that think after /think as answer
-# at once after /no_think. GRPO had destroyed the way that it does not reward; 1 minute on one CPU core.
-# The data: python data/prepare.py data/arithmetic/fusion.jsonl --chat --tokenizer data/arithmetic/tokenizer.json --out data/arithmetic/fusion
+# Both ways of answering: half of the conversations answer at once, after /no_think, and half think, after /think or
+# without a switch. GRPO had destroyed the way that it does not reward. 1 minute on one CPU core.
+# The data: python data/arithmetic.py, and then
+#   python data/prepare.py data/arithmetic/fusion.jsonl --chat --out data/arithmetic/fusion \
+#       --tokenizer data/arithmetic/tokenizer.json
 init_from = "out/posttrain/grpo"
 data = "data/arithmetic/fusion"
 out_dir = "out/posttrain/fusion"
@@ -10,7 +12,7 @@ pack = "documents"
 block_size = 128
 batch_tokens = 2560  # 20 * 128
 micro_batch = 20
-max_steps = 300  # 5 epochs
+max_steps = 300  # 1 epoch
 learning_rate = 2e-3
 warmup_steps = 20
 weight_decay = 0.0

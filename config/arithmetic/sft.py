@@ -1,6 +1,8 @@
-# Conversations about sums, of which a quarter think: 338,736 parameters, 1 minute on one CPU core. What is learned first
-# is to answer at once, which is mostly wrong, and to think when told to, which is mostly right.
-# The data: python data/prepare.py data/arithmetic/sft.jsonl --chat --tokenizer data/arithmetic/tokenizer.json --out data/arithmetic/sft
+# Conversations about sums, of which a quarter think: 338,736 parameters, 1 minute on one CPU core. The model learns to
+# answer at once, which is mostly wrong; where it is made to think it is mostly right.
+# The data: python data/arithmetic.py, and then
+#   python data/prepare.py data/arithmetic/sft.jsonl --chat --out data/arithmetic/sft \
+#       --tokenizer data/arithmetic/tokenizer.json
 init_from = "out/posttrain/pretrain"
 data = "data/arithmetic/sft"
 out_dir = "out/posttrain/sft"
