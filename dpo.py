@@ -35,6 +35,7 @@ from training.knobs import check_run
 from training.pairs import Pair
 from training.pictures import Curve
 from training.policy import build, frozen, logprobs, only_known_tokens, pad
+from training.reward_model import learned_reward
 from training.run import Run
 
 # ---- knobs: every field of the model's GPTConfig is one too ----------------------------------------------------------
@@ -55,6 +56,7 @@ nll_coef = 0.0  # 1: keeps the chosen answers likely
 # pairs that the policy samples
 online = 0  # n: every n steps; 0: data has the pairs
 rewards = "math:1"  # what makes an answer better, as in grpo.py; also of the answers to eval_data
+reward_model = ""  # the run of reward.py whose score is the reward `learned`
 allow_code_execution = False  # run the programs of answers, in the sandbox
 problems_per_round = 64  # over all devices
 group_size = 8  # answers to each, of which the best and the worst make a pair
@@ -234,7 +236,8 @@ def main():
         offline = [] if online else pairs.read(data, tokenizer, longest, here)
         held_out = pairs.read(eval_pairs, tokenizer, longest, here) if eval_pairs else None
         problems = Problems(eval_data, tokenizer, None, room, here) if eval_data else None
-        judges = rewards_of.load(rewards, allow_code_execution) if online or eval_data else None
+        learned = learned_reward(reward_model, tokenizer, here) if reward_model else None
+        judges = rewards_of.load(rewards, allow_code_execution, learned) if online or eval_data else None
         identity = {"data": data, "tokenizer": tokenizer.fingerprint,
                     "data_fingerprint": source.fingerprint if online else pairs.fingerprint(offline)}  # fmt: skip
         run = Run(config, here, policy, tokenizer, identity, Curve("accuracy", "eval_accuracy", "preference accuracy"))

@@ -40,6 +40,7 @@ from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pictures import Curve
 from training.policy import build, frozen, load_like, logprobs, only_known_tokens, pad
+from training.reward_model import learned_reward
 from training.run import Run
 
 # ---- knobs: every field of the model's GPTConfig is one too ----------------------------------------------------------
@@ -54,9 +55,8 @@ think: Literal["free", "always", "never"] = (
     "free"  # answers begin as the model likes, with <think>, or without thoughts
 )
 # rewards
-rewards = "math:1"  # name:weight, ...: math, format, arithmetic, code, a file's my_rewards:my_function
-reward_model = ""  # the run of a reward model, whose score is a reward of weight reward_model_weight
-reward_model_weight = 1.0
+rewards = "math:1"  # name:weight,...: math, format, arithmetic, code, learned, or your own my_module:my_function
+reward_model = ""  # the run of reward.py whose score is the reward `learned`
 allow_code_execution = False  # run the programs of answers, in the sandbox: what the reward `code` needs
 # samples
 group_size = 8  # answers to each problem
@@ -245,7 +245,8 @@ def main():
         room = policy.config.block_size + 1 - max_new_tokens
         problems = Problems(data, tokenizer, THINK[think], room, here)
         held_out = Problems(eval_data, tokenizer, THINK[think], room, here) if eval_data else None
-        judges = rewards_of.load(rewards, allow_code_execution)
+        learned = learned_reward(reward_model, tokenizer, here) if reward_model else None
+        judges = rewards_of.load(rewards, allow_code_execution, learned)
 
         # 3. the run's folder
         identity = {"data": data, "tokenizer": tokenizer.fingerprint, "data_fingerprint": problems.fingerprint}

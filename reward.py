@@ -1,7 +1,7 @@
 """A reward model: which of two answers people, or a judge, would like better (https://arxiv.org/abs/2203.02155).
 
     python reward.py --init_from=out/sft --data=pairs.jsonl --out_dir=out/reward
-    python grpo.py --init_from=out/sft --data=problems.jsonl --reward_model=out/reward --rewards=format:0.1
+    python grpo.py --init_from=out/sft --data=problems.jsonl --reward_model=out/reward --rewards=learned
 
 With r the score of a prompt and its answer, by a linear head on the last token (training/reward_model.py):
 
@@ -53,7 +53,7 @@ rewards = "math:1"
 allow_code_execution = False  # run the programs of answers, in the sandbox
 max_new_tokens = 256  # of an answer
 eval_problems = 128  # of eval_data, the first ones; 0: all
-rollout_rows = 512  # answers that a device samples, or scores, at once
+rollout_rows = 512  # answers that a device samples at once
 # optimizer
 optimizer: Literal["muon", "adamw"] = "adamw"
 max_steps = 500
@@ -141,7 +141,7 @@ def best_of_n(scorer, writer, problems, judges, here):
     worth = torch.tensor(score(judges, answers).totals).view(-1, best_of)
     scorer.eval()
     texts = [answer.problem.prompt + answer.ids for answer in answers]
-    scores = torch.tensor(scores_of(scorer, texts, rollout_rows, here.autocast())).view(-1, best_of)
+    scores = torch.tensor(scores_of(scorer, texts, here)).view(-1, best_of)
     scorer.train()
     chosen = worth.gather(1, scores.argmax(dim=1, keepdim=True))
     mean, best, count = processes.all_sum([worth.mean(dim=1).sum(), chosen.sum(), len(worth)], here.device)

@@ -113,9 +113,21 @@ class Writer:
         return answers
 
 
-# ---- what is said of them --------------------------------------------------------------------------------------------
-def summary(answers: list[Answer], scores) -> dict:
-    """Returns means, and extremes of the lengths, over the answers of all processes. scores: of rewards.score."""
+# ---- what they are worth ------------------------------------------------------------------------------------------
+class Scores(NamedTuple):
+    totals: list[float]  # of each answer
+    parts: dict[str, list[float]]  # by the name of a reward, without its weight
+    failures: int  # values that a reward could not give
+
+
+def score(judges: list, answers: list[Answer]) -> Scores:
+    """Returns what answers are worth. judges: of rewards.load. A row has the text's "tokens", with its prompt, too."""
+    rows = [answer.problem.row | {"tokens": answer.problem.prompt + answer.ids} for answer in answers]
+    return Scores(*rewards.score(judges, [answer.text for answer in answers], rows))
+
+
+def summary(answers: list[Answer], scores: Scores) -> dict:
+    """Returns means, and extremes of the lengths, over the answers of all processes."""
     columns = {
         "reward": scores.totals,
         **{f"reward_{name}": values for name, values in scores.parts.items()},
@@ -153,12 +165,7 @@ def evaluate(writer: Writer, some: list[Problem], judges: list, samples: int, he
     return report
 
 
-def score(judges: list, answers: list[Answer]):
-    """Returns what rewards.score says of answers."""
-    return rewards.score(judges, [answer.text for answer in answers], [answer.problem.row for answer in answers])
-
-
-def samples_of(answers: list[Answer], scores, tokenizer: Tokenizer) -> list[dict]:
+def samples_of(answers: list[Answer], scores: Scores, tokenizer: Tokenizer) -> list[dict]:
     """Returns rows for samples.jsonl."""
     rows = []
     for i, answer in enumerate(answers):

@@ -1,6 +1,7 @@
 """A reward model: any model file as a backbone, and a number for a text in place of the next token's logits."""
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from data.tokenizers import Tokenizer
 from training import checkpoint, load
+from training.machine import Machine
 from training.stored import Stored
 
 
@@ -60,13 +62,17 @@ def load_reward_model(path: str, tokenizer: Tokenizer, device: str) -> RewardMod
 
 
 @torch.no_grad()
-def scores_of(model: RewardModel, texts: list[list[int]], rows: int, autocast) -> list[float]:
+def scores_of(model: RewardModel, texts: list[list[int]], here: Machine, rows: int = 64) -> list[float]:
     """Returns the score of each text, so many of them at once."""
-    eot_id = model.config.eot_id
-    device = model.head.weight.device
     found = []
     for begin in range(0, len(texts), rows):
-        idx, lengths = side_by_side(texts[begin : begin + rows], eot_id, device)
-        with autocast:
-            found += model(idx, lengths).float().tolist()
+        part = side_by_side(texts[begin : begin + rows], model.config.eot_id, here.device)
+        with here.autocast():
+            found += model(*part).float().tolist()
     return found
+
+
+def learned_reward(path: str, tokenizer: Tokenizer, here: Machine) -> Callable:
+    """Returns a reward, as evals/rewards.load takes it, of a run of reward.py: the score of a row's "tokens"."""
+    model = load_reward_model(path, tokenizer, here.device)
+    return lambda completions, rows: scores_of(model, [row["tokens"] for row in rows], here)
