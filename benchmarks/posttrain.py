@@ -106,13 +106,14 @@ def command_of(name: str, seed: int, device: str) -> list[str]:
 
 
 def key_of(name: str, seed: int, device: str) -> str:
-    """Returns a hash of what decides a stage: its command, its config, the data, and the stages before it."""
+    """Returns a hash of what decides a stage: its command and config, and the stage before it, or else the data."""
     command = command_of(name, seed, device)
     stage = STAGES[name]
     parts = [*command, (ROOT / command[1]).read_text()]
-    parts += [file.read_text() for file in sorted((ROOT / DATA).glob("*.json*"))]
     if stage.before:
         parts.append(key_of(stage.before, seed, device))
+    else:
+        parts += [file.read_text() for file in sorted((ROOT / DATA).glob("*.json*"))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -120,21 +121,20 @@ def run_stage(name: str, seed: int, device: str) -> dict:
     """Returns the record of a stage: what it cost, and how its model answers. Trains it, or goes on, where needed."""
     folder = ROOT / folder_of(name, seed)
     file = folder.with_suffix(".json")
-    key = key_of(name, seed, device)
-    record = {"key": key, "cpu_seconds": 0.0, "seconds": 0.0}
+    record = {"key": key_of(name, seed, device), "cpu_seconds": 0.0, "seconds": 0.0}
+    how = "--overwrite"
     if file.exists():
         found = json.loads(file.read_text())
-        if found["key"] == key:
+        if found["key"] == record["key"]:
             record = found
-    if "answers" in record or "worked" in record:
+            how = "--resume=auto"
+    if "curve" in record:  # which is written last
         return record
 
-    begun = record["seconds"] > 0
-    how = "--resume=auto" if begun else "--overwrite"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record))
     cpu = cpu_seconds()
     clock = time.perf_counter()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record | {"seconds": 1e-9}))  # begun
     try:
         run([*command_of(name, seed, device), how], folder.with_suffix(".log"))
     finally:
@@ -142,7 +142,9 @@ def run_stage(name: str, seed: int, device: str) -> dict:
         record["seconds"] += time.perf_counter() - clock
         file.write_text(json.dumps(record))
     record |= examine(name, folder, device)
-    record["curve"] = [row for row in run_folder.read_metrics(folder) if name not in ("pretrain", "sft", "fusion")]
+    record["curve"] = []
+    if STAGES[name].script != "train.py":
+        record["curve"] = run_folder.read_metrics(folder)
     file.write_text(json.dumps(record))
     return record
 
