@@ -137,6 +137,9 @@ def run_stage(name: str, seed: int, device: str) -> dict:
     clock = time.perf_counter()
     try:
         run([*command_of(name, seed, device), how], folder.with_suffix(".log"))
+        state = json.loads((folder / "state.json").read_text())["state"]
+        if state != "finished":  # a signal stops a run, which is no error of its command
+            sys.exit(f"{folder} is {state}: the same command goes on from there")
     finally:
         record["cpu_seconds"] += cpu_seconds() - cpu
         record["seconds"] += time.perf_counter() - clock
@@ -150,14 +153,19 @@ def run_stage(name: str, seed: int, device: str) -> dict:
 
 
 def run(words: list[str], log: Path) -> None:
-    """Runs one of our commands; what it prints goes to a file. RuntimeError where it fails."""
+    """Runs one of our commands; what it prints goes to a file. Where it fails or is stopped this process ends, too."""
     log = ROOT / log
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
-        code = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=file, stderr=file).returncode
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=file, stderr=file)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it has got the signal as well, and saves what it has learned
+            sys.exit("stopped: the same command goes on from here")
     if code:
         last = (log.read_text().strip().splitlines() or [""])[-1]
-        raise RuntimeError(f"{' '.join(words)} ended with code {code}; in {log}: {last}")
+        sys.exit(f"{' '.join(words)} ended with code {code}; in {log}: {last}")
 
 
 def cpu_seconds():

@@ -47,21 +47,22 @@ def test_seeds_share_the_pretraining_and_nothing_else():
 
 @pytest.fixture
 def stages(tmp_path, monkeypatch):
-    """A copy of what decides the stages, with commands that are only noted: [(config, how it was begun)]."""
+    """A folder for the stages, commands that are only noted, [(config, how it was begun)], and which of them stop."""
     (tmp_path / "config").symlink_to(ROOT / "config")
     calls = []
 
     def note(words, log):
         calls.append((words[1].split("/")[-1], words[-1]))
-        if len(calls) in fails:
-            raise RuntimeError("stopped")
+        state = tmp_path / words[2].removeprefix("--out_dir=") / "state.json"
+        state.parent.mkdir(parents=True, exist_ok=True)
+        state.write_text(json.dumps({"state": "stopped" if len(calls) in stopped else "finished"}))
 
-    fails = []
+    stopped = []
     monkeypatch.setattr(posttrain, "ROOT", tmp_path)
     monkeypatch.setattr(posttrain, "run", note)
     monkeypatch.setattr(posttrain, "examine", lambda name, folder, device: {"answers": name})
     monkeypatch.setattr(posttrain.run_folder, "read_metrics", lambda folder: [{"step": 1}])
-    return tmp_path, calls, fails
+    return tmp_path, calls, stopped
 
 
 def test_a_stage_that_is_finished_is_not_done_again_until_what_decides_it_changes(stages, monkeypatch):
@@ -80,11 +81,11 @@ def test_a_stage_that_is_finished_is_not_done_again_until_what_decides_it_change
 
 
 def test_a_stage_that_was_stopped_goes_on_and_counts_all_its_seconds(stages, monkeypatch):
-    _, calls, fails = stages
-    fails.append(1)
+    _, calls, stopped = stages
+    stopped.append(1)
     seconds = iter([0.0, 5.0, 0.0, 7.0])
     monkeypatch.setattr(posttrain, "cpu_seconds", lambda: next(seconds))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(SystemExit, match="is stopped: the same command goes on"):
         posttrain.run_stage("grpo", 1, "cpu")
     record = posttrain.run_stage("grpo", 1, "cpu")
     assert calls == [("grpo.py", "--overwrite"), ("grpo.py", "--resume=auto")]
@@ -94,7 +95,7 @@ def test_a_stage_that_was_stopped_goes_on_and_counts_all_its_seconds(stages, mon
 def test_a_command_that_fails_is_an_error_with_the_last_line_that_it_printed(tmp_path, monkeypatch):
     monkeypatch.setattr(posttrain, "ROOT", tmp_path)
     (tmp_path / "fails.py").write_text("import sys\nprint('one')\nsys.exit('no such data')")
-    with pytest.raises(RuntimeError, match="fails.py x ended with code 1; in .*: no such data"):
+    with pytest.raises(SystemExit, match="fails.py x ended with code 1; in .*: no such data"):
         posttrain.run(["fails.py", "x"], "out/fails.log")
 
 
