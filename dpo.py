@@ -34,7 +34,7 @@ from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pairs import Pair
 from training.pictures import Curve
-from training.policy import build, frozen, logprobs, only_known_tokens, pad
+from training.policy import build, frozen, logprobs, only_known_tokens, pad, reference_logprobs
 from training.reward_model import learned_reward
 from training.run import Run
 
@@ -136,8 +136,7 @@ def scored(net, reference, some, eot_id, here):
         logp, auxiliary = logprobs(net, x, y)
         gain = logp
         if reference is not None:
-            with torch.no_grad():
-                gain = logp - logprobs(reference, x, y)[0]
+            gain = logp - reference_logprobs(reference, x, y)
     return gain, logp, (y >= 0).sum(dim=1), auxiliary
 
 
@@ -287,7 +286,7 @@ def main():
         row |= {"lr": lr, "grad_norm": norm, "pairs": len(some)}
         watch.look(row)
         run.end_step(row, LINE.format_map(row) if some else "no pairs: the answers to each problem are worth the same")
-    run.finish()
+    run.finish(f"python sample.py {out_dir} --interactive")
 
 
 if __name__ == "__main__":

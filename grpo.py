@@ -39,7 +39,7 @@ from training.answers import Problems, Writer, evaluate, samples_of, score, summ
 from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pictures import Curve
-from training.policy import build, frozen, load_like, logprobs, only_known_tokens, pad
+from training.policy import build, frozen, load_like, logprobs, only_known_tokens, pad, reference_logprobs
 from training.reward_model import learned_reward
 from training.run import Run
 
@@ -190,8 +190,8 @@ def add_gradients(net, reference, batches, answers, tokens, here):
             if batch.old_logp is None:
                 batch.old_logp = logp.detach()
                 if reference is not None:
-                    with torch.no_grad(), autocast:
-                        batch.reference_logp, _ = logprobs(reference, batch.x, batch.y)
+                    with autocast:
+                        batch.reference_logp = reference_logprobs(reference, batch.x, batch.y)
             if teacher:
                 batch.advantage = batch.reference_logp - batch.old_logp
             losses, is_low, is_high = policy_loss(
@@ -307,7 +307,7 @@ def main():
                 "trained_per_second": n_tokens * updates_per_batch / (trained - sampled)}  # fmt: skip
         run.note_samples(samples_of(answers[:log_samples], scores, tokenizer))
         run.end_step(row, LINE.format_map(row))
-    run.finish()
+    run.finish(f"python sample.py {out_dir} --interactive")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ Narrow and shared experts: https://arxiv.org/abs/2401.06066. Sigmoid scores, gro
 Balance over the global batch: 2501.11873. z-loss: 2202.08906.
 
 Differs from model_baseline.py in: GPTConfig, Block, GPT.__init__, GPT.init_weights, GPT.forward, Router,
-has_grouped_mm, grouped_matmul, ExpertLinear, MoE, GPT.OPTIMIZER, GPT.auxiliary_loss, GPT.after_step, GPT.metrics,
-sum_over_processes
+has_grouped_mm, grouped_matmul, ExpertLinear, MoE, GPT.OPTIMIZER, GPT.padding, GPT.auxiliary_loss, GPT.after_step,
+GPT.metrics, sum_over_processes
 """
 
 import copy
@@ -278,7 +278,7 @@ class Router(nn.Module):
                 setattr(self, name, buffer.to(device))
         return self
 
-    def forward(self, x):
+    def forward(self, x, padding):
         """Returns for x (B, T, C) the chosen experts and their gates (B, T, K), and in training the statistics."""
         logits, scores = self.score(x)  # (B, T, E)
         chosen = self.choose(scores)  # (B, T, K)
@@ -288,7 +288,7 @@ class Router(nn.Module):
         gates = gates * self.config.gate_scale
         if not self.training:
             return chosen, gates, None
-        return chosen, gates, self.statistics(logits, scores, chosen)
+        return chosen, gates, self.statistics(logits, scores, chosen, padding)
 
     def score(self, x):
         """Returns logits and scores (B, T, E), in fp32 at least: in bf16 experts would often tie."""
@@ -313,20 +313,23 @@ class Router(nn.Module):
             choice = groups.masked_fill(closed[..., None], -math.inf).flatten(-2)
         return choice.topk(self.config.n_expert_per_token).indices
 
-    def statistics(self, logits, scores, chosen):
-        """Returns how often each expert was chosen (E,), the balance loss and the z-loss.
+    def statistics(self, logits, scores, chosen, padding):
+        """Returns how often each expert was chosen (E,), the balance loss and the z-loss: padding (B, T) has no part.
 
         The balance loss takes the load of the last step, which all micro-batches and processes of a step have in
         common: it is linear in their own scores, and its mean over them is that of the whole batch.
         """
         E = self.config.n_expert
-        load = torch.zeros_like(scores).scatter(-1, chosen, 1.0).sum(dim=(0, 1))  # (E,)
+        text = (~padding).to(scores.dtype)  # (B, T), 1 where a token counts
+        n = text.sum().clamp(min=1)
+        text_choices = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * text[..., None]  # (B, T, E)
+        load = text_choices.sum(dim=(0, 1))  # (E,)
         share = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)  # (B, T, E)
-        P = share.mean(dim=(0, 1))  # (E,)
+        P = (share * text[..., None]).sum(dim=(0, 1)) / n  # (E,)
         total = self.load.sum()
         f = torch.where(total > 0, self.load / total, 1 / E)  # (E,), uniform before the first step
         balance = E * (f * P).sum()
-        z = logits.logsumexp(dim=-1).square().mean()
+        z = (logits.logsumexp(dim=-1).square() * text).sum() / n
         return load, balance, z
 
 
@@ -394,9 +397,9 @@ class MoE(nn.Module):
         if config.n_shared_expert > 0 and config.shared_gate:
             self.shared_router = nn.Linear(C, 1, bias=False)
 
-    def forward(self, x):
-        """Returns the output (B, T, C) and, in training, the router's statistics."""
-        chosen, gates, statistics = self.router(x)  # (B, T, K), (B, T, K)
+    def forward(self, x, padding):
+        """Returns the output (B, T, C) and, in training, the router's statistics, which leave padding (B, T) out."""
+        chosen, gates, statistics = self.router(x, padding)  # (B, T, K), (B, T, K)
         rows = x.flatten(0, 1)  # (N, C)
         if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             rows = rows.to(torch.get_autocast_dtype(x.device.type))  # F.grouped_mm does not cast by itself
@@ -438,11 +441,11 @@ class Block(nn.Module):
         self.mlp = MoE(config) if layer in config.moe_layers else MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, mask=None, cache=None):
+    def forward(self, x, padding, rope, mask=None, cache=None):
         x = x + self.dropout(self.attn(self.attn_norm(x), rope, mask, cache))
         u = self.mlp_norm(x)
         if isinstance(self.mlp, MoE):
-            y, statistics = self.mlp(u)
+            y, statistics = self.mlp(u, padding)
         else:
             y = self.mlp(u)
             statistics = None
@@ -590,12 +593,13 @@ class GPT(nn.Module):
         """
         positions, mask = self.positions_and_mask(idx, cache)
         rope = rope_cos_sin(positions, self.config)
+        padding = self.padding(idx)  # (B, T)
         x = self.embed(idx)  # (B, T, C)
         if self.config.scale_embeddings:
             x = x * self.config.n_embd**0.5
         statistics = []
         for block in self.blocks:
-            x, of_layer = block(x, rope, mask, cache)
+            x, of_layer = block(x, padding, rope, mask, cache)
             statistics.append(of_layer)
         if last_only:
             x = x[:, -1:]
@@ -657,6 +661,16 @@ class GPT(nn.Module):
         for rows, wanted in zip(x.flatten(0, 1).split(1024), targets.flatten().split(1024)):
             losses.append(checkpoint(chunk_losses, rows, wanted, use_reentrant=False))
         return torch.cat(losses).view_as(targets)
+
+    def padding(self, idx):
+        """Returns which of the tokens idx (B, T) fill up a row behind its text: eot_id with no text after it.
+
+        They are routed like all others, but do not count in what evens the load. With eot_id 9:
+            idx 9 5 9 7 9 9  ->  padding 0 0 0 0 1 1;  nothing is padding where eot_id is -1
+        """
+        is_eot = idx == self.config.eot_id  # (B, T)
+        no_text_after = F.pad(is_eot[:, 1:], (0, 1), value=True)  # (B, T)
+        return is_eot & no_text_after
 
     def auxiliary_loss(self, statistics):
         """Returns the weighted sum of all balance and z-losses, and adds what the layers counted to their sums.

@@ -196,7 +196,7 @@ def main():
         totals = processes.all_sum([sums[name] for name in NUMBERS], here.device)
         row = {name: total / len(of_step) for name, total in zip(NUMBERS, totals)} | {"lr": lr, "grad_norm": norm}
         run.end_step(row, LINE.format_map(row))
-    run.finish()
+    run.finish(f"python grpo.py --reward_model={out_dir} --rewards=learned ...")
 
 
 if __name__ == "__main__":

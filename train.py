@@ -36,7 +36,7 @@ from training import dry_run as dry
 from training.average import Average
 from training.calibration import count_steps
 from training.knobs import check, minutes_or_steps
-from training.loss import bytes_of_tokens
+from training.loss import bytes_of_tokens, text_tokens
 from training.schedule import learning_rate as learning_rate_at
 from training.signals import DIVERGED, StopSignals
 from training.stages import Plan, change
@@ -378,23 +378,26 @@ while True:
     if main and step > 0 and (save_is_due or evaluation_is_due):
         album.draw()
 
-    # 2. agree on what all processes must know: the number of targets, and whether to stop
+    # 2. agree on what all processes must know: the numbers of targets and of tokens, and whether to stop
     started = time.perf_counter()
     try:
         batches = list(stage.loader.batches(step))
     except (OSError, ValueError) as error:  # a token that the vocabulary does not have
         processes.fail(error)
     own_targets = 0
+    own_text = []  # of each micro-batch, the tokens that its auxiliary losses are means over
     if stage.ignores_targets:
         own_targets = sum((y >= 0).sum().item() for _, y in batches)
-    targets, stop = processes.all_sum([own_targets, signals.count()], device)
+        own_text = [text_tokens(raw_model, x) for x, _ in batches]
+    targets, text, stop = processes.all_sum([own_targets, sum(own_text), signals.count()], device)
     if stop:
         if step != saved_at:
             save()
         break
 
     # 3. gradient: the mean over all targets of the step, whatever micro-batch or process they are in. A mean of the
-    # micro-batches' means would favour windows with few targets. Auxiliary losses are means over all positions instead.
+    # micro-batches' means would favour windows with few targets. Auxiliary losses are means over all tokens instead,
+    # but for padding where the model knows it.
     # Dropout and router_jitter are drawn from (seed, step, process), with nothing to store for a resume. What they draw
     # is all that depends on micro_batch.
     torch.manual_seed((((seed << 24) + step) * 4096 + rank) % 2**64)  # room for 2^24 steps and 4096 processes
@@ -407,6 +410,7 @@ while True:
             with autocast:
                 if stage.ignores_targets:  # a loss for each token, at the price of computing the logits twice
                     losses, auxiliary = net(x, y, per_token=True)
+                    share = own_text[i] * world_size / max(text, 1)
                     loss = losses.sum() * world_size / max(targets, 1) + auxiliary * share
                 else:
                     loss = net(x, y) * share  # the model adds its auxiliary losses itself

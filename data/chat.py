@@ -80,18 +80,8 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], think: bool | None = None
     return ids
 
 
-def think_budget(tokenizer: Tokenizer, n: int):
-    r"""Returns what generate.rollout needs to end a thinking of n tokens, by the tokens of "\n</think>\n\n"."""
-    from generate import ThinkBudget  # which imports torch: data/prepare.py starts without it
-
-    check(tokenizer)
-    tokens = tokenizer.special_tokens | tokenizer.added_tokens
-    end_ids = [*tokenizer.encode("\n"), tokens[END_THINK], *tokenizer.encode("\n\n")]
-    return ThinkBudget(n, tokens[THINK], tokens[END_THINK], end_ids)
-
-
 def rendered(messages, turns="all"):
-    """Yields the parts of a conversation.
+    r"""Yields the parts of a conversation.
 
     A part ends wherever a prompt may end, behind the role, "<think>\n" and "</think>\n\n": what is learned then has the
     same tokens as what is sampled, with every tokenizer.
@@ -110,12 +100,12 @@ def rendered(messages, turns="all"):
             yield Part("assistant\n")
             is_target = turns == "all" or i > last_question
             thinking = message.get("thinking") or ""
-            answer = []
+            parts = []
             if i > last_question and (thinking or i == len(messages) - 1):
-                answer += thinking_block(thinking.strip("\n"))
+                parts += thinking_block(thinking.strip("\n"))
                 content = content.lstrip("\n")
-            answer += [Part(content), Part(END, True)]
-            for part in answer:
+            parts += [Part(content), Part(END, True)]
+            for part in parts:
                 yield part._replace(is_target=is_target)
         yield Part("\n")
 
@@ -178,13 +168,13 @@ def split_thinking(text: str) -> tuple[str | None, str]:
     text = text.removesuffix("\n").removesuffix(END)
     if END_THINK in text:
         thinking = text.split(END_THINK)[0].split(THINK)[-1]
-        answer = text.split(END_THINK)[-1]
+        rest = text.split(END_THINK)[-1]
     elif text.lstrip().startswith(THINK):  # it was cut off before it came to an answer
         thinking = text.split(THINK)[-1]
-        answer = ""
+        rest = ""
     else:
         return None, text
-    return thinking.strip("\n") or None, answer.lstrip("\n")
+    return thinking.strip("\n") or None, rest.lstrip("\n")
 
 
 # ---- rows of a file to messages --------------------------------------------------------------------------------------
@@ -201,9 +191,9 @@ def check_messages(messages: list[dict], where: str = "a conversation") -> None:
             raise Unreadable(f"{where}: message {i + 1} has {what}: only text of system, user and assistant is known")
         if role == "system" and i > 0:
             raise Unreadable(f"{where}: message {i + 1} is of the system, which speaks once, and first")
-        for field in ("content", "thinking"):
-            text = message.get(field, "")
-            if not isinstance(text, str) or field not in message and field == "content":
+        texts = {"content": message.get("content"), "thinking": message.get("thinking", "")}
+        for field, text in texts.items():
+            if not isinstance(text, str):
                 raise Unreadable(f"{where}: the {field} of message {i + 1} is {text!r:.40}, not a text")
 
 
@@ -263,28 +253,30 @@ def listed(row, where):
     messages = []
     for turn in turns:
         role = turn.get("role", turn.get("from"))
-        message = {"role": ROLES.get(role, role), "content": turn.get("content", turn.get("value"))}
+        role = ROLES.get(role, role)
+        content = turn.get("content", turn.get("value"))
         thinking = turn.get("thinking") or turn.get("reasoning_content")
+        if thinking:
+            message = {"role": role, "content": content, "thinking": thinking}
+        elif role == "assistant" and isinstance(content, str):
+            message = answer(content)
+        else:
+            message = {"role": role, "content": content}
         if turn.get("tool_calls"):
             message["tool_calls"] = turn["tool_calls"]
-        if thinking:
-            message["thinking"] = thinking
-        elif message["role"] == "assistant" and END_THINK in str(message["content"]):
-            thinking, message["content"] = split_thinking(message["content"])
-            message["thinking"] = thinking or ""
         messages.append(message)
     return messages
 
 
 def gsm8k(row, where):
     """Reads a question and its answer: the working, with a calculator's marks <<48/2=24>>, then #### and the result."""
-    answer = text_field(row, where, "answer")
-    working, mark, result = answer.rpartition("####")
+    question = text_field(row, where, "question")
+    text = text_field(row, where, "answer")
+    working, mark, result = text.rpartition("####")
     if not mark:
-        return exchange(text_field(row, where, "question"), answer)
-    working = re.sub("<<[^>]*>>", "", working).strip()
-    messages = exchange(text_field(row, where, "question"), f"#### {result.strip()}")
-    messages[-1]["thinking"] = working
+        return exchange(question, text)
+    messages = exchange(question, f"#### {result.strip()}")
+    messages[-1]["thinking"] = re.sub("<<[^>]*>>", "", working).strip()
     return messages
 
 
@@ -311,13 +303,18 @@ def answered(row, where):
     return exchange(text_field(row, where, "prompt"), text_field(row, where, "response"))
 
 
-def exchange(question, answer):
-    """Returns the messages of one question; the answer may have its thinking in it."""
-    thinking, content = split_thinking(answer)
-    message = {"role": "assistant", "content": content}
-    if thinking:
-        message["thinking"] = thinking
-    return [{"role": "user", "content": question}, message]
+def exchange(question, text):
+    return [{"role": "user", "content": question}, answer(text)]
+
+
+def answer(text):
+    """Returns the message of an assistant, in whose text its thinking may stand."""
+    if END_THINK not in text:
+        return {"role": "assistant", "content": text}
+    thinking, content = split_thinking(text)
+    if not thinking:
+        return {"role": "assistant", "content": content}
+    return {"role": "assistant", "content": content, "thinking": thinking}
 
 
 FORMS = {  # the fields of a row: how it is read. NuminaMath's rows have a solution and messages, UltraChat's a prompt
@@ -332,13 +329,22 @@ FORMS = {  # the fields of a row: how it is read. NuminaMath's rows have a solut
 
 
 def boxed(text: str) -> str | None:
-    r"""Returns what is in the last \boxed{...} of a text, braces in it included; None where there is none."""
-    _, mark, rest = text.rpartition("\\boxed{")
-    depth = 1
-    for end, character in enumerate(rest if mark else ""):
-        depth += (character == "{") - (character == "}")
+    r"""What stands in the last \boxed{...} (or \fbox; braces may be nested), None where there is none."""
+    found = list(re.finditer(r"\\(boxed|fbox)\s*(?=\{)|\\boxed (?P<bare>[^$]*)", text))
+    if not found:
+        return None
+    last = found[-1]
+    if last["bare"] is not None:
+        return last["bare"].strip()
+    begin = last.end()
+    depth = 0
+    for i in range(begin, len(text)):
+        if text[i] == "{":
+            depth += 1
+        elif text[i] == "}":
+            depth -= 1
         if depth == 0:
-            return rest[:end]
+            return text[begin + 1 : i]
     return None
 
 

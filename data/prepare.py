@@ -725,7 +725,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args, parser) -> None:
-    """Finds out whether the source is text, another tool's token files, or mqar; refuses options of the others."""
+    """Finds out if it is text, conversations, another tool's token files, or mqar; refuses options of the others."""
     args.token_files = None
     meaningless = [*MQAR_OPTIONS, *CHAT_OPTIONS]
     if args.chat:

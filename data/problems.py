@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data import find_rows
 from data.chat import boxed, check_messages, exchange, instruction_of, listed, messages_of
-from data.sources import find_rows
 from data.text import Unreadable, stop, text_field
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.chat import boxed
 from data.text import csv_rows, json_lines, read_json
 from evals.judge import Case
 
@@ -284,26 +285,6 @@ def gsm8k(row):
         raise ValueError("no #### in the answer")
     gold = plain_number(gold)
     return Question([prompt], [], gold, f"{prompt} {answer}")
-
-
-def boxed(text):
-    r"""What stands in the last \boxed{...} (or \fbox; braces may be nested), None where there is none."""
-    found = list(re.finditer(r"\\(boxed|fbox)\s*(?=\{)|\\boxed (?P<bare>[^$]*)", text))
-    if not found:
-        return None
-    last = found[-1]
-    if last["bare"] is not None:
-        return last["bare"].strip()
-    begin = last.end()
-    depth = 0
-    for i in range(begin, len(text)):
-        if text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            depth -= 1
-        if depth == 0:
-            return text[begin + 1 : i]
-    return None
 
 
 def plain_math(text):

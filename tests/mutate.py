@@ -412,8 +412,8 @@ MUTANTS = [
     Mutant(
         "z-loss of the first power",
         "model_moe.py",
-        "logits.logsumexp(dim=-1).square().mean()",
-        "logits.logsumexp(dim=-1).abs().mean()",
+        "logits.logsumexp(dim=-1).square()",
+        "logits.logsumexp(dim=-1).abs()",
         "test_moe.py -k z_loss_equals",
     ),
     Mutant(
@@ -591,9 +591,9 @@ MUTANTS = [
     ),
     Mutant(
         "counts of a skipped step stay",
-        "train.py",
-        'if hasattr(raw_model, "after_step"):',
-        'if is_finite and hasattr(raw_model, "after_step"):',
+        "training/update.py",
+        'if hasattr(model, "after_step"):',
+        'if math.isfinite(norm) and hasattr(model, "after_step"):',
         "test_train.py -k skipped_step",
     ),
     Mutant(
@@ -609,6 +609,20 @@ MUTANTS = [
         "max(targets, 1) + auxiliary * share",
         "max(targets, 1) + auxiliary * (y >= 0).sum() / max(targets, 1)",
         "test_train.py -k auxiliary_losses_do_not",
+    ),
+    Mutant(
+        "auxiliary losses by windows, whatever padding they have",
+        "train.py",
+        "share = own_text[i] * world_size / max(text, 1)",
+        "pass",
+        "test_train.py -k auxiliary_losses_do_not",
+    ),
+    Mutant(
+        "padding counts in the balance loss",
+        "model_moe.py",
+        "P = (share * text[..., None]).sum",
+        "P = share.sum",
+        "test_moe.py -k padding_enters",
     ),
     Mutant(
         "norms in bf16 shares",

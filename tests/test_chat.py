@@ -17,6 +17,7 @@ from data.problems import pairs, problems
 from data.shards import Shards
 from data.text import Unreadable
 from data.tokenizers import load_tokenizer, tokenizer_from_dict, train_bpe
+from training.load import think_budget
 
 # Token ids that Qwen3's own template and tokenizer give for small conversations; "tokenizer" has only the tokens of
 # Qwen3 that can come up in these, with their ids.
@@ -118,7 +119,7 @@ def test_a_prompt_is_the_beginning_of_the_conversation_that_is_learned(tmp_path,
 
 def test_a_budget_ends_thinking_as_conversations_do(bytes_and_chat):
     messages = [user("1"), assistant("2", "of 1")]
-    budget = chat.think_budget(bytes_and_chat, 4)
+    budget = think_budget(bytes_and_chat, 4)
     thought = chat.prompt(bytes_and_chat, messages[:1], True) + bytes_and_chat.encode("of 1")
     ids, _ = chat.encode(bytes_and_chat, messages)
     assert ids[: len(thought) + len(budget.end_ids)] == [*thought, *budget.end_ids]
@@ -277,7 +278,10 @@ def documents_of(folder):
 
 
 @pytest.mark.parametrize("ending, workers", [("jsonl", 1), ("jsonl.gz", 2), ("json", 1)])
-def test_prepared_shards_hold_every_conversation_with_its_mask(tmp_path, bytes_and_chat, capsys, ending, workers):
+def test_prepared_shards_hold_every_conversation_with_its_mask(
+    tmp_path, monkeypatch, bytes_and_chat, capsys, ending, workers
+):
+    monkeypatch.setattr("data.prepare.CHUNK", 20)  # characters: no conversation is cut there
     rows = rows_of(30)
     path = write_rows(tmp_path / f"rows.{ending}", rows)
     if ending == "json":
@@ -337,6 +341,17 @@ def test_options_say_how_conversations_are_to_be_answered(tmp_path, bytes_and_ch
     folder = prepared(tmp_path, rows_of(3), **options)
     texts = [bracketed(bytes_and_chat, ids, mask) for ids, mask in documents_of(folder)]
     assert [expected in text for text in texts].count(True) == 1
+
+
+def test_prepared_answers_before_the_last_question_are_learned_or_not(tmp_path, bytes_and_chat):
+    rows = [{"messages": [user(f"{i}"), assistant("2"), user("3"), assistant("4", "of 3")]} for i in range(3)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    fingerprints = set()
+    for turns in ("all", "last"):
+        folder = prepare(path, chat=True, turns=turns, tokenizer="byte", add_tokens=CHAT_TOKENS, out=tmp_path / "chats")
+        assert documents_of(folder) == sorted(chat.encode(bytes_and_chat, row["messages"], turns) for row in rows)
+        fingerprints.add(Shards(folder, "train").fingerprint)
+    assert len(fingerprints) == 2  # other masks are other data
 
 
 def test_a_bad_row_is_an_error_with_its_line_or_left_out_and_counted(tmp_path, capsys):

@@ -69,6 +69,11 @@ def plain(moe, x):
     return torch.stack(y).view_as(x)
 
 
+def none(x):
+    """No token of x (B, T, C) is padding."""
+    return torch.zeros(x.shape[:2], dtype=torch.bool)
+
+
 def inputs(*shape, seed=3, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -85,7 +90,7 @@ def test_output_and_gradients_equal_those_of_a_loop_over_tokens_and_experts(rout
     moe.router.weight.data *= 0.3  # no near ties
     for shape in ((2, 23, 32), (1, 1, 32), (1, 2, 32)):
         x = inputs(*shape, dtype=dtype).requires_grad_()
-        got, want = moe(x)[0], plain(moe, x)
+        got, want = moe(x, none(x))[0], plain(moe, x)
         torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
         leaves, weight = [x, *moe.parameters()], inputs(*shape, seed=4, dtype=dtype)
         got = torch.autograd.grad((got * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
@@ -99,7 +104,7 @@ def test_any_load_fits_from_one_expert_for_all_to_an_even_one(form, monkeypatch)
     moe, x = layer().float(), inputs(2, 23, 32, dtype=torch.float32)
     for favourites in ([0, 1], [4, 5], [2], [0, 5], []):
         moe.router.bias.zero_()[favourites] = 100.0
-        torch.testing.assert_close(moe(x)[0], plain(moe, x), atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(moe(x, none(x))[0], plain(moe, x), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("form", ["padded", "grouped"])
@@ -119,14 +124,14 @@ def test_each_row_is_multiplied_by_the_weight_of_its_expert_whatever_the_loads(f
 
 def test_the_layer_passes_rows_choices_and_gates_to_the_method_experts():
     moe, x, seen = layer(n_shared_expert=1).double(), inputs(2, 5, 32), []
-    whole = moe(x)[0]
+    whole = moe(x, none(x))[0]
 
     def experts(*given):
         seen.extend(given)
         return torch.zeros_like(given[0])
 
     plain_experts, moe.experts = moe.experts, experts
-    shared = moe(x)[0]
+    shared = moe(x, none(x))[0]
     rows, chosen, gates = seen
     assert rows.shape == (10, 32) and chosen.shape == gates.shape == (10, 2) and chosen.dtype == torch.long
     torch.testing.assert_close(shared.flatten(0, 1) + plain_experts(rows, chosen, gates), whole.flatten(0, 1))
@@ -158,7 +163,7 @@ def test_the_gated_shared_expert_equals_that_of_qwen2_moe():
     for name in ("gate", "up", "down"):
         getattr(theirs.shared_expert, f"{name}_proj").weight = getattr(ours.shared, f"w_{name}").weight
     x = inputs(2, 50, 32)
-    torch.testing.assert_close(ours(x)[0], theirs(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x, none(x))[0], theirs(x), atol=1e-5, rtol=1e-5)
 
 
 def test_the_router_with_groups_bias_and_shared_experts_equals_that_of_deepseek_v3():
@@ -176,16 +181,16 @@ def test_the_router_with_groups_bias_and_shared_experts_equals_that_of_deepseek_
     theirs.gate.weight.data, theirs.gate.e_score_correction_bias = ours.router.weight.data, ours.router.bias.clone()
     for name in ("gate", "up", "down"):
         getattr(theirs.shared_experts, f"{name}_proj").weight = getattr(ours.shared, f"w_{name}").weight
-    torch.testing.assert_close(ours(x)[0], theirs(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(x, none(x))[0], theirs(x), atol=1e-5, rtol=1e-5)
     got, want = (torch.autograd.grad(f.square().sum(), w)[0] for f, w in (
-        (ours(x)[0], ours.router.weight), (theirs(x), theirs.gate.weight)))  # fmt: skip
+        (ours(x, none(x))[0], ours.router.weight), (theirs(x), theirs.gate.weight)))  # fmt: skip
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
 
 
 def test_the_bias_decides_who_is_chosen_and_never_how_much_it_counts():
     router, x = layer(bias=0.0, normalize_gates=False).router, inputs(2, 9, 32, dtype=torch.float32)
     router.bias[3] = 10.0
-    chosen, gates, _ = router(x)
+    chosen, gates, _ = router(x, none(x))
     assert (chosen == 3).any(dim=-1).all()
     assert torch.equal(gates, router.score(x)[1].gather(-1, chosen))
 
@@ -237,7 +242,7 @@ def routed(model, x):
     seen = []
 
     def note(router, inputs, outputs):
-        seen.append((*router.score(*inputs), outputs[0]))
+        seen.append((*router.score(inputs[0]), outputs[0]))
 
     hooks = [module.register_forward_hook(note) for module in model.modules() if type(module).__name__ == "Router"]
     loss = model(x, x)
@@ -283,7 +288,7 @@ def test_the_balance_loss_is_one_in_perfect_balance_and_e_over_k_at_worst(score)
     even, worst = torch.full((1, 12, 6), 0.3), torch.tensor([0.5, 0.5, 0, 0, 0, 0]).expand(1, 12, 6)
     for load, scores, want in (([4] * 6, even, 1.0), ([12, 12, 0, 0, 0, 0], worst, 3.0)):
         router.load.copy_(torch.tensor(load))
-        assert router.statistics(scores, scores, chosen)[1].item() == pytest.approx(want)
+        assert router.statistics(scores, scores, chosen, none(scores))[1].item() == pytest.approx(want)
 
 
 def test_the_gradient_of_the_balance_loss_flows_through_the_shares_alone():
@@ -349,6 +354,84 @@ def test_the_gradient_of_a_batch_is_the_mean_of_those_of_its_micro_batches():
     assert model.blocks[1].mlp.router.load.double().std() > 1
     for micro_batches in (2, 4):
         torch.testing.assert_close(found[micro_batches], found[1], atol=1e-9, rtol=1e-9)
+
+
+OVER = [("moe", {}), *(("switch", dict(balance_over=over)) for over in ("global", "batch", "sequence"))]
+
+
+def padded(rows, width):
+    """Rows that begin with the eot_id 9 and have no other, filled up with it: (B, width)."""
+    return torch.stack([F.pad(row, (0, width - len(row)), value=9) for row in rows])
+
+
+def documents(*lengths):
+    rows = [tokens(1, n, seed=n)[0].masked_fill_(tokens(1, n, seed=n)[0] == 9, 8) for n in lengths]
+    for row in rows:
+        row[0] = 9
+    return rows
+
+
+def with_padding_in_sight(name, options):
+    """A model after a step whose load was far from even."""
+    options = dict(eot_id=9, balance_loss=0.7, z_loss=0.3, n_layer=3) | options
+    if name == "switch":
+        options["capacity_factor"] = 0.0  # a capacity is a share of the window, whatever fills it
+    model = build(name, **options).double().train()
+    for block in model.blocks[1:]:
+        block.mlp.router.load.copy_(torch.arange(1, 7))
+    return model
+
+
+def counts_and_gradients(model, parts):
+    """The auxiliary loss of micro-batches (weight, x), its gradients, and what the routers counted."""
+    parameters = list(model.parameters())
+    loss = sum(weight * model(x, x, per_token=True)[1] for weight, x in parts)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    counted = []
+    for block in model.blocks[1:]:
+        counted += [block.mlp.router.step_load.clone(), block.mlp.router.step_losses.clone()]
+        block.mlp.router.step_load.zero_()
+        block.mlp.router.step_losses.zero_()
+    return loss, gradients, counted
+
+
+@pytest.mark.parametrize("name, options", OVER)
+def test_padding_enters_no_load_no_balance_and_no_z_loss(name, options):
+    model = with_padding_in_sight(name, options)
+    rows = documents(11, 11, 11)
+    want = counts_and_gradients(model, [(1.0, torch.stack(rows))])
+    got = counts_and_gradients(model, [(1.0, padded(rows, 16))])
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-6)
+    assert sum(g.abs().max() > 1e-4 for g in want[1]) > 10
+    assert want[2][0].sum() == 3 * 11 * 2
+    model.config.eot_id = -1  # without documents there is no padding
+    assert counts_and_gradients(model, [(1.0, padded(rows, 16))])[2][0].sum() == 3 * 16 * 2
+
+
+@pytest.mark.parametrize("name, options", [of for of in OVER if of[1] != dict(balance_over="batch")])
+def test_micro_batches_weighed_by_their_text_add_up_whatever_padding_they_have(name, options):
+    model = with_padding_in_sight(name, options)
+    lengths = (3, 16, 8, 11)
+    x = padded(documents(*lengths), 16)
+    want = counts_and_gradients(model, [(1.0, x)])
+    alone = [(n / sum(lengths), row[None]) for n, row in zip(lengths, x)]
+    got = counts_and_gradients(model, alone)
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-6)
+    assert [(~model.padding(part)).sum() for _, part in alone] == [*lengths]
+
+
+@pytest.mark.parametrize("name, options", OVER)
+def test_a_batch_of_padding_alone_has_no_auxiliary_loss(name, options):
+    model = with_padding_in_sight(name, options)
+    loss, gradients, counted = counts_and_gradients(model, [(1.0, padded(documents(1, 1), 16))])
+    assert loss == 0
+    assert not any(x.any() for x in [*gradients, *counted])
+
+
+def test_a_document_of_one_token_and_the_end_of_a_row_are_padding_and_a_beginning_is_not():
+    model = build("moe", eot_id=9)
+    idx = torch.tensor([[9, 5, 9, 7, 9, 9], [9, 9, 5, 6, 7, 9], [1, 2, 3, 4, 5, 6]])
+    assert model.padding(idx).long().tolist() == [[0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1], [0] * 6]
 
 
 def test_a_loaded_state_goes_on_like_the_one_that_was_saved():
@@ -481,10 +564,10 @@ def compare_compiled_steps(name, **options):
 def test_autocast_keeps_the_router_in_fp32_and_the_experts_in_its_own_dtype():
     moe, x, seen = layer().float().train(), inputs(2, 16, 32, dtype=torch.float32), []
     moe.w_up.register_forward_hook(lambda m, i, out: seen.append((i[0].dtype, out.dtype)))
-    want = moe(x)[0]
+    want = moe(x, none(x))[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert {output.dtype for output in moe.router.score(x)} == {torch.float32}
-        got = moe(x)[0]
+        got = moe(x, none(x))[0]
     assert seen == [(torch.float32,) * 2, (torch.bfloat16,) * 2]
     assert F.cosine_similarity(got.float().flatten(), want.flatten(), dim=0) > 0.999
 

@@ -107,6 +107,8 @@ def copy(tmp_path_factory):
     (folder / "more.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     (folder / "prompt.txt").write_text("import os")
     (folder / "questions.jsonl").write_text('{"context": "def", "choices": [" main", " 1"], "label": 0}\n')
+    chats = [{"question": f"{i}+1?", "answer": f"{i}+1={i + 1}\n#### {i + 1}"} for i in range(50)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     run("gzip more.jsonl", folder)
     run(STDLIB, folder)
     run(f"python train.py config/quickstart.py {TINY}", folder)
@@ -126,7 +128,17 @@ def script_of(command):
     return program
 
 
-QUICK = ("make", "git", "mkdir", "cp", "cd", "data/prepare.py", "data/tokenizers.py", "flops.py")  # in seconds
+QUICK = (
+    "make",
+    "git",
+    "mkdir",
+    "cp",
+    "cd",
+    "data/prepare.py",
+    "data/chat.py",
+    "data/tokenizers.py",
+    "flops.py",
+)  # in seconds
 FIRST = {script_of(command): command for command in reversed(COMMANDS)}
 ONCE = [
     FIRST[script] for script in ("sample.py", "eval.py", "compare.py")

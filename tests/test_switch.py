@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.test_moe import assert_no_waits, auxiliary, compare_compiled_steps, inputs, layer, routed
+from tests.test_moe import assert_no_waits, auxiliary, compare_compiled_steps, inputs, layer, none, routed
 from tests.tiny import build, tokens
 
 OVER = ["global", "batch", "sequence"]
@@ -23,7 +23,7 @@ def test_jitter_acts_in_training_only_and_on_the_router_alone():
     moe = layer("switch", router_jitter=0.3, n_expert_per_token=6, normalize_gates=False, capacity_factor=0.0)
     moe.router.weight.data.zero_()  # noise times zero: what the experts get is not noisy
     x = inputs(2, 16, 32, dtype=torch.float32)
-    torch.testing.assert_close(moe.train()(x.clone())[0], moe.eval()(x)[0])
+    torch.testing.assert_close(moe.train()(x.clone(), none(x))[0], moe.eval()(x, none(x))[0])
 
 
 def test_jitter_multiplies_by_factors_of_the_whole_range_and_of_no_more():
@@ -63,7 +63,7 @@ def kept_by_force(n_expert, chosen, gates, capacity, by_score):
 @pytest.mark.parametrize("factor", [0.3, 0.8, 1.25])
 def test_choices_beyond_capacity_are_dropped_by_the_policy_and_counted_exactly(drop_by, factor):
     moe, x = layer("switch", capacity_factor=factor, drop_by=drop_by).double(), inputs(3, 20, 32)
-    chosen, gates, _ = moe.eval().router(x)
+    chosen, gates, _ = moe.eval().router(x, none(x))
     capacity = math.ceil(factor * 2 * 20 / 6)
     kept = kept_by_force(6, chosen, gates, capacity, drop_by == "score")
     want = torch.zeros_like(x)
@@ -71,7 +71,7 @@ def test_choices_beyond_capacity_are_dropped_by_the_policy_and_counted_exactly(d
         e = chosen[b, t, k]
         h = F.silu(x[b, t] @ moe.w_gate.weight[e]) * (x[b, t] @ moe.w_up.weight[e])
         want[b, t] += gates[b, t, k] * (h @ moe.w_down.weight[e])
-    y, (load, _, _, dropped) = moe.train()(x)
+    y, (load, _, _, dropped) = moe.train()(x, none(x))
     assert 0 < dropped
     assert dropped * chosen.numel() == pytest.approx(chosen.numel() - len(kept))
     assert load.sum() == chosen.numel()  # all that were chosen
@@ -97,6 +97,19 @@ def test_the_dropped_fraction_is_that_of_the_whole_step(drop_by):
     model.after_step()
     assert 0 < dropped < total
     assert model.metrics()["dropped_fraction"] == pytest.approx(dropped / total)
+
+
+@pytest.mark.parametrize("drop_by", ["position", "score"])
+def test_padding_takes_no_place_of_a_text_and_is_not_counted_as_dropped(drop_by):
+    router = layer("switch", capacity_factor=0.5, drop_by=drop_by).router.train()
+    chosen = torch.zeros(1, 8, 2, dtype=torch.long) + torch.tensor([0, 1])  # two have room for ceil(0.5 2 8 / 6) = 2
+    gates = torch.linspace(0.1, 0.8, 8)[None, :, None].expand(1, 8, 2)  # the last ones have the best
+    padding = torch.tensor([[False] * 3 + [True] * 5])
+    dropped = router.beyond_capacity(chosen, gates, padding)
+    kept = [0, 1] if drop_by == "position" else [1, 2]
+    assert [t for t in range(3) if not dropped[0, t].any()] == kept
+    scores = torch.full((1, 8, 6), 0.5)
+    assert router.statistics(scores, scores, chosen, dropped, padding)[3].item() == pytest.approx(1 / 3)
 
 
 def test_ample_capacity_is_dropless_and_evaluation_never_drops():
@@ -155,7 +168,7 @@ def test_the_balance_loss_is_one_in_perfect_balance_and_e_over_k_at_worst(over, 
     worst = torch.tensor([0.5, 0.5, 0, 0, 0, 0]).expand(1, 3, 6), all_experts % 2, [3, 3, 0, 0, 0, 0]
     for (scores, chosen, load), want in ((even, 1.0), (worst, 3.0)):
         router.load.copy_(torch.tensor(load))
-        assert router.statistics(scores, scores, chosen)[1].item() == pytest.approx(want)
+        assert router.statistics(scores, scores, chosen, none(chosen), none(scores))[1].item() == pytest.approx(want)
 
 
 def test_the_gradient_of_the_balance_loss_over_a_batch_flows_through_the_shares_alone():

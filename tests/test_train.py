@@ -944,10 +944,11 @@ def test_a_run_that_goes_on_with_another_batch_says_so_and_sees_the_windows_that
     assert resumed.windows(10) == loader.windows(10) + loader.windows(11)
 
 
-def test_auxiliary_losses_do_not_depend_on_micro_batch_where_targets_are_ignored(work):
-    """Windows have unequal numbers of targets; balance and z-loss are means over all positions all the same."""
+@pytest.mark.parametrize("knob", [dict(mask_document_crossing=True), dict(pack="documents", document_mask=True)])
+def test_auxiliary_losses_do_not_depend_on_micro_batch_where_targets_are_ignored(work, knob):
+    """Windows have unequal numbers of targets, and of padding; balance and z-loss are means over all other tokens."""
     sizes = dict.fromkeys(SIZES) | TINY["moe"] | dict(block_size=32, vocab_size=0, balance_loss=0.5, z_loss=0.1)
-    knobs = sizes | dict(model="moe", mask_document_crossing=True, max_steps=4)
-    whole, parts = (train(work, f"masked {n}", micro_batch=n, **knobs) for n in (8, 1))
+    knobs = sizes | dict(model="moe", max_steps=4) | knob
+    whole, parts = (train(work, f"{[*knob][0]} {n}", micro_batch=n, **knobs) for n in (8, 1))
     for key in ("loss", "grad_norm"):
         assert close([row[key] for row in whole.steps], [row[key] for row in parts.steps]), key

@@ -23,6 +23,13 @@ def bytes_of_tokens(tokenizer, vocab_size: int, shards=None) -> torch.Tensor:
     return sizes
 
 
+def text_tokens(model, x: torch.Tensor) -> int:
+    """Returns how many tokens of x the model's auxiliary losses are means over: all but padding, where it has a say."""
+    if not hasattr(model, "padding"):
+        return x.numel()
+    return x.numel() - model.padding(x).sum().item()
+
+
 @torch.no_grad()
 def loss_sums(model, batches: Iterable[tuple], bytes_of: torch.Tensor, autocast=None) -> torch.Tensor:
     """Returns fp64 (4,): nats and number of all targets that are not -1; nats and bytes of those that stand for text.

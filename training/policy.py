@@ -87,3 +87,9 @@ def logprobs(net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[to
     """Returns the log-probability of each target (rows, T), 0 where there is none, and the model's auxiliary loss."""
     losses, auxiliary = net(x, y, per_token=True)
     return -losses, auxiliary
+
+
+@torch.no_grad()
+def reference_logprobs(reference: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Returns what a model that nothing trains thinks of each target: its log-probability (rows, T)."""
+    return logprobs(reference, x, y)[0]

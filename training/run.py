@@ -187,8 +187,8 @@ class Run:
                 DIVERGED,
             )
 
-    def finish(self) -> None:
-        """Ends the run and the process, with what there is to say."""
+    def finish(self, next_command: str = "") -> None:
+        """Ends the run and the process, with what there is to say, such as what to do with the weights."""
         self.saver.finish(must=True)
         if self.here.rank == 0:
             self.log.close()
@@ -200,5 +200,6 @@ class Run:
             self.here.say(f"{reason}: stopped after step {self.step}; go on with  {self.command}")
         picture = self.out / f"{self.curve.step}.png"
         seconds = time.perf_counter() - self.begin
-        self.here.say(f"{seconds:.0f} s; see {picture}, and talk to it with  python sample.py {self.out} --interactive")
+        hint = f", and try  {next_command}" if next_command else ""
+        self.here.say(f"{seconds:.0f} s; see {picture}{hint}")
         processes.finish()
