@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.comparison import mean_and_error, new_figure, standard_error
 from benchmarks.timing import describe, machine
+from configurator import resolve
 from data import arithmetic, chat
 from generate import generate
 from training import run_folder
@@ -52,6 +53,7 @@ STAGES = {
     "dpo_online": Stage("dpo.py", "grpo_mixed", "online DPO with nll_coef=1"),
 }
 LAST = "dpo_online"
+CURVES = "reward length thinks entropy logprob_difference eval_reward accuracy margin logp_chosen".split()
 # How a question is put: the switch behind it, how the prompt begins the answer (chat.prompt), the temperature.
 ASKED = {
     "greedy": (None, None, 0.0),
@@ -106,10 +108,12 @@ def command_of(name: str, seed: int, device: str) -> list[str]:
 
 
 def key_of(name: str, seed: int, device: str) -> str:
-    """Returns a hash of what decides a stage: its command and config, and the stage before it, or else the data."""
+    """Returns a hash of what decides a stage: its command and knobs, and the stage before it, or else the data."""
     command = command_of(name, seed, device)
     stage = STAGES[name]
-    parts = [*command, (ROOT / command[1]).read_text()]
+    script, config, *_ = command
+    knobs = resolve(ROOT / script, [str(ROOT / config)])
+    parts = [*command, knobs]
     if stage.before:
         parts.append(key_of(stage.before, seed, device))
     else:
@@ -145,11 +149,19 @@ def run_stage(name: str, seed: int, device: str) -> dict:
         record["seconds"] += time.perf_counter() - clock
         file.write_text(json.dumps(record))
     record |= examine(name, folder, device)
-    record["curve"] = []
-    if STAGES[name].script != "train.py":
-        record["curve"] = run_folder.read_metrics(folder)
+    record["curve"] = curve_of(folder)
     file.write_text(json.dumps(record))
     return record
+
+
+def curve_of(folder):
+    """Returns of every row of a run's metrics what is drawn, or worth a look; nothing of a run of train.py."""
+    curve = []
+    for row in run_folder.read_metrics(folder):
+        kept = {key: round(row[key], 6) for key in CURVES if key in row}
+        if kept:
+            curve.append({"step": row["step"], **kept})
+    return curve
 
 
 def run(words: list[str], log: Path) -> None:
@@ -231,6 +243,12 @@ def one_line(record):
     if "worked" in record:
         return f"{record['worked']:.1%} of the sums worked out, {record['cpu_seconds']:.0f} CPU-s"
     return ", ".join(f"{how} {found['accuracy']:.1%}" for how, found in record["answers"].items())
+
+
+def column(rows, name):
+    """Returns (steps, values) of the rows of a curve that have a number of that name."""
+    found = [row for row in rows if name in row]
+    return [row["step"] for row in found], [row[name] for row in found]
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
@@ -321,8 +339,8 @@ def interpretation(result) -> list[str]:
 
 def warning_line(result):
     """Returns what plain DPO does to a good model: the margin is not quality."""
-    accuracy = statistics.mean(record["curve"][-1 - is_evaluation(record["curve"][-1])]["accuracy"]
-                               for record in result["stages"]["dpo_offline"])  # fmt: skip
+    curves = [record["curve"] for record in result["stages"]["dpo_offline"]]
+    accuracy = statistics.mean(column(curve, "accuracy")[1][-1] for curve in curves)
     before = 100 * mean_of(result, "grpo", "greedy")
     after = 100 * mean_of(result, "dpo_offline", "greedy")
     return (
@@ -330,10 +348,6 @@ def warning_line(result):
         f"of its pairs, and its own answers fall from {before:.1f} % right to {after:.1f} %. A margin is not quality; "
         "nll_coef=1 and pairs that are sampled anew keep the last stage from it."
     )
-
-
-def is_evaluation(row):
-    return "eval_reward" in row
 
 
 # ---- the picture -----------------------------------------------------------------------------------------------------
@@ -346,12 +360,6 @@ def plot(result: dict, path: Path) -> None:
     draw_margins(axes[2], first["dpo_offline"]["curve"])
     draw_stages(axes[3], result)
     figure.savefig(path, dpi=110)
-
-
-def column(rows, name):
-    """Returns (steps, values) of the rows that have a number of that name."""
-    found = [row for row in rows if name in row]
-    return [row["step"] for row in found], [row[name] for row in found]
 
 
 def draw_rewards(axis, rows):
