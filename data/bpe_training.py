@@ -19,10 +19,9 @@ from pathlib import Path
 import regex
 from tqdm import tqdm
 
-from data import sources
 from data.bpe import EOT, PATTERNS, alternatives
 from data.html_text import text_of_html
-from data.text import PART, name_inside, parts, read_text, stop, text_field
+from data.text import PART, name_inside, parts, read_text, rows, text_field
 
 SAMPLE = 100_000_000  # characters of a text that may have no end: more change few merges
 LONGEST_WORD = 1000  # characters: each merge costs the length of the words that it is made in
@@ -75,7 +74,7 @@ def chunks(path: Path, field: str = "text", size: int = PART) -> Iterator[str]:
     """Yields the text of each row of a file, or that of any other file in chunks (those of chunks_of_text)."""
     name = name_inside(path)
     if name.endswith((".jsonl", ".csv", ".tsv", ".parquet")):
-        for place, row in sources.rows(path, field, stop):
+        for place, row in rows(path, field):
             yield text_field(row, place, field)
     elif name.endswith((".html", ".htm")):
         yield text_of_html(read_text(path), path)

@@ -287,7 +287,7 @@ def read(
         if name.endswith((".jsonl", ".csv", ".tsv", ".parquet")):
             if skipped is not None:
                 check_whole(path)
-            for place, row in rows(path, field, bad):
+            for place, row in text.rows(path, field, bad):
                 try:
                     document = text.text_field(row, place, field)
                 except Unreadable as error:
@@ -295,7 +295,7 @@ def read(
                 else:
                     yield [document]
         elif name.endswith((".html", ".htm")):
-            yield [text_of_html(text.read_text(path), path)]
+            yield [text_of_page(path)]
         elif separator and name.endswith(".txt"):
             if skipped is not None:
                 check_whole(path)
@@ -310,14 +310,11 @@ def read(
         bad(error)
 
 
-def rows(path, field, bad):
-    """Returns ("FILE line N", row) of every row of a file."""
-    name = text.name_inside(path)
-    if name.endswith(".jsonl"):
-        return text.json_lines(path, bad)
-    if name.endswith(".parquet"):
-        return text.parquet_rows(path, field)
-    return text.table_rows(path, field, bad)
+def text_of_page(path):
+    try:
+        return text_of_html(text.read_text(path), path)
+    except ValueError as error:
+        raise Unreadable(str(error)) from None
 
 
 def whole_rows(path: Path, bad: Callable) -> Iterator[tuple[str, Any]]:
