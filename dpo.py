@@ -140,10 +140,11 @@ def scored(net, reference, some, eot_id, here):
     return gain, logp, (y >= 0).sum(dim=1), auxiliary
 
 
-def add_gradients(net, reference, some, n_pairs, n_tokens, eot_id, here):
+def add_gradients(net, reference, some, n_pairs, n_tokens, n_inputs, eot_id, here):
     """Adds up the gradients of a step's pairs; returns {name: sum over the pairs} of what is worth a look.
 
-    some: this process's pairs. n_pairs, n_tokens: how many pairs, and tokens of chosen answers, all processes have.
+    some: this process's pairs. n_pairs, n_tokens, n_inputs: how many pairs, tokens of chosen answers, and tokens that
+    fill up no row, all processes have.
     """
     sums = Counter()
     for begin in range(0, len(some), micro_batch):
@@ -155,7 +156,7 @@ def add_gradients(net, reference, some, n_pairs, n_tokens, eot_id, here):
             if loss_type == "ipo":
                 gains = gains / lengths
             losses, margins = preference_loss(gains[:n], gains[n:], beta, loss_type, label_smoothing)
-            loss = (losses.sum() + auxiliary * n) / n_pairs
+            loss = losses.sum() / n_pairs + auxiliary * sum(pair.n_inputs for pair in part) / n_inputs
             if nll_coef:
                 loss = loss - nll_coef * logp[:n].sum() / n_tokens
             (loss * here.world_size).backward()  # processes are averaged: this makes it a sum
@@ -276,8 +277,9 @@ def main():
         sums = Counter()
         if some:
             own = here.share(some)
-            (n_tokens,) = processes.all_sum([sum(len(pair.chosen) for pair in own)], here.device)
-            sums = add_gradients(net, reference, own, len(some), n_tokens, tokenizer.eot_id, here)
+            n_tokens = sum(len(pair.chosen) for pair in some)
+            n_inputs = sum(pair.n_inputs for pair in some)
+            sums = add_gradients(net, reference, own, len(some), n_tokens, n_inputs, tokenizer.eot_id, here)
             lr, norm = run.update()
 
         # 3. log

@@ -35,7 +35,7 @@ from data.text import print_any_text
 from distributed import processes
 from evals import rewards as rewards_of
 from training import load, machine, output, start
-from training.answers import Problems, Writer, evaluate, samples_of, score, summary
+from training.answers import Problems, Writer, evaluate, nothing_to_learn, samples_of, score, summary
 from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pictures import Curve
@@ -167,6 +167,7 @@ class Batch:
         self.x, self.y = pad([a.problem.prompt for a in answers], [a.ids for a in answers],
                              [a.is_target for a in answers], eot_id, device)  # fmt: skip
         self.is_target = self.y >= 0  # (rows, T)
+        self.n_inputs = sum(a.n_inputs for a in answers)  # tokens of x that fill up no row
         self.advantage = torch.tensor([advantage for _, advantage in lessons], device=device)[:, None]  # (rows, 1)
         self.sampled_logp = torch.zeros_like(self.x, dtype=torch.float32)  # (rows, T), by the sampler
         for row, answer in enumerate(answers):
@@ -176,10 +177,11 @@ class Batch:
         self.reference_logp = None
 
 
-def add_gradients(net, reference, batches, answers, tokens, here):
+def add_gradients(net, reference, batches, answers, tokens, inputs, here):
     """Adds up the gradients of a step's batches; returns their loss, and {name: sum over tokens} of what to look at.
 
-    answers, tokens: how many are learned from in all processes together.
+    answers, tokens, inputs: how many answers and tokens are learned from, and how many tokens they and their prompts
+    have, in all processes together.
     """
     autocast = here.autocast()
     sums = Counter()
@@ -202,7 +204,7 @@ def add_gradients(net, reference, batches, answers, tokens, here):
                 losses = losses + beta * kl
                 sums["kl"] += kl.sum().item()
             weights = token_weights(batch.is_target, loss_type, max_new_tokens, answers, tokens)
-            loss = (losses * weights).sum() + auxiliary * len(batch.x) / max(answers, 1)
+            loss = (losses * weights).sum() + auxiliary * batch.n_inputs / max(inputs, 1)
             (loss * here.world_size).backward()  # processes are averaged: this makes it a sum
         sums["loss"] += loss.item()
         sums["clipped_low"] += is_low.sum().item()
@@ -279,11 +281,13 @@ def main():
         for answer, advantage, flat in zip(answers, advantages(groups, scale_rewards).flatten().tolist(), is_flat):
             if (teacher or not flat) and not (mask_truncated and answer.is_cut):
                 lessons.append((answer, advantage))
-        own = [len(lessons), sum(sum(answer.is_target) for answer, _ in lessons)]
-        n_answers, n_tokens = processes.all_sum(own, here.device)
+        own_tokens = sum(sum(answer.is_target) for answer, _ in lessons)
+        own_inputs = sum(answer.n_inputs for answer, _ in lessons)
+        counts = processes.all_sum([len(lessons), own_tokens, own_inputs], here.device)
+        n_answers, n_tokens, _ = counts
         if not lessons:  # others wait for this process's gradients, and be they 0
-            lessons = [(answers[0]._replace(is_target=[False] * len(answers[0].ids)), 0.0)]
-        lessons.sort(key=lambda lesson: len(lesson[0].problem.prompt) + len(lesson[0].ids))  # little is filled up then
+            lessons = [(nothing_to_learn(tokenizer.eot_id), 0.0)]
+        lessons.sort(key=lambda lesson: lesson[0].n_inputs)  # little is filled up then
         batches = [Batch(lessons[i : i + micro_batch], tokenizer.eot_id, here.device)
                    for i in range(0, len(lessons), micro_batch)]  # fmt: skip
 
@@ -291,7 +295,7 @@ def main():
         lr, norm = 0.0, 0.0
         sums = Counter()
         for _ in range(updates_per_batch if n_tokens else 0):
-            sums = add_gradients(net, reference, batches, n_answers, n_tokens, here)
+            sums = add_gradients(net, reference, batches, *counts, here)
             lr, norm = run.update()
         trained = time.perf_counter()
 

@@ -1,13 +1,13 @@
 # Fuses two modes in one model that reinforcement learning taught to think: half of the windows think, after /think, and
 # half answer at once behind an empty block of thinking, after /no_think. One GPU with 80 GB, for 0.6B parameters: 131M
 # tokens are 5e17 FLOPs; not timed yet.
-# The weights: what grpo.py made of config/sft_thinking.py's run.
+# The weights: what config/grpo_gsm8k.py makes of those of config/sft_thinking.py.
 # The data, of which only last answers are learned, as earlier ones have no block of thinking:
 #   python data/prepare.py numinamath --chat --think --switches --turns last --skip_bad --out data/thinking \
 #       --tokenizer qwen3/tokenizer.json
 #   python data/prepare.py ultrachat --chat --no_think --switches --turns last --out data/direct \
 #       --tokenizer qwen3/tokenizer.json
-init_from = "out/grpo"
+init_from = "out/grpo_gsm8k"
 data = ["data/thinking:0.5", "data/direct:0.5"]  # shares of the windows, and so of the tokens
 out_dir = "out/sft_fusion"
 

@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.chat import boxed
-from data.text import csv_rows, json_lines, read_json
+from data.text import boxed, csv_rows, json_lines, read_json
 from evals.judge import Case
 
 

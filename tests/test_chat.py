@@ -371,6 +371,7 @@ def test_a_bad_row_is_an_error_with_its_line_or_left_out_and_counted(tmp_path, c
         (rows_of(1), {}, "rows.jsonl: one conversation in it, and it takes two"),
         (rows_of(3), dict(add_tokens=[]), "byte has no token <|im_start|>"),
         ([{"messages": [user(str(i))]} for i in range(3)], {}, "no conversation is there an answer"),
+        (rows_of(3), dict(tokenizer=None), "--chat needs the tokenizer of the model"),
         (rows_of(3), dict(tokenizer="bpe:300"), "--tokenizer=bpe:300 is made of text"),
         ([NATURAL, NATURAL | {"prompt": "2"}], dict(think=True), "line 1: its last answer has no thinking"),
         (rows_of(3), dict(field="question"), "--field means nothing"),
@@ -436,6 +437,13 @@ def test_named_sets_are_conversations_in_which_the_user_asks_and_the_assistant_a
     for messages in chat.conversations(rows, bad=pytest.fail):
         roles = [message["role"] for message in messages if message["role"] != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
+
+
+def test_a_local_copy_of_a_named_set_is_read_in_its_place(tmp_path):
+    path = write_rows(tmp_path / "copy.jsonl", rows_of(5))
+    options = dict(chat=True, tokenizer="byte", add_tokens=CHAT_TOKENS)
+    copied = prepare("gsm8k", input=str(path), out=tmp_path / "copied", **options)
+    assert documents_of(copied) == documents_of(prepare(path, out=tmp_path / "read", **options))
 
 
 @pytest.mark.parametrize(

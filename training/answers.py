@@ -41,6 +41,16 @@ class Answer(NamedTuple):
         thoughts, _ = chat.split_thinking(self.text)
         return bool(thoughts and thoughts.strip())
 
+    @property
+    def n_inputs(self) -> int:
+        """Returns how many tokens of it and its prompt a model reads: of the last it reads nothing off."""
+        return len(self.problem.prompt) + len(self.ids) - 1
+
+
+def nothing_to_learn(eot_id: int) -> Answer:
+    """Returns what fills up a batch, which no loss is made of, and of which experts count no token."""
+    return Answer(Problem(-1, [eot_id], {}), [eot_id], [0.0], [0.0], [False], False, "")
+
 
 class Problems:
     """The problems of a file or a named set that leave room for an answer. ValueError where there are none."""

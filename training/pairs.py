@@ -19,6 +19,11 @@ class Pair(NamedTuple):
     chosen: list[int]  # with the <|im_end|> that ends it
     rejected: list[int]
 
+    @property
+    def n_inputs(self) -> int:
+        """Returns how many tokens a model reads: of the last of each answer it reads nothing off."""
+        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected) - 2
+
 
 def read(source: str, tokenizer: Tokenizer, longest: int, here: Machine) -> list[Pair]:
     """Returns the pairs of a file or a named set; ValueError where there are none of up to `longest` tokens."""

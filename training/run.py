@@ -141,10 +141,10 @@ class Run:
             self.album.draw()
 
     def note_samples(self, rows: list[dict]) -> None:
-        """Writes what the model wrote in this step to samples.jsonl. Process 0 alone does."""
+        """Writes what the model wrote in this step to samples.jsonl, before it ends. Process 0 alone does."""
         if self.here.rank == 0:
             for row in rows:
-                self.samples.write({"step": self.step, **row})
+                self.samples.write({"step": self.step + 1, **row})
 
     # ---- a step ------------------------------------------------------------------------------------------------------
     def update(self) -> tuple[float, float]:

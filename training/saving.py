@@ -47,6 +47,7 @@ class Saver:
     def repair(self, newest: Path) -> None:
         """Does what a crash, or a copy without links, left undone around the checkpoint that a run goes on from."""
         self.attempt(False, on_first, atomic.repair, newest, self.keep_last, self.keep_every)
+        self.in_place = newest.with_suffix("")  # whose evaluation may be to come
 
     def finish(self, wait: bool = True, must: bool = False) -> bool:
         """Takes a save in flight as far as it gets, or with wait to its end; returns False where it failed."""

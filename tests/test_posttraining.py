@@ -1,0 +1,276 @@
+"""grpo.py, dpo.py and reward.py end to end: what a run leaves behind, alone and resumed, on one process and on two.
+
+Most runs are in the process of the tests: what they share, they share with none that is at work at the same time.
+"""
+
+import io
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import asdict
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from data.tokenizers import tokenizer_from_dict
+from tests import tiny
+from tests.test_train import copy_until, finish, finished, launch, until, weights, wrote
+from tests.tiny import ROOT
+from training import checkpoint, pictures
+from training.signals import ASK_TO_STOP
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+WORDS = ("user", "assistant", "\n\n")
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+CHARACTERS = "\n +0123456789="
+N = len(CHARACTERS)
+TOKENIZER = tokenizer_from_dict({
+    "kind": "char", "name": "digits", "chars": CHARACTERS,
+    "added": {word: N + i for i, word in enumerate(WORDS)},
+    "special_tokens": {token: N + len(WORDS) + i for i, token in enumerate(SPECIAL)},
+})  # fmt: skip
+VOCAB = 64  # more than the tokenizer has: ids without a text behind them are never sampled
+SIZES = dict(n_layer=2, n_head=2, n_kv_head=1, head_dim=8, n_embd=16, n_inner=32, block_size=32)
+
+COMMON = dict(max_steps=4, learning_rate=1e-2, eval_every=2, save_every=1, keep_last=0, init_from="start")
+GRPO = COMMON | dict(data="problems.jsonl", rewards="my_rewards:sevens", group_size=4, problems_per_step=4,
+                     max_new_tokens=6, micro_batch=8, eval_data="held_out.jsonl", eval_samples=2)  # fmt: skip
+DPO = COMMON | dict(data="pairs.jsonl", eval_pairs="pairs.jsonl", pairs_per_step=6, micro_batch=4, warmup_steps=2)
+ONLINE = COMMON | dict(data="problems.jsonl", rewards="my_rewards:sevens", group_size=4, problems_per_round=4, online=3,
+                       max_new_tokens=6, eval_data="held_out.jsonl", pairs_per_step=6, micro_batch=4,
+                       nll_coef=1)  # fmt: skip
+REWARD = COMMON | dict(data="pairs.jsonl", eval_pairs="pairs.jsonl", pairs_per_step=6, micro_batch=4, warmup_steps=2)
+
+MY_REWARDS = '''
+def sevens(completions, rows):
+    """The share of 7 among the characters."""
+    return [text.count("7") / max(len(text), 1) for text in completions]
+
+
+def slow(completions, rows):
+    import time
+    time.sleep(0.05)
+    return sevens(completions, rows)
+
+
+def sevens_of_some(completions, rows):
+    return [value * (int(row["answer"]) % 8 > 0) for value, row in zip(sevens(completions, rows), rows)]
+'''
+
+
+# ---- what a run begins with, and how it is begun ---------------------------------------------------------------------
+def save_start(folder, model, tokenizer=TOKENIZER):
+    """Writes a model as the folder of a run that has trained it."""
+    config = {"model": type(model.config).__module__.removeprefix("model_"), "model_config": asdict(model.config),
+              "knobs": {}}  # fmt: skip
+    checkpoint.save(folder, 1, model, torch.optim.AdamW(model.parameters()), config, {"tokens": 0})
+    (folder / "config.json").write_text(json.dumps(config))
+    meta = {"tokenizer": tokenizer.to_dict(), "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id}
+    (folder / "data.json").write_text(json.dumps(meta))
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a model that knows nothing, problems, pairs, and rewards."""
+    folder = tmp_path_factory.mktemp("posttraining")
+    model = tiny.build("baseline", bold=False, **SIZES | dict(vocab_size=VOCAB, eot_id=TOKENIZER.eot_id))
+    save_start(folder / "start", model)
+    fields = SIZES | dict(n_expert=4, n_expert_inner=16, vocab_size=VOCAB, eot_id=TOKENIZER.eot_id)
+    save_start(folder / "start_moe", tiny.build("moe", bold=False, **fields, balance_loss=0.1, bias_rate=0.01))
+    (folder / "my_rewards.py").write_text(MY_REWARDS)
+    write_rows(folder / "problems.jsonl", [{"question": f"{i}+{3 * i}", "answer": str(4 * i)} for i in range(10)])
+    write_rows(folder / "held_out.jsonl", [{"question": f"1{i}+{i}", "answer": str(10 + 2 * i)} for i in range(3)])
+    write_rows(folder / "pairs.jsonl", [{"prompt": f"{i}+{i}", "chosen": "7" * (i % 4 + 1), "rejected": f"{i}1"}
+                                        for i in range(15)])  # fmt: skip
+    return folder
+
+
+def words(out_dir, flags, knobs):
+    return [*flags, f"--out_dir={out_dir}", *(f"--{key}={value}" for key, value in knobs.items() if value is not None)]
+
+
+def execute(work, script, argv):
+    """What `python script argv` in the folder prints, and its exit code; in this process."""
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in ASK_TO_STOP}
+    code = 0
+    with (
+        chdir(work), redirect_stdout(streams[0]), redirect_stderr(streams[1]), patch.object(pictures, "plot"),
+        patch.object(sys, "argv", [script, *argv]), patch.object(sys, "path", [str(ROOT), str(work), *sys.path]),
+    ):  # fmt: skip
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+        finally:
+            for name, handler in handlers.items():
+                signal.signal(getattr(signal, name), handler)
+    out, err = (stream.buffer.getvalue().decode() for stream in streams)
+    return SimpleNamespace(code=code, out=out, err=err)
+
+
+def run(work, script, out_dir, *flags, **knobs):
+    """A run that must end well: its folder, what it printed, its metrics."""
+    result = execute(work, script, words(out_dir, flags, knobs))
+    assert result.code == 0, result.out + result.err
+    return finished(work / out_dir, result.out, result.err)
+
+
+def refusal(work, script, out_dir, *flags, **knobs):
+    """The one line on stderr of a run that must be refused."""
+    result = execute(work, script, words(out_dir, flags, knobs))
+    assert result.code == 2, result.out + result.err
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+    return result.err
+
+
+def start(work, script, out_dir, *flags, environment=None, **knobs):
+    """Begins a run as a process of its own: the process, and where it prints."""
+    return launch(work, words(out_dir, flags, knobs), environment, script)
+
+
+def two(work, script, out_dir, *flags, **knobs):
+    """A run of two processes, as torchrun would start them, that must end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    both = [start(work, script, out_dir, *flags, environment={"RANK": str(rank), "LOCAL_RANK": str(rank), **common},
+                  **knobs) for rank in range(2)]  # fmt: skip
+    results = [finish(*each, timeout=60) for each in both]
+    assert [result.code for result in results] == [0, 0], results
+    return finished(work / out_dir, results[0].out, results[0].err)
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+TIMES = ("ms", "memory_gb", "sampled_per_second", "trained_per_second")
+SCRIPTS = {
+    "grpo": ("grpo.py", GRPO | dict(updates_per_batch=2, beta=0.05)),
+    "dpo": ("dpo.py", DPO),
+    "online": ("dpo.py", ONLINE),
+    "reward": ("reward.py", REWARD),
+}
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def left_by(folder):
+    """All that a run left which is to be the same in another: numbers of each step, samples, checkpoints."""
+    found = {}
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rows = rows_of(folder / name)
+        found[name] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    for step in checkpoint.folders(folder):
+        for name in ("model.safetensors", "trainer.safetensors", "trainer.json", "evaluation.json"):
+            file = step / name
+            found[f"{step.name}/{name}"] = file.read_bytes() if file.exists() else None
+    for link in ("latest", "best"):
+        found[link] = os.readlink(folder / link)
+    return found
+
+
+def check_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == value, name
+
+
+@pytest.fixture(scope="module")
+def whole(work):
+    """A run of each script that nothing happened to, by its name in SCRIPTS."""
+    return {name: run(work, script, name, **knobs) for name, (script, knobs) in SCRIPTS.items()}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_that_was_killed_after_any_step_goes_on_to_the_same_bits(work, whole, name):
+    script, knobs = SCRIPTS[name]
+    expected = left_by(whole[name].folder)
+    assert len(whole[name].rows) == 4 + 3
+    for step in (1, 2, 3):
+        again = f"{name}_{step}"
+        copy_until(whole[name], work / again, step)
+        assert f"resuming from {again}/step-0000000{step}" in run(work, script, again, "--resume", **knobs).out
+        check_same(left_by(work / again), expected)
+
+
+def test_a_run_that_was_killed_before_an_evaluation_makes_up_for_it(work, whole):
+    expected = left_by(whole["grpo"].folder)
+    folder = work / "unevaluated"
+    copy_until(whole["grpo"], folder, 2)
+    (folder / "step-00000002" / "evaluation.json").unlink()
+    (folder / "best").unlink()
+    rows = [row for row in rows_of(folder / "metrics.jsonl") if row["step"] < 2 or "loss" in row]
+    write_rows(folder / "metrics.jsonl", rows)
+    run(work, "grpo.py", "unevaluated", "--resume", **SCRIPTS["grpo"][1])
+    check_same(left_by(folder), expected)
+
+
+def test_a_run_that_a_signal_stopped_goes_on_to_the_same_bits(work):
+    knobs = GRPO | dict(rewards="my_rewards:slow", max_steps=10, save_every=100, eval_every=100)
+    process, log = start(work, "grpo.py", "stopped", **knobs)
+    until(lambda: wrote(work / "stopped", 1500))
+    os.kill(process.pid, signal.SIGTERM)
+    result = finish(process, log)
+    assert result.code == 0, result.out + result.err
+    step = len(rows_of(work / "stopped" / "metrics.jsonl")) - 1
+    assert step < 10
+    assert f"SIGTERM: stopped after step {step}; go on with  python {ROOT}/grpo.py --out_dir=stopped" in result.out
+    assert json.loads((work / "stopped" / "state.json").read_text())["state"] == "stopped"
+    run(work, "grpo.py", "stopped", "--resume", **knobs)
+    shutil.rmtree(work / "stopped" / f"step-{step:08d}")
+    check_same(left_by(work / "stopped"), left_by(run(work, "grpo.py", "unstopped", **knobs).folder))
+    assert json.loads((work / "stopped" / "state.json").read_text())["state"] == "finished"
+
+
+def test_the_reference_of_a_resumed_run_is_the_model_that_it_began_with(work, whole):
+    kl = [row["kl"] for row in whole["grpo"].steps]
+    assert kl[0] < kl[3] and kl[3] > 1e-4  # in the second update of a step the policy has moved
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+def check_close(both, one, step=4):
+    """Two processes' run against that of one: the same answers, losses and weights to rounding."""
+    samples = [rows_of(each.folder / "samples.jsonl") for each in (both, one)]
+    assert samples[0] == samples[1]
+    assert [row.keys() for row in both.rows] == [row.keys() for row in one.rows]
+    for row, expected in zip(both.rows, one.rows):
+        for name in expected.keys() - {*TIMES, "logprob_difference"}:
+            if isinstance(expected[name], list):
+                assert row[name] == expected[name], name  # choices of experts
+            else:
+                assert row[name] == pytest.approx(expected[name], abs=1e-5), name
+    found, expected = weights(both.folder, step), weights(one.folder, step)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=0, msg=name)
+
+
+def test_two_processes_do_grpo_as_one_with_experts_and_where_one_has_nothing_to_learn(work):
+    knobs = GRPO | dict(init_from="start_moe", rewards="my_rewards:sevens_of_some", problems_per_step=3, micro_batch=3,
+                        updates_per_batch=2, beta=0.05)  # fmt: skip
+    one = run(work, "grpo.py", "moe_1", **knobs)
+    rewards = {}  # of the answers to the first problem of each step, the only one of process 0
+    for row in rows_of(one.folder / "samples.jsonl"):
+        rewards.setdefault(row["step"], set()).add(row["reward"])
+    assert min(map(len, rewards.values())) == 1 < max(map(len, rewards.values()))
+    check_close(two(work, "grpo.py", "moe_2", **knobs), one)
+
+
+@pytest.mark.parametrize("script, knobs", [("dpo.py", DPO), ("dpo.py", ONLINE), ("reward.py", REWARD)])
+def test_two_processes_learn_from_pairs_as_one(work, script, knobs):
+    knobs = knobs | dict(init_from="start_moe", pairs_per_step=5, micro_batch=2)
+    name = f"{script}_{knobs.get('online', 0)}"
+    check_close(two(work, script, f"{name}_2", **knobs), run(work, script, f"{name}_1", **knobs))
