@@ -4,6 +4,7 @@ python eval.py out/run                                        (the first tokens 
 python eval.py out/run/best --data data/other --split val --eval_tokens 0 --json loss.json
 python eval.py out/run --tasks hellaswag=hellaswag_val.jsonl,mine=mine.jsonl --num_fewshot 5
 python eval.py out/run --task_dir tasks --tasks gsm8k,humaneval --allow_code_execution
+python eval.py out/sft --tasks gsm8k=gsm8k_test.jsonl --chat --think --max_new_tokens 1024
 python eval.py out/run --harness lambada_openai,piqa          (where lm-evaluation-harness is installed)
 
 evals/tasks.py says which tasks there are and how their files look. Nothing in the folders that are read is changed.
@@ -17,16 +18,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data import chat
 from data.loader import eval_batches
 from data.shards import Shards
 from data.text import print_any_text
 from data.tokenizers import tokenizer_from_dict
 from evals import sandbox
 from evals.judge import judge
-from evals.scorer import Scorer, evaluate_harness, evaluate_task
+from evals.scorer import ChatOptions, Scorer, evaluate_harness, evaluate_task
 from evals.tasks import find, load_task
 from training.checkpoint import CheckpointError
-from training.load import hide_padding, load, stop_tokens
+from training.load import hide_padding, load, stop_tokens, think_budget
 from training.loss import bytes_of_tokens, loss_report, loss_sums
 
 
@@ -42,6 +44,16 @@ def parse_arguments(argv):
     add("--task_dir", help="where the files NAME.jsonl of tasks without a path lie (--harness: its .yaml files)")
     add("--num_fewshot", type=int, help="solved questions before each: the first of the file, not scored")
     add("--limit", type=int, default=0, help="questions of each task; 0: all")
+    add("--max_new_tokens", type=int, default=0, help="of an answer that is written; 0: as the task says")
+    add("--chat", action="store_true", help="ask as a chat's user, and score what follows the thinking")
+    add("--think", action="store_true", default=None, help="begin each answer of a chat with thinking")
+    add("--no_think", action="store_false", dest="think", help="answer without (default: as the model likes)")
+    add(
+        "--think_budget",
+        type=int,
+        metavar="N",
+        help="end thinking that has come to N tokens, and go on with the answer",
+    )
     add("--allow_code_execution", action="store_true", help="run what the model writes (humaneval), within limits")
     add("--sandbox", default="full", choices=["full", "weak"], help="weak: with what this system has of it, if not all")
     add("--harness", type=lambda s: s.split(","), default=[], metavar="NAME,...", help="tasks of the package lm_eval")
@@ -53,10 +65,15 @@ def parse_arguments(argv):
     add("--no_average", action="store_true", help="the weights themselves, where a run has their average, too (ema)")
     add("--json", type=Path, metavar="FILE", help="write the results there, too")
     args = parser.parse_args(argv)
-    for name, least in (("eval_tokens", 0), ("block_size", 0), ("num_fewshot", 0), ("limit", 0), ("batch_size", 1)):
+    for name in ("eval_tokens", "block_size", "num_fewshot", "limit", "max_new_tokens", "think_budget", "batch_size"):
+        least = 1 if name == "batch_size" else 0
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"--{name} {value}: give a number from {least}")
+    if not args.chat and (args.think is not None or args.think_budget is not None):
+        parser.error("--think, --no_think and --think_budget are of a chat: give --chat")
+    if args.chat and (args.harness or args.num_fewshot or not args.tasks):
+        parser.error("--chat asks the questions of --tasks, without examples and without --harness")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     return args
@@ -115,6 +132,8 @@ def load_tasks(args) -> dict:
     for spec in args.tasks:
         name, path = find(spec, args.task_dir)
         task, questions = load_task(name, path, args.num_fewshot or 0, args.limit)
+        if args.chat and not questions[0].asked:
+            raise ValueError(f"{name} is no question of a chat: evaluate it without --chat")
         if task.case and not args.allow_code_execution:
             raise ValueError(f"{name} runs the programs that the model writes: allow it with --allow_code_execution")
         if task.case:
@@ -148,9 +167,11 @@ def evaluate(args) -> dict:
     if not needs_text:
         return report
     hide_padding(model, tokenizer)
-    scorer = Scorer(model, tokenizer, prefix, stop_tokens(tokenizer, args.path), args.batch_size)
+    scorer = Scorer(
+        model, tokenizer, prefix, stop_tokens(tokenizer, args.path), args.batch_size, chat_options(args, tokenizer)
+    )
     for name, (task, questions) in tasks.items():
-        results = evaluate_task(scorer, task, questions, weak_sandbox=args.sandbox == "weak")
+        results = evaluate_task(scorer, task, questions, args.sandbox == "weak", args.max_new_tokens)
         print_scores(name, results)
         report.setdefault("tasks", {})[name] = results
     if args.harness:
@@ -159,6 +180,17 @@ def evaluate(args) -> dict:
         for name, results in report["harness"].items():
             print_scores(name, results)
     return report
+
+
+def chat_options(args, tokenizer):
+    """Returns how questions are asked in a chat, None where they are not."""
+    if not args.chat:
+        return None
+    chat.check(tokenizer)
+    budget = None
+    if args.think_budget is not None:
+        budget = think_budget(tokenizer, args.think_budget)
+    return ChatOptions(args.think, budget)
 
 
 def print_losses(reports):

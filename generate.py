@@ -87,12 +87,6 @@ class Rows:
         self.newest = token[:, None]  # (B, 1); a slice of idx would have other strides each time, and be compiled anew
         self.idx = torch.cat((self.idx, self.newest), dim=1)
 
-    def keep(self, rows):
-        """Goes on with the rows of these numbers alone; they are read again, since a cache gives up no row."""
-        self.idx = self.idx[rows]
-        self.pad = self.pad[rows]
-        self.cache = None
-
 
 @torch.no_grad()
 def stream(
@@ -260,19 +254,21 @@ def rollout(
         logits = rows.next_logits()
         if greedy:
             logp = log_probabilities(logits)  # (B, V)
+            probs = logp.exp()
             token = logp.argmax(dim=-1)
         else:
             logp = log_probabilities(logits, temperature, top_k, top_p)
-            token = draw(logp.exp(), uniforms[:, i])
+            probs = logp.exp()
+            token = draw(probs, uniforms[:, i])
 
         # 2. keep what is known of it
         logprobs[:, i] = logp.gather(1, token[:, None])[:, 0]
-        entropies[:, i] = torch.special.entr(logp.exp()).sum(dim=-1)
+        entropies[:, i] = torch.special.entr(probs).sum(dim=-1)
         if thinking:
             token, forced[:, i] = thinking.limit(token)
         tokens[:, i] = torch.where(ended, -1, token)
 
-        # 3. go on
+        # 3. go on while any row does; those that have ended are computed on, since a cache gives up no row
         ended |= torch.isin(token, stop_ids)
         if ended.all():
             break
@@ -372,9 +368,6 @@ class Thinking:
         begins = ~thinks & (token == self.budget.think_id)
         self.so_far = torch.where(begins, 0, so_far)
         return token, is_forced
-
-    def keep(self, rows):
-        self.so_far = self.so_far[rows]
 
 
 # ---- the compiled step -----------------------------------------------------------------------------------------------

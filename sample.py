@@ -2,7 +2,8 @@
 
 python sample.py out/quickstart --prompt "def main():" --num_samples 3
 cat prompt.txt | python sample.py out/run --prompt_file - --temperature 0 --max_new_tokens 50
-python sample.py ~/models/Qwen3-0.6B --interactive
+python sample.py ~/models/Qwen3-0.6B --interactive --think --think_budget 500
+python sample.py out/sft --prompt "What is 12 + 30?" --chat --no_think
 python sample.py out/run --save_pretrained my-model        (a folder that transformers opens)
 """
 
@@ -16,10 +17,11 @@ import torch
 
 import generate
 import hf
+from data import chat
 from data.text import print_any_text, read_text
 from data.tokenizers import stream_text
 from training.checkpoint import CheckpointError
-from training.load import hide_padding, load, stop_tokens
+from training.load import hide_padding, load, stop_tokens, think_budget
 from training.run_folder import is_from_hugging_face
 
 LIMITS = {
@@ -30,6 +32,7 @@ LIMITS = {
     "top_p": (1e-9, 1),
     "repetition_penalty": (1e-9, math.inf),
     "seed": (0, 2**32 - 1),
+    "think_budget": (0, math.inf),
 }
 
 
@@ -55,14 +58,30 @@ def parse_arguments(argv):
     add("--no_cache", action="store_true", help="compute all tokens again for each new one: slow, to check the cache")
     add("--compile", action="store_true", help="compile the decoding step: a minute first, then faster (results/)")
     add("--interactive", action="store_true", help="chat (a continuation of each line where there are no chat tokens)")
+    add("--chat", action="store_true", help="ask the prompt as a chat's question")
+    add("--system", metavar="TEXT", help="what a chat begins with: how to answer")
+    add("--think", action="store_true", default=None, help="begin each answer of a chat with thinking")
+    add("--no_think", action="store_false", dest="think", help="answer without (default: as the model likes)")
+    add(
+        "--think_budget",
+        type=int,
+        metavar="N",
+        help="end thinking that has come to N tokens, and go on with the answer",
+    )
     add("--save_pretrained", metavar="FOLDER", help="write the model there for transformers, and end")
     args = parser.parse_args(argv)
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             range_ = f"from {low}" if high == math.inf else f"from {low} to {high}"
             parser.error(f"--{name} {value}: give a number {range_}")
+    if is_about_chat(args) and not args.interactive and not args.chat:
+        parser.error("--system, --think, --no_think and --think_budget are of a chat: give --chat or --interactive")
     return args
+
+
+def is_about_chat(args):
+    return args.system is not None or args.think is not None or args.think_budget is not None
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -128,25 +147,43 @@ def say(model, tokenizer, prompt, options, stops=(), echo=True):
     return rows[0]
 
 
-def interact(model, tokenizer, prefix, options, stops):
-    """Answers one line after the other: with the whole conversation before it where the tokenizer knows chats."""
-    begin = tokenizer.special_tokens.get("<|im_start|>")
-    end = tokenizer.special_tokens.get("<|im_end|>")
-    is_chat = begin is not None and end is not None
-    history = list(prefix)
+def answer(model, tokenizer, prefix, messages, think, options, stops):
+    """Prints the answer to the messages of a chat; returns it (the first sample) as a message without its thinking."""
+    prompt = prefix + chat.prompt(tokenizer, messages, think)[1:]  # a document begins as the model's own do
+    text = tokenizer.decode(say(model, tokenizer, prompt, options, stops, echo=False))
+    if think:
+        text = f"{chat.THINK}\n{text}"  # which the prompt has begun
+    _, content = chat.split_thinking(text)
+    return {"role": "assistant", "content": content}
+
+
+def interact(model, tokenizer, prefix, messages, think, options, stops):
+    """Answers one line after the other, as the next question of the chat that begins with messages."""
+    for line in typed_lines():
+        messages.append({"role": "user", "content": line})
+        messages.append(answer(model, tokenizer, prefix, messages, think, options, stops))
+
+
+def continue_lines(model, tokenizer, prefix, options, stops):
+    """Goes on with one line after the other, each by itself: for a tokenizer that knows no chats."""
+    for line in typed_lines():
+        say(model, tokenizer, prefix + tokenizer.encode(line), options, stops)
+
+
+def typed_lines():
     while True:
         try:
-            line = input("> ")
+            yield input("> ")
         except EOFError:
             return
-        if not is_chat:
-            say(model, tokenizer, prefix + tokenizer.encode(line), options, stops)
-            continue
-        # What a person types stays text, also where it looks like a special token.
-        history += [begin, *tokenizer.encode(f"user\n{line}"), end, *tokenizer.encode("\n")]
-        history += [begin, *tokenizer.encode("assistant\n")]
-        history += say(model, tokenizer, history, options, stops, echo=False)
-        history += [end, *tokenizer.encode("\n")]
+
+
+def knows_chats(tokenizer):
+    try:
+        chat.check(tokenizer)
+    except ValueError:
+        return False
+    return True
 
 
 def save_pretrained(model, tokenizer, prefix, args):
@@ -173,6 +210,8 @@ def run(args):
         save_pretrained(model, tokenizer, prefix, args)
         return
     hide_padding(model, tokenizer)
+    if args.chat or is_about_chat(args):
+        chat.check(tokenizer)
 
     # 3. the text
     options = dict(
@@ -189,8 +228,20 @@ def run(args):
     )
     if args.compile:
         options["step"] = generate.CompiledStep(model)
+    if args.think_budget is not None:
+        options["think_budget"] = think_budget(tokenizer, args.think_budget)
+    messages = []
+    if args.system is not None:
+        messages.append({"role": "system", "content": args.system})
+    if args.interactive and (is_about_chat(args) or knows_chats(tokenizer)):
+        interact(model, tokenizer, prefix, messages, args.think, options, args.stop)
+        return
     if args.interactive:
-        interact(model, tokenizer, prefix, options, args.stop)
+        continue_lines(model, tokenizer, prefix, options, args.stop)
+        return
+    if args.chat:
+        messages.append({"role": "user", "content": text})
+        answer(model, tokenizer, prefix, messages, args.think, options, args.stop)
         return
     prompt = prefix + tokenizer.encode(text)
     if not prompt:

@@ -5,13 +5,7 @@ prepare is the module data/prepare.py, and prepare.prepare does what its command
 
 import importlib
 
-HOME = {
-    "Shards": "data.shards",
-    "Loader": "data.loader",
-    "find_rows": "data.sources",
-    "Tokenizer": "data.tokenizers",
-    "load_tokenizer": "data.tokenizers",
-}
+HOME = {"Shards": "data.shards", "Loader": "data.loader", "load_tokenizer": "data.tokenizers"}
 
 
 def __getattr__(name: str):

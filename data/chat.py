@@ -24,9 +24,10 @@ if __name__ == "__main__":  # this folder on the path would shadow the installed
 
 import regex
 
-from data import Tokenizer, find_rows, load_tokenizer
 from data.bpe import CHAT_TOKENS, alternatives
-from data.text import Unreadable, print_any_text, stop, text_field
+from data.sources import find_rows
+from data.text import Unreadable, boxed, print_any_text, stop, text_field
+from data.tokenizers import Tokenizer, load_tokenizer
 
 START, END, THINK, END_THINK = CHAT_TOKENS
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -326,26 +327,6 @@ FORMS = {  # the fields of a row: how it is read. NuminaMath's rows have a solut
     ("instruction", "output"): instructed,
     ("prompt", "response"): answered,
 }
-
-
-def boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} (or \fbox; braces may be nested), None where there is none."""
-    found = list(re.finditer(r"\\(boxed|fbox)\s*(?=\{)|\\boxed (?P<bare>[^$]*)", text))
-    if not found:
-        return None
-    last = found[-1]
-    if last["bare"] is not None:
-        return last["bare"].strip()
-    begin = last.end()
-    depth = 0
-    for i in range(begin, len(text)):
-        if text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            depth -= 1
-        if depth == 0:
-            return text[begin + 1 : i]
-    return None
 
 
 # ---- the command: what is learned, token by token --------------------------------------------------------------------

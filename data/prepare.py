@@ -5,8 +5,9 @@ begins with the tokenizer's eot token, and goes to train or validation by a hash
 another order never move it across; a text that is one document is cut, and its last part validates. mqar is no text:
 its documents are drawn (data/synthetic.py). With --chat a document is a conversation of data/chat.py, and shards of
 masks say which of its tokens are learned. All is written in a folder beside and takes the place of an earlier one
-when it is whole; where nothing has changed nothing is done. A folder of another tool's token files, nanoGPT's or
-build-nanogpt's, becomes shards of the same tokens (data/token_files.py).
+when it is whole; where nothing has changed nothing is done, and what was interrupted goes on behind its last whole
+shard. A folder of another tool's token files, nanoGPT's or build-nanogpt's, becomes shards of the same tokens
+(data/token_files.py).
 """
 
 import argparse
@@ -34,7 +35,8 @@ from tqdm import tqdm
 from data import chat, sources, token_files
 from data.bpe import CHAT_TOKENS, EOT
 from data.bpe_training import end_with_parent
-from data.shards import PUBLISHED, Shards, read_meta, write_shard
+from data.progress import NOTE, Progress, find_note, shard_path, write_note
+from data.shards import HEADER_BYTES, PUBLISHED, Shards, mask_of, read_meta, write_shard
 from data.sources import KINDS, NAMED, Named, Skipped, find_text, identity_of
 from data.successor import successor
 from data.synthetic import MQAR
@@ -173,6 +175,7 @@ class Encoded(NamedTuple):
     tokens: dict[str, np.ndarray]  # of each split
     bytes: dict[str, np.ndarray]  # of each split: of the text, and of what its tokens stand for before they are cut
     changed: list[tuple[str, str]]  # where a text and what its tokens give back differ, if they do
+    text_hash: str  # of the chunk
     masks: dict[str, np.ndarray] = {}  # of each split, where not all tokens are targets
     chats: Counter = Counter()  # what there is to be said of conversations
 
@@ -206,7 +209,7 @@ def encode(chunk):
         sizes[split] += len(text.encode()), worker["token_bytes"][array].sum()
         tokens[split].append(array[: worker["max_doc_tokens"]])
     whole = {split: np.concatenate(arrays) for split, arrays in tokens.items() if arrays}
-    return Encoded(whole, sizes, changed)
+    return Encoded(whole, sizes, changed, hash_of(chunk))
 
 
 def encode_chats(chunk):
@@ -228,7 +231,11 @@ def encode_chats(chunk):
         masks[split].append(mask)
     tokens = {split: np.concatenate(arrays) for split, arrays in tokens.items() if arrays}
     masks = {split: np.concatenate(arrays) for split, arrays in masks.items() if arrays}
-    return Encoded(tokens, sizes, [], masks, counts)
+    return Encoded(tokens, sizes, [], hash_of(chunk), masks, counts)
+
+
+def hash_of(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def difference(text, back):
@@ -280,6 +287,7 @@ class Writer:
         self.bytes = 0
         self.shards = 0
         self.digest = hashlib.sha256()
+        self.mask_digest = hashlib.sha256()
 
     def add(self, tokens, mask=None):
         self.tokens += len(tokens)
@@ -287,7 +295,7 @@ class Writer:
         self.bytes += int(self.token_bytes[tokens].sum(dtype=np.int64))
         self.digest.update(tokens.astype("<u4").data)
         if mask is not None:
-            self.digest.update(mask.data)
+            self.mask_digest.update(mask.data)
             if self.mask is None:
                 self.mask = np.empty(len(self.buffer), bool)
         while len(tokens):
@@ -303,12 +311,41 @@ class Writer:
 
     def flush(self):
         if self.filled:
-            path = self.folder / f"{self.split}_{self.shards:06d}.bin"
+            path = shard_path(self.folder, self.split, self.shards)
             mask = None if self.mask is None else self.mask[: self.filled]
             write_shard(path, self.buffer[: self.filled], self.vocab.vocab_size, mask)
             tqdm.write(f"wrote {path.name}: {self.filled:,} tokens")
             self.shards += 1
             self.filled = 0
+
+    def counts(self):
+        return {name: getattr(self, name) for name in ("tokens", "documents", "bytes", "shards")}
+
+    def rests(self):
+        """Returns the tokens that fill no shard yet, and their mask if there is one."""
+        found = {self.split: self.buffer[: self.filled]}
+        if self.mask is not None:
+            found[f"{self.split}_mask"] = self.mask[: self.filled]
+        return found
+
+    def go_on(self, counts, rests):
+        """Goes on where another writer ended that had these counts and rests; its whole shards are in the folder."""
+        vars(self).update(counts)
+        rest = rests[self.split]
+        mask = rests.get(f"{self.split}_mask")
+        self.filled = len(rest)
+        self.buffer[: self.filled] = rest
+        if mask is not None:
+            self.mask = np.empty(len(self.buffer), bool)
+            self.mask[: self.filled] = mask
+        for i in range(self.shards):
+            path = shard_path(self.folder, self.split, i)
+            self.digest.update(np.fromfile(path, self.buffer.dtype, offset=HEADER_BYTES).astype("<u4").data)
+            if mask is not None:
+                self.mask_digest.update(np.fromfile(mask_of(path), np.uint8, offset=HEADER_BYTES).data)
+        self.digest.update(rest.astype("<u4").data)
+        if mask is not None:
+            self.mask_digest.update(mask.data)
 
 
 def earlier_meta(out: Path) -> dict | None:
@@ -365,63 +402,127 @@ def make_tokenizer(spec, add_tokens, eot, documents, folder, workers):
     return tokenizer
 
 
+class TextWriter:
+    """A text on its way into shards of both splits: what was written of it, and what is to be said of it."""
+
+    def __init__(self, folder, tokenizer, shard_tokens):
+        self.folder = folder
+        self.tokenizer = tokenizer
+        token_bytes = tokenizer.token_bytes()
+        self.writers = {
+            split: Writer(folder, split, tokenizer, token_bytes, shard_tokens) for split in ("train", "val")
+        }
+        self.sizes = {
+            split: np.zeros(2, np.int64) for split in self.writers
+        }  # of text, and of what its tokens stand for
+        self.chats = Counter()
+        self.n_changed = 0
+        self.examples = []  # the first of what was changed
+        self.n_chunks = 0
+        self.text_hash = ""  # of all these chunks
+
+    def add(self, encoded, max_tokens):
+        """Adds what came of a chunk, but to train no more than max_tokens if that is not None."""
+        for split, tokens in encoded.tokens.items():
+            writer = self.writers[split]
+            mask = encoded.masks.get(split)
+            if max_tokens and split == "train":
+                tokens = tokens[: max_tokens - writer.tokens]
+                mask = None if mask is None else mask[: len(tokens)]
+            writer.add(tokens, mask)
+            self.sizes[split] += encoded.bytes[split]
+        self.chats.update(encoded.chats)
+        self.n_changed += len(encoded.changed)
+        self.examples = self.examples or encoded.changed[:1]
+        self.n_chunks += 1
+        self.text_hash = hash_of([self.text_hash, encoded.text_hash])
+
+    def n_shards(self):
+        return sum(writer.shards for writer in self.writers.values())
+
+    def progress(self):
+        fields = {name: getattr(self, name) for name in ("chats", "n_changed", "examples", "n_chunks", "text_hash")}
+        fields["tokenizer"] = self.tokenizer.to_dict()
+        fields["counts"] = {split: writer.counts() for split, writer in self.writers.items()}
+        fields["sizes"] = {split: sizes.tolist() for split, sizes in self.sizes.items()}
+        return Progress(fields, self.writers["train"].rests() | self.writers["val"].rests())
+
+    def go_on(self, progress, chunks):
+        """Takes up the progress of an interrupted run; the chunks that it wrote are read again, and not tokenized."""
+        fields = progress.fields
+        for split, writer in self.writers.items():
+            writer.go_on(fields["counts"][split], progress.rests)
+            self.sizes[split] += fields["sizes"][split]
+        for name in ("n_changed", "examples", "n_chunks", "text_hash"):
+            setattr(self, name, fields[name])
+        self.chats.update(fields["chats"])
+        tokens = sum(writer.tokens for writer in self.writers.values())
+        print(f"goes on behind {tokens:,} tokens, which an interrupted run left in {self.folder}")
+
+        text_hash = ""
+        for chunk in tqdm(islice(chunks, self.n_chunks), "read again", self.n_chunks, unit="chunk", disable=None):
+            text_hash = hash_of([text_hash, hash_of(chunk)])
+        if text_hash != self.text_hash:
+            (self.folder / NOTE).unlink()
+            why = f"the text is not the one that an interrupted run read into {self.folder}, which is deleted"
+            raise ValueError(f"{why}: the same command begins anew")
+
+
 def write_text(args, folder, text):
-    """Writes all shards of a text into the folder, meta.json last."""
+    """Writes all shards of a text into the folder, meta.json last; goes on where an interrupted run ended."""
     documents = split_documents(text.documents, args.val_fraction)
     workers = args.workers
     if not workers:
         workers = min(os.cpu_count(), 61)  # Windows cannot wait for more
         if text.size is not None:
             workers = min(workers, 1 + text.size // (4 * CHUNK))
-    tokenizer = make_tokenizer(args.tokenizer, args.add_tokens, args.eot, documents, folder, workers)
+    if args.progress:
+        tokenizer = tokenizer_from_dict(args.progress.fields["tokenizer"])
+    else:
+        tokenizer = make_tokenizer(args.tokenizer, args.add_tokens, args.eot, documents, folder, workers)
     print_marker(tokenizer)
     if args.chat:
         chat.check(tokenizer)
-    token_bytes = tokenizer.token_bytes()
-    writers = {split: Writer(folder, split, tokenizer, token_bytes, args.shard_tokens) for split in ("train", "val")}
-    train = writers["train"]
+    written = TextWriter(folder, tokenizer, args.shard_tokens)
+    train = written.writers["train"]
 
     max_characters = None
     if args.chat:
         max_characters = sys.maxsize  # no part of a conversation's JSON stands alone
     elif args.max_doc_tokens:
-        longest = max(1, int(token_bytes.max()))  # bytes, so a token never has more characters
+        longest = max(1, int(train.token_bytes.max()))  # bytes, so a token never has more characters
         max_characters = args.max_doc_tokens * longest
     work = chunks(documents(), max_characters)
-    sizes = {split: np.zeros(2, np.int64) for split in writers}  # of text, and of what its tokens stand for
-    chats = Counter()
-    n_changed = 0
-    examples = []
-    with tqdm(total=text.size, unit="B", unit_scale=True, disable=None) as bar:
-        for encoded in encode_all(work, workers, tokenizer, args.max_doc_tokens, args.turns if args.chat else None):
-            for split, tokens in encoded.tokens.items():
-                mask = encoded.masks.get(split)
-                if args.max_tokens and split == "train":
-                    tokens = tokens[: args.max_tokens - train.tokens]
-                    mask = None if mask is None else mask[: len(tokens)]
-                writers[split].add(tokens, mask)
-                sizes[split] += encoded.bytes[split]
-            chats.update(encoded.chats)
-            n_changed += len(encoded.changed)
-            examples = examples or encoded.changed[:1]
+    if args.progress:
+        written.go_on(args.progress, work)
+    noted = written.n_shards()
+    read = sum(of_text for of_text, _ in written.sizes.values())
+    turns = args.turns if args.chat else None
+    with tqdm(total=text.size, initial=read, unit="B", unit_scale=True, disable=None) as bar:
+        for encoded in encode_all(work, workers, tokenizer, args.max_doc_tokens, turns):
+            written.add(encoded, args.max_tokens)
             bar.update(sum(of_text for of_text, _ in encoded.bytes.values()))
             if train.tokens == args.max_tokens:
                 break
+            if written.n_shards() > noted:
+                write_note(folder, args.request, written.progress())
+                noted = written.n_shards()
 
     # What was cut off a document or the end has no part in the tokens, so the text behind them is a share of it.
     text_bytes = {}
-    for split, (of_text, of_tokens) in sizes.items():
-        text_bytes[split] = round(writers[split].bytes * of_text / max(of_tokens, 1))
+    for split, (of_text, of_tokens) in written.sizes.items():
+        text_bytes[split] = round(written.writers[split].bytes * of_text / max(of_tokens, 1))
     more = {"tokenizer": tokenizer.to_dict(), "text_bytes": text_bytes}
     if args.chat:
-        if not chats["learned"]:
+        if not written.chats["learned"]:
             raise ValueError(
                 f"{' '.join(args.source)}: in no conversation is there an answer of the assistant to learn"
             )
-        more |= {"masks": True, "chats": chats}
-    write_meta(args, folder, writers, tokenizer, tokenizer.fingerprint, more)
-    if examples:
-        warn_of_loss(tokenizer, n_changed, examples[0], sizes["train"] + sizes["val"])
+        more |= {"masks": True, "chats": written.chats}
+    write_meta(args, folder, written.writers, tokenizer, tokenizer.fingerprint, more)
+    if written.examples:
+        of_both = written.sizes["train"] + written.sizes["val"]
+        warn_of_loss(tokenizer, written.n_changed, written.examples[0], of_both)
     if text.with_marker:
         names = sorted(map(str, text.with_marker))
         print(f"{names[0]} spells out {EOT}, which stays text: --split_at_eot begins a document there", file=sys.stderr)
@@ -503,6 +604,7 @@ def write_meta(args, folder, writers, vocab, fingerprint, more):
         if not writer.tokens:
             raise ValueError(f"no document is in {split}: change --val_fraction={args.val_fraction} or give more")
     digests = [fingerprint, *(writer.digest.hexdigest() for writer in writers.values())]
+    digests += [writer.mask_digest.hexdigest() for writer in writers.values() if writer.mask is not None]
     meta = {"source": args.source, "origin": args.origin, "vocab_size": vocab.vocab_size, "eot_id": vocab.eot_id}
     for what in ("documents", "bytes", "tokens"):
         meta[what] = {split: getattr(writer, what) for split, writer in writers.items()}
@@ -608,6 +710,7 @@ def make_folder(args) -> Path:
     else:
         try:
             with successor(out) as folder:
+                args.progress = find_note(folder, args.request)
                 write(folder)
         finally:
             if skipped is not None and skipped.count:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data import find_rows
-from data.chat import boxed, check_messages, exchange, instruction_of, listed, messages_of
-from data.text import Unreadable, stop, text_field
+from data.chat import check_messages, exchange, instruction_of, listed, messages_of
+from data.sources import find_rows
+from data.text import Unreadable, boxed, stop, text_field
 
 
 def problems(source: str | Path, bad: Callable = stop) -> Iterator[tuple[list[dict], dict]]:

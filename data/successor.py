@@ -3,9 +3,12 @@
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from data.progress import NOTE
 
 try:
     import fcntl
@@ -65,23 +68,28 @@ def sync_folder(folder):
 
 @contextmanager
 def successor(out: Path) -> Iterator[Path]:
-    """Makes a folder beside `out`, which takes its place when the block ends without an error."""
+    """Makes a folder beside `out`, which takes its place when the block ends without an error.
+
+    If the folder has a NOTE of how far it came, it stays where the block ends with one, and the next block gets it.
+    """
     partial = out.with_name(f".{out.name}.partial")
     old = out.with_name(f".{out.name}.old")
     with lock(out):
         try:
             partial.mkdir(exist_ok=True)
-            for path in partial.iterdir():  # of a run that was killed
-                path.unlink()
             if old.exists() and out.exists():  # a run was killed after the renames below
                 shutil.rmtree(old)
             elif old.exists():  # or between them
                 os.rename(old, out)
             yield partial
+            (partial / NOTE).unlink(missing_ok=True)
             sync_folder(partial)
             if out.exists():
                 os.rename(out, old)
             os.rename(partial, out)
             shutil.rmtree(old, ignore_errors=True)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if (partial / NOTE).exists():
+                print(f"whole shards stay in {partial}: the same command goes on there", file=sys.stderr)
+            else:
+                shutil.rmtree(partial, ignore_errors=True)

@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import tempfile
 import zlib
@@ -356,6 +357,26 @@ def first_row(text, delimiter):
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------
+
+
+def boxed(text: str) -> str | None:
+    r"""What stands in the last \boxed{...} (or \fbox; braces may be nested), None where there is none."""
+    found = list(re.finditer(r"\\(boxed|fbox)\s*(?=\{)|\\boxed (?P<bare>[^$]*)", text))
+    if not found:
+        return None
+    last = found[-1]
+    if last["bare"] is not None:
+        return last["bare"].strip()
+    begin = last.end()
+    depth = 0
+    for i in range(begin, len(text)):
+        if text[i] == "{":
+            depth += 1
+        elif text[i] == "}":
+            depth -= 1
+        if depth == 0:
+            return text[begin + 1 : i]
+    return None
 
 
 def print_any_text() -> None:

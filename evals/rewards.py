@@ -27,8 +27,9 @@ from typing import NamedTuple
 
 from data.chat import END, END_THINK, THINK, split_thinking
 from data.problems import gold_of
+from data.text import boxed
 from evals.judge import Case, judge
-from evals.tasks import boxed, plain_math
+from evals.tasks import plain_math
 
 
 class Reward(NamedTuple):

@@ -9,7 +9,9 @@ import torch
 from tqdm import tqdm
 
 import generate
+from data import chat
 from evals.judge import judge
+from evals.rewards import answer_part
 
 
 class Request(NamedTuple):
@@ -23,6 +25,13 @@ class Answer(NamedTuple):
     until: list[str]
     prompt: list[int]
     place: int  # among the requests
+
+
+class ChatOptions(NamedTuple):
+    """How questions are asked as turns of a chat."""
+
+    think: bool | None = None  # whether an answer begins with thinking; None leaves it to the model
+    budget: generate.ThinkBudget | None = None
 
 
 def windows(tokens: list[int], first: int, block_size: int) -> Iterator[tuple[list[int], int]]:
@@ -42,13 +51,22 @@ class Scorer:
     padded at the right, which changes no logits before. Contexts that are too long lose their beginning: `cut` counts.
     """
 
-    def __init__(self, model, tokenizer, prefix: list[int], stop: set[int], batch_size: int):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        prefix: list[int],
+        stop: set[int],
+        batch_size: int,
+        chat_options: ChatOptions | None = None,
+    ):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.prefix = prefix
         self.stop = stop  # ids that end what is written
         self.rows = batch_size
+        self.chat_options = chat_options  # of a scorer that asks what others continue
         self.cut = 0
 
     @torch.no_grad()
@@ -115,9 +133,7 @@ class Scorer:
             if isinstance(until, str):
                 until = [until]
             n = min(options.get("max_gen_toks", 256), max(block_size // 2, 1))
-            prompt = self.prefix + self.tokenizer.encode(context)
-            if not prompt:
-                prompt = [self.tokenizer.eot_id]
+            prompt = self.prompt_of(context)
             room = block_size + 1 - n  # the last new token is not fed back
             self.cut += len(prompt) > room
             work.append(Answer(n, list(until), prompt[-room:], place))
@@ -135,11 +151,22 @@ class Scorer:
                 texts[answer.place] = text
         return texts
 
+    def prompt_of(self, context):
+        """Returns the tokens that are continued."""
+        if self.chat_options is not None:
+            messages = [{"role": "user", "content": context}]
+            return self.prefix + chat.prompt(self.tokenizer, messages, self.chat_options.think)[1:]
+        prompt = self.prefix + self.tokenizer.encode(context)
+        return prompt or [self.tokenizer.eot_id]
+
     def continue_all(self, prompts, max_new_tokens, until):
         """Returns the greedy continuations of a batch of prompts, each cut before the first of the stops in it."""
         rows = [[] for _ in prompts]
         texts = [""] * len(prompts)
-        for tokens in generate.stream(self.model, prompts, max_new_tokens, temperature=0, stop=self.stop):
+        options = dict(temperature=0, stop=self.stop)
+        if self.chat_options is not None:
+            options["think_budget"] = self.chat_options.budget
+        for tokens in generate.stream(self.model, prompts, max_new_tokens, **options):
             for row, token in zip(rows, tokens.tolist()):
                 if token >= 0:
                     row.append(token)
@@ -156,10 +183,23 @@ def text_before(text: str, stops: list[str]) -> str:
     return text[: min((place for place in places if place >= 0), default=None)]
 
 
-def evaluate_task(scorer: Scorer, task, questions: list, weak_sandbox: bool = False) -> dict:
+def written_answers(scorer, task, questions, max_new_tokens):
+    """Returns what the model writes to each question; in a chat what follows its thinking."""
+    options = {"until": list(task.until), "max_gen_toks": max_new_tokens or task.max_new_tokens}
+    if scorer.chat_options is None:
+        return scorer.generate_until([Request((q.contexts[0], options)) for q in questions])
+    options["until"] = []  # a turn has an end of its own, and thinking may say what ends other texts
+    texts = scorer.generate_until([Request((q.asked, options)) for q in questions])
+    if scorer.chat_options.think:
+        texts = [chat.THINK + text for text in texts]  # which the prompt has begun
+    return [answer_part(text) for text in texts]
+
+
+def evaluate_task(scorer: Scorer, task, questions: list, weak_sandbox: bool = False, max_new_tokens: int = 0) -> dict:
     """Returns {metric: mean, metric_stderr: its standard error, questions, cut: how many contexts were too long}.
 
     Of programs also {forgeable: how many could have made themselves pass, see evals/judge.py}.
+    max_new_tokens: of an answer that is written; 0: as the task says.
     """
     before = scorer.cut
     results = {"questions": len(questions)}
@@ -168,8 +208,7 @@ def evaluate_task(scorer: Scorer, task, questions: list, weak_sandbox: bool = Fa
         scores = iter([score for score, _ in scorer.loglikelihood(pairs)])
         graded = [task.grade([next(scores) for _ in q.contexts], q) for q in questions]
     else:
-        options = {"until": list(task.until), "max_gen_toks": task.max_new_tokens}
-        answers = scorer.generate_until([Request((q.contexts[0], options)) for q in questions])
+        answers = written_answers(scorer, task, questions, max_new_tokens)
         if task.case:
             cases = [task.case(text, q) for text, q in zip(answers, questions)]
             answers = judge(cases, forgeable=True, weak=weak_sandbox)

@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.chat import boxed
-from data.text import csv_rows, json_lines, read_json
+from data.text import boxed, csv_rows, json_lines, read_json
 from evals.judge import Case
 
 
@@ -32,6 +31,7 @@ class Question(NamedTuple):
     solved: str  # the question with its answer, as an example for others
     lengths: list[int] = []  # of the choices, for acc_norm
     intro: str = ""  # before the examples; examples are given to questions with the same
+    asked: str = ""  # the question alone, as it is asked in a chat; "" where it cannot be
 
 
 class Task(NamedTuple):
@@ -284,7 +284,7 @@ def gsm8k(row):
     if not sign:
         raise ValueError("no #### in the answer")
     gold = plain_number(gold)
-    return Question([prompt], [], gold, f"{prompt} {answer}")
+    return Question([prompt], [], gold, f"{prompt} {answer}", asked=row["question"])
 
 
 def plain_math(text):
@@ -304,7 +304,7 @@ def competition_math(row):
     gold = boxed(solution)
     if gold is None:
         raise ValueError(r"no \boxed{...} in the solution")
-    return Question([prompt], [], plain_math(gold), f"{prompt} {solution}")
+    return Question([prompt], [], plain_math(gold), f"{prompt} {solution}", asked=row["problem"])
 
 
 def grade_math(text, question):
@@ -356,7 +356,7 @@ def own_answer(row):
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ValueError(f"the answer is {answer!r}, and neither a text nor a number")
     answer = str(answer)
-    return Question([context], [], final_answer(answer), f"{context} {answer}")
+    return Question([context], [], final_answer(answer), f"{context} {answer}", asked=context)
 
 
 def grade_answer(text, question):

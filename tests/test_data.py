@@ -27,6 +27,7 @@ from data.bpe_training import count_words
 from data.html_text import text_of_html
 from data.prepare import main as prepare
 from data.prepare import pieces
+from data.progress import NOTE
 from data.shards import Shards, write_shard
 from data.tokenizers import load_tokenizer, tokenizer_from_dict, train_bpe
 from evals.tasks import load_task
@@ -840,6 +841,136 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_is_who
     prepare(run)
     assert len(texts_of(out, "train")) + len(texts_of(out, "val")) == 30
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
+# to go on where a run was interrupted
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def killed(run, partial, n_shards):
+    """Runs the command, and kills it where so many shards of train are whole and a note is there."""
+    null = subprocess.DEVNULL
+    process = subprocess.Popen([sys.executable, str(PREPARE), *run], stdout=null, stderr=null)
+    deadline = time.time() + 50
+    while time.time() < deadline:
+        if (partial / NOTE).exists() and len(list(partial.glob("train_*.bin"))) >= n_shards:
+            break
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+
+
+def test_a_killed_run_goes_on_and_writes_what_an_uninterrupted_one_writes(tmp_path, capsys):
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": f"document {i} " * 60}) + "\n" for i in range(9000)))
+    run = [str(source), "--tokenizer", "byte", "--shard_tokens", "300_000", "--workers", "1"]
+    prepare([*run, "--out", str(tmp_path / "whole")])
+    want = contents(tmp_path / "whole")
+
+    again = [*run, "--out", str(tmp_path / "out")]
+    partial = tmp_path / ".out.partial"
+    for n_shards in (3, 6):
+        killed(again, partial, n_shards)
+        assert not (tmp_path / "out").exists() and (partial / NOTE).exists()
+    (partial / ".train_000009.bin.tmp").write_text("a shard that was being written")
+    capsys.readouterr()
+    prepare([*again[:-3], "2", *again[-2:]])  # with other workers
+    output = capsys.readouterr().out
+    assert "goes on behind" in output and "wrote train_000002.bin" not in output
+    assert contents(tmp_path / "out") == want
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out", "whole"]
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Returns a function that runs prepare with small chunks, and ends it as Ctrl-C does behind n shards."""
+    monkeypatch.setattr(prepare_module, "CHUNK", 5000)
+
+    def run(arguments, n_shards):
+        with monkeypatch.context() as patch:
+            written = []
+
+            def write_or_end(path, *rest):
+                if len(written) == n_shards:
+                    raise KeyboardInterrupt
+                written.append(path)
+                write_shard(path, *rest)
+
+            patch.setattr(prepare_module, "write_shard", write_or_end)
+            with pytest.raises(SystemExit, match="interrupted"):
+                prepare(arguments)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--tokenizer", "bpe:270"],
+        ["--tokenizer", "byte", "--max_tokens", "60_000", "--val_fraction", "0.4"],
+        ["--tokenizer", "byte", "--chat", "--add_tokens", "chat"],
+    ],
+    ids=["trained", "of a number of tokens", "chat"],
+)
+def test_wherever_a_run_is_interrupted_the_same_command_ends_with_the_same_bytes(tmp_path, capsys, interrupt, options):
+    source = tmp_path / "a.jsonl"
+    key = "prompt" if "--chat" in options else "text"
+    rows = [{key: f"document {i} " * 20, "response": f"it is {i}"} for i in range(600)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = [str(source), *options, "--shard_tokens", "9000", "--workers", "1"]
+    prepare([*run, "--out", str(tmp_path / "whole")])
+    want = contents(tmp_path / "whole")
+    n_shards = len([name for name in want if re.fullmatch(r"\w+_\d+\.bin", name)])
+    assert n_shards > 7
+
+    for n in (1, 4, n_shards - 1):
+        again = [*run, "--out", str(tmp_path / f"out{n}")]
+        interrupt(again, n)
+        interrupt(again, 1)
+        capsys.readouterr()
+        prepare(again)
+        assert "goes on behind" in capsys.readouterr().out
+        assert contents(tmp_path / f"out{n}") == want
+
+
+def test_another_request_or_another_text_never_goes_on_with_what_is_there(tmp_path, capsys, monkeypatch, interrupt):
+    def rows(word):
+        return lambda *_, **__: iter([{"text": f"{word} {i} " * 20} for i in range(600)])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=rows("document")))
+    run = ["fineweb", "--tokenizer", "byte", "--shard_tokens", "9000", "--workers", "1", "--val_fraction", "0.1"]
+    out = ["--out", str(tmp_path / "out")]
+    interrupt([*run, *out], 4)
+    assert "the same command goes on there" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    sys.modules["datasets"].load_dataset = rows("others")
+    with pytest.raises(SystemExit, match="the text is not the one .*out.partial, which is deleted: .* begins anew"):
+        prepare([*run, *out])
+    assert os.listdir(tmp_path) == []
+
+    interrupt([*run, *out], 4)
+    capsys.readouterr()
+    prepare([*run, "--max_doc_tokens", "50", *out])
+    output = capsys.readouterr()
+    assert "asked for something else: begun anew" in output.err and "goes on" not in output.out
+    prepare([*run, "--max_doc_tokens", "50", "--out", str(tmp_path / "whole")])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damaged", [NOTE, "train_000001.bin"])
+def test_an_interrupted_run_of_which_a_disk_lost_something_begins_anew(tmp_path, capsys, interrupt, damaged):
+    source, out = write_documents(tmp_path / "a.jsonl", 600), tmp_path / "out"
+    run = [source, "--tokenizer", "byte", "--shard_tokens", "9000", "--workers", "1", "--out", str(out)]
+    interrupt(run, 4)
+    os.truncate(tmp_path / ".out.partial" / damaged, 1100)
+    capsys.readouterr()
+    prepare(run)
+    assert "goes on" not in capsys.readouterr().out
+    prepare([*run[:-1], str(tmp_path / "whole")])
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.fixture

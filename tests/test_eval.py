@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import eval as evaluation
+import generate as generate_module
 import hf
+from data.bpe import CHAT_TOKENS
 from data.shards import write_shard
 from data.tokenizers import load_tokenizer
 from evals.scorer import Request, Scorer, evaluate_task, windows
@@ -357,6 +359,7 @@ class Oracle:
 
     def __init__(self, questions, right, wrong=None):
         self.cut, self.asked, self.right, self.wrong, self.questions = 0, [], right, wrong, questions
+        self.chat_options = None
 
     def loglikelihood(self, requests):
         self.asked, scores = [request.args for request in requests], []
@@ -601,6 +604,81 @@ def test_a_real_model_answers_a_file_alike_in_every_batch_size(run, tmp_path):
     assert {key: one["mine"][key] * 20 for key in got} == pytest.approx(got)
     limited = results_of(tmp_path, run[0], "--task_dir", tmp_path, "--tasks", "mine", "--limit", 7)
     assert limited["tasks"]["mine"]["questions"] == 7
+
+
+# ---- chats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("chatty"), CHAT_TOKENS, block_size=256)
+
+
+def gsm8k_file(folder):
+    return jsonl(folder / "gsm8k.jsonl", [{"question": f"{i} and 1?", "answer": f"#### {i + 1}"} for i in range(4)])
+
+
+@pytest.mark.parametrize(
+    "switch, begin", [([], ""), (["--think"], "<think>\n"), (["--no_think"], "<think>\n\n</think>\n\n")]
+)
+def test_a_question_is_a_turn_of_a_chat_and_what_follows_the_thinking_is_scored(
+    chatty, tmp_path, monkeypatch, switch, begin
+):
+    folder, _, tokenizer = chatty
+    answers = [
+        "It is 7.\n\nQuestion: 5\n</think>\n\n#### 1",
+        "It is 7.\n</think>\n\nIt is 2",
+        "It is 3.\n</think>\n\n#### 5",
+        "It must be #### 4" if switch == ["--think"] else "<think>\nIt must be #### 4",
+    ]
+    prompts = []
+
+    def stream(model, batch, n, **options):
+        prompts.extend(tokenizer.decode(ids) for ids in batch)
+        texts = [answers[int(prompt.split("user\n")[1][0])] for prompt in prompts[-len(batch) :]]
+        rows = [tokenizer.encode(text, special=True) for text in texts]
+        for i in range(max(map(len, rows))):
+            yield torch.tensor([row[i] if i < len(row) else -1 for row in rows])
+
+    monkeypatch.setattr(generate_module, "stream", stream)
+    arguments = ("--tasks", f"gsm8k={gsm8k_file(tmp_path)}", "--chat", *switch)
+    scores = results_of(tmp_path, folder, *arguments)["tasks"]["gsm8k"]
+    asked = "<|endoftext|><|im_start|>user\n{} and 1?<|im_end|>\n<|im_start|>assistant\n"
+    assert sorted(prompts) == [asked.format(i) + begin for i in range(4)]
+    assert scores["exact_match"] == 0.25 and scores["exact_match_flexible"] == 0.5
+
+
+def test_answers_of_a_chat_have_a_length_and_a_budget_of_thinking(chatty, tmp_path, monkeypatch):
+    folder, model, tokenizer = chatty
+    rows = []
+    original = generate_module.stream
+
+    def stream(model, batch, n, **options):
+        tokens = list(original(model, batch, n, **options))
+        rows.extend(tokenizer.decode([step[i].item() for step in tokens if step[i] >= 0]) for i in range(len(batch)))
+        yield from tokens
+
+    monkeypatch.setattr(generate_module, "stream", stream)
+    arguments = (folder, "--tasks", f"gsm8k={gsm8k_file(tmp_path)}", "--chat", "--think", "--max_new_tokens", 8)
+    results_of(tmp_path, *arguments)
+    assert len(rows) == 4 and not any(row.startswith("\n</think>") for row in rows)
+    results_of(tmp_path, *arguments, "--think_budget", 1)
+    assert len(rows) == 8 and all(row.startswith("\n</think>\n\n") for row in rows[4:])
+
+
+def test_what_cannot_be_asked_in_a_chat_is_refused(run, chatty, tmp_path, capsys):
+    task = f"gsm8k={gsm8k_file(tmp_path)}"
+    assert "has no token <|im_start|>" in error_of(capsys, run[0], "--tasks", task, "--chat")
+    for arguments, message in [
+        (["--tasks", task, "--think"], "of a chat: give --chat"),
+        (["--tasks", task, "--think_budget", "4"], "of a chat: give --chat"),
+        (["--tasks", task, "--chat", "--num_fewshot", "1"], "without examples"),
+        (["--harness", "piqa", "--chat"], "without --harness"),
+        (["--chat"], "the questions of --tasks"),
+    ]:
+        assert message in error_of(capsys, chatty[0], *arguments)
+    choices = jsonl(tmp_path / "mine.jsonl", [{"context": "q", "choices": ["a", "b"], "label": 0}])
+    assert "no question of a chat" in error_of(capsys, chatty[0], "--tasks", f"mine={choices}", "--chat")
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------

@@ -65,9 +65,9 @@ def test_no_folder_imports_a_folder_that_imports_it():
     assert not [(a, b) for a, b in arrows if a != b and (b, a) in arrows]
 
 
-def test_there_is_no_circle_and_the_longest_chain_of_imports_is_six_files():
+def test_there_is_no_circle_and_the_longest_chain_of_imports_is_eight_files():
     chain = max((longest_chain(name) for name in FILES), key=len)
-    assert len(chain) <= 6, " -> ".join(chain)
+    assert len(chain) <= 8, " -> ".join(chain)
 
 
 def test_our_folders_hide_no_module_that_python_has():

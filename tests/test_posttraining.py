@@ -6,7 +6,6 @@ Most runs are in the process of the tests: what they share, they share with none
 import io
 import json
 import os
-import re
 import runpy
 import shutil
 import signal
@@ -23,7 +22,7 @@ import torch
 from data.tokenizers import tokenizer_from_dict
 from tests import tiny
 from tests.test_train import copy_until, finish, finished, launch, until, weights, wrote
-from tests.tiny import MODELS, ROOT
+from tests.tiny import ROOT
 from training import checkpoint, pictures
 from training.signals import ASK_TO_STOP
 
@@ -96,7 +95,6 @@ def work(tmp_path_factory):
     write_rows(folder / "pairs.jsonl", [{"prompt": f"{i}+{i}", "chosen": "7" * (i % 4 + 1), "rejected": f"{i}1"}
                                         for i in range(15)])  # fmt: skip
     return folder
-
 
 
 def words(out_dir, flags, knobs):
@@ -257,7 +255,7 @@ def check_close(both, one, step=4):
                 assert row[name] == pytest.approx(expected[name], abs=1e-5), name
     found, expected = weights(both.folder, step), weights(one.folder, step)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=0, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=0, msg=name)
 
 
 def test_two_processes_do_grpo_as_one_with_experts_and_where_one_has_nothing_to_learn(work):

@@ -51,7 +51,14 @@ COMMANDS = all_commands()
 ANY = "--n_layer=1 --n_embd=32 --block_size=32 --batch_tokens=128 --micro_batch=2 --max_steps=2 --eval_tokens=256"
 ANY += " --device=cpu --dtype=float32"
 TINY = ANY + " --n_inner=32 --head_dim=8"
+ONE_STEP = "--block_size=128 --max_steps=1 --micro_batch=2"
+POST = {
+    "grpo.py": f"{ONE_STEP} --max_new_tokens=8 --group_size=2 --problems_per_step=2",
+    "dpo.py": f"{ONE_STEP} --max_new_tokens=8 --group_size=2 --problems_per_round=2 --pairs_per_step=2",
+    "reward.py": f"{ONE_STEP} --pairs_per_step=2",
+}
 STDLIB = "python data/prepare.py stdlib --tokenizer bpe:300 --max_tokens 200000"
+CHATS = "--tokenizer data/stdlib/meta.json --add_tokens chat --out data/chats"
 COPIED = "cd ../my_project && python model_moe.py"
 INSTALL = [command for command in COMMANDS if command.split()[0] in ("python3", "pip")]  # make does it, and needs a net
 CHANGED = {  # how a command is made small where the general rule below does not do
@@ -87,6 +94,12 @@ def tiny(command):
     for begin, (without, more) in SMALLER.items():
         if command.startswith(begin):
             return f"{command.replace(without, '')} {more}"
+    if script_of(command) in POST:
+        command = command.replace("--nproc_per_node=8", "--nproc_per_node=2")
+        command = command.replace(
+            "config/grpo_gsm8k.py", "--init_from=out/chat --data=problems.jsonl --out_dir=out/two"
+        )
+        return f"{command} {POST[script_of(command)]}"
     if "--init_from" in command:  # the sizes are those of the weights
         return f"{command} --batch_tokens=128 --micro_batch=2 --max_steps=2 --eval_tokens=256 --device=cpu"
     if "train.py" in command and "--help" not in command:
@@ -109,9 +122,17 @@ def copy(tmp_path_factory):
     (folder / "questions.jsonl").write_text('{"context": "def", "choices": [" main", " 1"], "label": 0}\n')
     chats = [{"question": f"{i}+1?", "answer": f"{i}+1={i + 1}\n#### {i + 1}"} for i in range(50)]
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    shutil.copy(folder / "chats.jsonl", folder / "problems.jsonl")
+    pairs = [{"prompt": f"{i}+1?", "chosen": str(i + 1), "rejected": str(i)} for i in range(50)]
+    for name in ("pairs.jsonl", "other_pairs.jsonl"):
+        (folder / name).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     run("gzip more.jsonl", folder)
     run(STDLIB, folder)
     run(f"python train.py config/quickstart.py {TINY}", folder)
+    run(f"python data/prepare.py chats.jsonl --chat {CHATS}", folder)
+    run(
+        tiny("python train.py --init_from=out/quickstart --data=data/chats --pack=documents --out_dir=out/chat"), folder
+    )
     return folder
 
 
@@ -141,7 +162,7 @@ QUICK = (
 )  # in seconds
 FIRST = {script_of(command): command for command in reversed(COMMANDS)}
 ONCE = [
-    FIRST[script] for script in ("sample.py", "eval.py", "compare.py")
+    FIRST[script] for script in ("sample.py", "eval.py", "compare.py", *POST)
 ]  # train.py: see `copy`; bench.py takes minutes
 RUN = [command for command in COMMANDS if script_of(command) in QUICK or command in ONCE]
 
@@ -193,8 +214,13 @@ def read_by_bench(argv):
         workload.read_config(arguments.config)
 
 
+def read_by(script):
+    return lambda argv: knobs.check_run(resolve(ROOT / script, argv))
+
+
 READ = {
     "train.py": read_by_train,
+    **{script: read_by(script) for script in POST},
     "sample.py": sample.parse_arguments,
     "eval.py": evaluation.parse_arguments,
     "compare.py": read_by_compare,
@@ -207,8 +233,9 @@ def read(command):
     program, *words = shlex.split(command)
     if program == "torchrun":
         arguments = torchrun.parse_args(words)
-        assert arguments.training_script == "train.py"
-        read_by_train(arguments.training_script_args, int(arguments.nproc_per_node))  # of one machine
+        script = arguments.training_script
+        more = [int(arguments.nproc_per_node)] if script == "train.py" else []  # of one machine
+        READ[script](arguments.training_script_args, *more)
     else:
         script, *argv = words
         READ[script](argv)

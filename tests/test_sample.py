@@ -167,34 +167,126 @@ def test_ids_that_only_pad_the_vocabulary_are_never_drawn(run, capsys):
     text_of(capsys, folder, "--max_new_tokens", 200, "--temperature", 50)
 
 
-def test_a_chat_keeps_the_conversation_in_the_chat_format(tmp_path, monkeypatch, capsys):
-    folder, model, tokenizer = make_run(tmp_path, CHAT_TOKENS, block_size=256)
-    typed = "more<|im_end|>"  # by a person: text, and no end of their turn
-    lines, prompts = iter(["hi", typed]), []
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("chatty"), CHAT_TOKENS, block_size=256)
 
-    def ask(_):
-        if (line := next(lines, None)) is None:
-            raise EOFError
-        return line
 
-    monkeypatch.setattr("builtins.input", ask)
+@pytest.fixture
+def prompts(monkeypatch):
+    """The tokens that the model is given in the course of a test."""
+    seen = []
     original = generate.stream
 
     def stream(model, batch, **options):
-        prompts.append(list(batch[0]))
+        seen.append(batch[0])
         return original(model, batch, **options)
 
     monkeypatch.setattr(generate, "stream", stream)
-    text_of(capsys, folder, "--interactive", "--max_new_tokens", 5)
-    first = "<|endoftext|><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(prompts[0]) == first
-    assert tokenizer.decode(prompts[1]).startswith(first)
-    assert tokenizer.decode(prompts[1]).endswith(
-        "<|im_end|>\n<|im_start|>user\nmore<|im_end|><|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert prompts[0] == tokenizer.encode(first, special=True)
-    end = tokenizer.special_tokens["<|im_end|>"]
-    assert prompts[1][len(prompts[0]) :].count(end) == 2  # of the answer, and of the second turn
+    return seen
+
+
+def type_lines(monkeypatch, *lines):
+    left = list(lines)
+
+    def ask(_):
+        if not left:
+            raise EOFError
+        return left.pop(0)
+
+    monkeypatch.setattr("builtins.input", ask)
+
+
+def writes(monkeypatch, tokenizer, *texts):
+    """Has the model write these answers."""
+    left = list(texts)
+
+    def stream(model, batch, **options):
+        for token in tokenizer.encode(left.pop(0), special=True):
+            yield torch.tensor([token])
+
+    monkeypatch.setattr(generate, "stream", stream)
+
+
+def test_a_chat_keeps_the_conversation_in_the_chat_format(chatty, prompts, monkeypatch, capsys):
+    folder, _, tokenizer = chatty
+    type_lines(monkeypatch, "hi", "more<|im_end|>")  # by a person: text, and no end of their turn
+    text_of(capsys, folder, "--interactive", "--max_new_tokens", 5, "--system", "Be brief.")
+    first, second = [tokenizer.decode(ids) for ids in prompts]
+    system = "<|endoftext|><|im_start|>system\nBe brief.<|im_end|>\n"
+    assert first == f"{system}<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert second.startswith(first)
+    assert second.endswith("<|im_end|>\n<|im_start|>user\nmore<|im_end|><|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_what_a_person_types_never_becomes_a_token_of_the_chat(chatty, prompts, capsys):
+    folder, _, tokenizer = chatty
+    text_of(capsys, folder, "--chat", "--prompt", "<|im_end|><think>", "--max_new_tokens", 2)
+    assert prompts[0].count(tokenizer.special_tokens["<|im_end|>"]) == 1
+    assert tokenizer.special_tokens["<think>"] not in prompts[0]
+
+
+@pytest.mark.parametrize(
+    "switch, begin", [([], ""), (["--think"], "<think>\n"), (["--no_think"], "<think>\n\n</think>\n\n")]
+)
+def test_a_chat_thinks_or_not_as_it_is_told(chatty, prompts, monkeypatch, capsys, switch, begin):
+    folder, _, tokenizer = chatty
+    text_of(capsys, folder, "--chat", "--prompt", "hi", "--max_new_tokens", 3, *switch)
+    asked = "<|endoftext|><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    type_lines(monkeypatch, "hi")
+    text_of(capsys, folder, "--interactive", "--max_new_tokens", 3, *switch)
+    assert [tokenizer.decode(ids) for ids in prompts] == [asked + begin] * 2
+
+
+@pytest.mark.parametrize("switch, mark", [([], "<think>\n"), (["--think"], "")])
+def test_what_was_thought_of_earlier_answers_is_left_out(chatty, monkeypatch, capsys, switch, mark):
+    folder, _, tokenizer = chatty
+    type_lines(monkeypatch, "one", "two", "three")
+    asked = []
+    original = sample.chat.prompt
+
+    def prompt(tokenizer, messages, think):
+        ids = original(tokenizer, messages, think)
+        asked.append(tokenizer.decode(ids))
+        return ids
+
+    monkeypatch.setattr(sample.chat, "prompt", prompt)
+    writes(monkeypatch, tokenizer, f"{mark}a secret\n</think>\n\nEins.", f"{mark}cut off", "Drei.")
+    shown = text_of(capsys, folder, "--interactive", *switch)
+    assert "a secret" in shown and "Eins." in shown
+    turns = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nEins.<|im_end|>\n"
+    turns += "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+    assert asked[2].startswith(f"<|endoftext|>{turns}<|im_start|>user\nthree<|im_end|>\n")
+
+
+def test_a_budget_ends_the_thinking_of_a_chat(chatty, capsys):
+    folder, _, _ = chatty
+    arguments = (folder, "--chat", "--prompt", "hi", "--think", "--max_new_tokens", 12, "--temperature", 0)
+    free = text_of(capsys, *arguments)
+    limited = text_of(capsys, *arguments, "--think_budget", 1)  # the line break behind <think> is one
+    assert limited.startswith("\n</think>\n\n") and not free.startswith("\n</think>")
+    assert len(limited) > len("\n</think>\n\n\n")
+
+
+def test_what_is_of_a_chat_is_refused_elsewhere(run, chatty):
+    for option in (["--think"], ["--no_think"], ["--think_budget", "5"], ["--system", "x"]):
+        assert "of a chat: give --chat or --interactive" in error_of(chatty[0], *option)
+        assert "has no token <|im_start|>" in error_of(run[0], "--chat", *option)
+    assert "--think_budget -1" in error_of(chatty[0], "--chat", "--think_budget", "-1")
+
+
+def test_without_chat_tokens_each_line_is_continued_by_itself(run, monkeypatch, capsys):
+    folder, _, tokenizer = run
+    type_lines(monkeypatch, "def f", "def g")
+    seen = []
+
+    def stream(model, batch, **options):
+        seen.append(tokenizer.decode(batch[0]))
+        return iter(())
+
+    monkeypatch.setattr(generate, "stream", stream)
+    text_of(capsys, folder, "--interactive")
+    assert seen == ["<|endoftext|>def f", "<|endoftext|>def g"]
 
 
 @pytest.mark.parametrize("name", ["baseline", "gpt2"])
