@@ -121,6 +121,7 @@ def copy_weights(
             rows[: len(there)].copy_(there)
     else:
         folder = checkpoint.resolve(path)
+        checkpoint.refuse_reward_model(folder)
         stored = Stored(folder, checkpoint.weights_to_use(folder))
         for name, tensor in ours.items():
             if name not in stored.parts:
