@@ -8,6 +8,7 @@
     python bench.py kernels        each Triton kernel against PyTorch, torch.compile and other libraries, on a GPU
     python bench.py parallel       FSDP beside DDP, a save beside writing its bytes, how soon a resumed run goes on
     python bench.py loader         the loader's share of a step, and its memory over a large shard
+    python bench.py posttrain      all stages from nothing to a model that thinks when told to: what each one is worth
 
 Machines differ and get busy, so nothing is said in absolute times alone: what is compared runs in turn, round by round,
 and the median of the rounds' ratios counts. What each command does is a file of benchmarks/.
@@ -20,11 +21,24 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import attention, decoding, kernels, loader, parallel, shakespeare, training, variants, workload
+from benchmarks import (
+    attention,
+    decoding,
+    kernels,
+    loader,
+    parallel,
+    posttrain,
+    shakespeare,
+    training,
+    variants,
+    workload,
+)
 from data.text import print_any_text
 
 ROOT = Path(__file__).resolve().parent
-BENCHMARKS = {  # each has RESULT, the name of its files; measure(arguments) -> results; markdown(result) -> its tables
+# Each has RESULT, the name of its files; measure(arguments) -> results; markdown(result) -> its tables; and where there
+# is a picture, plot(result, path).
+BENCHMARKS = {
     "shakespeare": shakespeare,
     "train": training,
     "decode": decoding,
@@ -33,6 +47,7 @@ BENCHMARKS = {  # each has RESULT, the name of its files; measure(arguments) -> 
     "kernels": kernels,
     "parallel": parallel,
     "loader": loader,
+    "posttrain": posttrain,
 }
 LEAST = {"rounds": 1, "tokens": 1, "batch": 1, "prompt": 1, "new": 2, "steps": 1}
 
@@ -76,6 +91,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = add_command("loader", "the loader's share of a step, and its memory")
     command.add_argument("--steps", type=int, default=200)
+
+    command = add_command("posttrain", "from nothing to a model that thinks when told to")
+    command.add_argument("--seeds", type=int, nargs="+", default=[1], help="of all that follows pretraining")
     return parser
 
 
@@ -111,6 +129,8 @@ def save(benchmark: ModuleType, result: dict, label: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / f"{name}.md").write_text(table)
+    if hasattr(benchmark, "plot"):
+        benchmark.plot(result, folder / f"{name}.png")
     print(table)
 
 

@@ -64,6 +64,8 @@ INSTALL = [command for command in COMMANDS if command.split()[0] in ("python3", 
 CHANGED = {  # how a command is made small where the general rule below does not do
     "make quickstart": "make -n quickstart",  # its three commands run below
     "make test": "make -n test",  # it runs this
+    "make posttrain": "make -n posttrain",  # a quarter of an hour; tests/test_posttrain.py runs it small
+    "make posttrain SEEDS=3": "make -n posttrain SEEDS=3",
     "git diff --no-index model_gpt2.py model_baseline.py": "git diff --no-index model_gpt2.py model_gpt2.py",
     "git diff --no-index model_baseline.py model_mla.py": "git diff --no-index model_gpt2.py model_gpt2.py",
     "python data/prepare.py stdlib --tokenizer bpe:4096": STDLIB,

@@ -1,0 +1,402 @@
+"""`python bench.py posttrain`: from nothing to a model that thinks when it is told to, on sums of three numbers.
+
+Pretraining, fine-tuning on conversations, GRPO, fusion of both ways of answering, GRPO again, online DPO: each stage is
+a command with a config of config/arithmetic, and goes on from the run of the one before. After each one the model
+answers the held-out questions of data/arithmetic.py. What is finished is not done again, until what decides it changes.
+"""
+
+import hashlib
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.comparison import mean_and_error, new_figure, standard_error
+from benchmarks.timing import describe, machine
+from configurator import resolve
+from data import arithmetic, chat
+from generate import generate
+from training import run_folder
+from training.knobs import find_device
+from training.load import hide_padding, load, stop_tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = "posttrain"
+OUT = Path("out/posttrain")
+DATA = Path("data/arithmetic")
+MOST = 40  # tokens of an answer: one that thinks has 29 at most
+
+
+class Stage(NamedTuple):
+    """A stage trains by `script` and the config of its name, and begins with the weights of the stage `before`."""
+
+    script: str
+    before: str
+    about: str
+
+
+STAGES = {
+    "pretrain": Stage("train.py", "", "pretraining on plain text"),
+    "sft": Stage("train.py", "pretrain", "SFT, a quarter of it thinks"),
+    "grpo": Stage("grpo.py", "sft", "GRPO, rewarded for right answers"),
+    "dpo_offline": Stage("dpo.py", "grpo", "*beside it: plain DPO, pairs sampled once*"),
+    "fusion": Stage("train.py", "grpo", "SFT of both ways, by a switch"),
+    "grpo_mixed": Stage("grpo.py", "fusion", "GRPO with both switches"),
+    "dpo_online": Stage("dpo.py", "grpo_mixed", "online DPO with nll_coef=1"),
+}
+LAST = "dpo_online"
+CURVES = "reward length thinks entropy logprob_difference eval_reward accuracy margin logp_chosen".split()
+# How a question is put: the switch behind it, how the prompt begins the answer (chat.prompt), the temperature.
+ASKED = {
+    "greedy": (None, None, 0.0),
+    "sampled": (None, None, 1.0),
+    "forced to think": (None, True, 0.0),
+    "forced not to think": (None, False, 0.0),
+    "/think": (True, None, 0.0),
+    "/no_think": (False, None, 0.0),
+}
+
+
+# ---- the stages ------------------------------------------------------------------------------------------------------
+def measure(args: Namespace) -> Iterator[dict]:
+    """Yields one result: of each seed what came of every stage, and the curves of those that learn by trying."""
+    seeds = " ".join(map(str, args.seeds))
+    result = {"command": f"python bench.py posttrain --seeds {seeds}", "machine": machine(find_device(args.device))}
+    result |= {"seeds": args.seeds, "questions": arithmetic.HELD_OUT, "stages": {name: [] for name in STAGES}}
+    result["data_seconds"] = prepare_data()
+    for seed in args.seeds:
+        for name in STAGES:
+            record = run_stage(name, seed, args.device)
+            result["stages"][name].append(record)
+            print(f"seed {seed}: {name}: {one_line(record)}", file=sys.stderr)
+    yield result
+
+
+def prepare_data() -> float:
+    """Makes what all stages read, where it is not there; returns the CPU seconds that took."""
+    begin = cpu_seconds()
+    prepare = ["data/prepare.py", "--tokenizer", f"{DATA}/tokenizer.json"]
+    run(["data/arithmetic.py", "--out", str(DATA)], OUT / "data.log")
+    run([*prepare, f"{DATA}/pretrain.jsonl", "--out", f"{DATA}/pretrain"], OUT / "data.log")
+    for name in ("sft", "fusion"):
+        run([*prepare, f"{DATA}/{name}.jsonl", "--out", f"{DATA}/{name}", "--chat"], OUT / "data.log")
+    return cpu_seconds() - begin
+
+
+def folder_of(name: str, seed: int) -> Path:
+    """Returns where the run of a stage is. All seeds share the pretraining."""
+    if name == "pretrain":
+        return OUT / name
+    return OUT / f"seed{seed}" / name
+
+
+def command_of(name: str, seed: int, device: str) -> list[str]:
+    """Returns the words that train a stage."""
+    stage = STAGES[name]
+    words = [stage.script, f"config/arithmetic/{name}.py", f"--out_dir={folder_of(name, seed)}", f"--device={device}"]
+    if stage.before:
+        words += [f"--seed={seed}", f"--init_from={folder_of(stage.before, seed)}"]
+    return words
+
+
+def key_of(name: str, seed: int, device: str) -> str:
+    """Returns a hash of what decides a stage: its command and knobs, and the stage before it, or else the data."""
+    command = command_of(name, seed, device)
+    stage = STAGES[name]
+    script, config, *_ = command
+    knobs = resolve(ROOT / script, [str(ROOT / config)])
+    parts = [*command, knobs]
+    if stage.before:
+        parts.append(key_of(stage.before, seed, device))
+    else:
+        parts += [file.read_text() for file in sorted((ROOT / DATA).glob("*.json*"))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def run_stage(name: str, seed: int, device: str) -> dict:
+    """Returns the record of a stage: what it cost, and how its model answers. Trains it, or goes on, where needed."""
+    folder = ROOT / folder_of(name, seed)
+    file = folder.with_suffix(".json")
+    record = {"key": key_of(name, seed, device), "cpu_seconds": 0.0, "seconds": 0.0}
+    how = "--overwrite"
+    if file.exists():
+        found = json.loads(file.read_text())
+        if found["key"] == record["key"]:
+            record = found
+            how = "--resume=auto"
+    if "curve" in record:  # which is written last
+        return record
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record))
+    cpu = cpu_seconds()
+    clock = time.perf_counter()
+    try:
+        run([*command_of(name, seed, device), how], folder.with_suffix(".log"))
+        state = json.loads((folder / "state.json").read_text())["state"]
+        if state != "finished":  # a signal stops a run, which is no error of its command
+            sys.exit(f"{folder} is {state}: the same command goes on from there")
+    finally:
+        record["cpu_seconds"] += cpu_seconds() - cpu
+        record["seconds"] += time.perf_counter() - clock
+        file.write_text(json.dumps(record))
+    record |= examine(name, folder, device)
+    record["curve"] = curve_of(folder)
+    file.write_text(json.dumps(record))
+    return record
+
+
+def curve_of(folder):
+    """Returns of every row of a run's metrics what is drawn, or worth a look; nothing of a run of train.py."""
+    curve = []
+    for row in run_folder.read_metrics(folder):
+        kept = {key: round(row[key], 6) for key in CURVES if key in row}
+        if kept:
+            curve.append({"step": row["step"], **kept})
+    return curve
+
+
+def run(words: list[str], log: Path) -> None:
+    """Runs one of our commands; what it prints goes to a file. Where it fails or is stopped this process ends, too."""
+    log = ROOT / log
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=file, stderr=file)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it has got the signal as well, and saves what it has learned
+            sys.exit("stopped: the same command goes on from here")
+    if code:
+        last = (log.read_text().strip().splitlines() or [""])[-1]
+        sys.exit(f"{' '.join(words)} ended with code {code}; in {log}: {last}")
+
+
+def cpu_seconds():
+    """Returns the CPU seconds of the processes that ended under this one."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+# ---- how a model answers ---------------------------------------------------------------------------------------------
+def examine(name: str, folder: Path, device: str) -> dict:
+    """Returns {"answers": {how it was asked: scores}} of a model, or {"worked": share} of one that knows no chats."""
+    model, tokenizer, prefix = load(folder, device, "float32")
+    hide_padding(model, tokenizer)
+    rows = list(arithmetic.held_out_rows())
+    if name == "pretrain":
+        prompts = [prefix + tokenizer.encode(row["question"] + "\n") for row in rows]
+        texts = write(model, tokenizer, prompts, stop_tokens(tokenizer), 0.0)
+        right = [text.split("=")[-1] == row["answer"] for text, row in zip(texts, rows)]
+        return {"worked": statistics.mean(right)}
+    return {"answers": {how: ask(model, tokenizer, rows, *ASKED[how]) for how in ASKED}}
+
+
+def ask(model, tokenizer, rows, switch, think, temperature):
+    """Returns the share of right answers, of those that think, and of those that obey the switch; and their tokens."""
+    prompts = []
+    asked = []
+    for row in rows:
+        messages = [{"role": "user", "content": row["question"]}]
+        if switch is not None:
+            messages = chat.switched(messages, switch)
+        asked.append(messages[0]["content"])
+        prompts.append(chat.prompt(tokenizer, messages, think))
+    texts = write(model, tokenizer, prompts, stop_tokens(tokenizer), temperature)
+
+    right = []
+    thinks = []
+    obeys = []
+    for text, row, question in zip(texts, rows, asked):
+        if think:
+            text = "<think>\n" + text
+        thinking, answer = chat.split_thinking(text)
+        right.append(answer.strip() == row["answer"])
+        thinks.append(bool(thinking))
+        obeys.append(arithmetic.obeys_switch(text, question))
+    tokens = [len(tokenizer.encode(text, special=True)) + 1 for text in texts]  # with the one that ends the turn
+    return {
+        "accuracy": statistics.mean(right),
+        "thinks": statistics.mean(thinks),
+        "obeys": statistics.mean(obeys),
+        "tokens": statistics.mean(tokens),
+        "examples": texts[:2],
+    }
+
+
+def write(model, tokenizer, prompts, stop, temperature):
+    """Returns the text that the model writes behind each prompt; what is drawn depends on the model alone."""
+    draws = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    rows = generate(model, prompts, MOST, temperature=temperature, stop=stop, generator=draws)
+    return [tokenizer.decode(row) for row in rows]
+
+
+def one_line(record):
+    if "worked" in record:
+        return f"{record['worked']:.1%} of the sums worked out, {record['cpu_seconds']:.0f} CPU-s"
+    return ", ".join(f"{how} {found['accuracy']:.1%}" for how, found in record["answers"].items())
+
+
+def column(rows, name):
+    """Returns (steps, values) of the rows of a curve that have a number of that name."""
+    found = [row for row in rows if name in row]
+    return [row["step"] for row in found], [row[name] for row in found]
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+COLUMNS = {  # of the table: how it was asked, and which share is shown
+    "right, greedy": ("greedy", "accuracy"),
+    "sampled, T 1": ("sampled", "accuracy"),
+    "thinks": ("greedy", "thinks"),
+    "tokens": ("greedy", "tokens"),
+    "forced to think": ("forced to think", "accuracy"),
+    "forced not to": ("forced not to think", "accuracy"),
+    "after /think": ("/think", "accuracy"),
+    "after /no_think": ("/no_think", "accuracy"),
+    "obeys": ("switch", "obeys"),
+}
+
+
+def values_of(records: list[dict], how: str, what: str) -> list[float]:
+    """Returns a number of each seed; "switch" is the mean over both switches."""
+    if how == "switch":
+        pairs = zip(values_of(records, "/think", what), values_of(records, "/no_think", what))
+        return [statistics.mean(pair) for pair in pairs]
+    return [record["answers"][how][what] for record in records]
+
+
+def mean_of(result, name, how, what="accuracy"):
+    return statistics.mean(values_of(result["stages"][name], how, what))
+
+
+def cell(values, what):
+    if what == "tokens":
+        return mean_and_error(values, 1)
+    return mean_and_error([100 * value for value in values], 1) + " %"
+
+
+def markdown(result: dict) -> str:
+    """Returns the report of a result."""
+    seeds = len(result["seeds"])
+    stages = result["stages"]
+    lines = ["# From nothing to a model that thinks when it is told to\n", describe(result)]
+    seconds = result["data_seconds"] + sum(records[0]["seconds"] for records in stages.values())
+    lines.append(
+        f"Sums of three numbers (`data/arithmetic.py`), a model of 338,736 parameters; {seconds / 60:.0f} minutes for "
+        f"a seed, with what is shown beside. Each row is measured on {result['questions']} questions that no stage has "
+        f"seen; one such share has a standard error of up to 2.5 points. {about_seeds(seeds)}\n"
+    )
+    lines.append(f"| stage | {' | '.join(COLUMNS)} | CPU-s |")
+    lines.append("|---" * (len(COLUMNS) + 2) + "|")
+    for name, records in stages.items():
+        cells = [f"`{name}` {STAGES[name].about}"]
+        for how, what in COLUMNS.values():
+            cells.append("" if name == "pretrain" else cell(values_of(records, how, what), what))
+        cells.append(f"{statistics.mean(record['cpu_seconds'] for record in records):.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "![curves](posttrain_cpu.png)", "", *interpretation(result)]
+    return "\n".join(lines) + "\n"
+
+
+def about_seeds(seeds):
+    if seeds == 1:
+        return "One seed."
+    return f"Mean ± standard error over {seeds} seeds of all that follows pretraining, which they share."
+
+
+def interpretation(result) -> list[str]:
+    """Returns what the numbers say, and what they do not."""
+
+    def percent(name, how, what="accuracy"):
+        return f"{100 * mean_of(result, name, how, what):.1f} %"
+
+    worked = result["stages"]["pretrain"][0]["worked"]
+    gain = mean_of(result, "grpo", "greedy") - mean_of(result, "sft", "greedy")
+    mode = mean_of(result, "sft", "forced to think") - mean_of(result, "sft", "greedy")
+    return [
+        f"- Pretraining taught the sums: as plain text, {worked:.1%} of the held-out ones are worked out right. What "
+        "follows adds little to that: it is about when the model makes use of it.",
+        f"- GRPO lifts greedy answers from {percent('sft', 'greedy')} to {percent('grpo', 'greedy')}, and "
+        f"{mode / gain:.0%} of the gain is the choice to think: forced to, the model of SFT was right in "
+        f"{percent('sft', 'forced to think')} before. What is beyond that is little more than what chance does.",
+        f"- It pays with the other way of answering: forced not to think, {percent('sft', 'forced not to think')} "
+        f"before are {percent('grpo', 'forced not to think')} after. Fusion brings it back: "
+        f"{percent('fusion', '/no_think')} after /no_think and {percent('fusion', '/think')} after /think, and the "
+        f"switch is obeyed in {percent('fusion', 'switch', 'obeys')}.",
+        f"- The last model is right in {percent(LAST, '/think')} after /think, in {percent(LAST, '/no_think')} after "
+        f"/no_think, and obeys in {percent(LAST, 'switch', 'obeys')}.",
+        warning_line(result),
+    ]
+
+
+def warning_line(result):
+    """Returns what plain DPO does to a good model: the margin is not quality."""
+    curves = [record["curve"] for record in result["stages"]["dpo_offline"]]
+    accuracy = statistics.mean(column(curve, "accuracy")[1][-1] for curve in curves)
+    before = 100 * mean_of(result, "grpo", "greedy")
+    after = 100 * mean_of(result, "dpo_offline", "greedy")
+    return (
+        f"- Plain DPO on pairs sampled once is the warning: at the end it prefers the better answer of {accuracy:.0%} "
+        f"of its pairs, and its own answers fall from {before:.1f} % right to {after:.1f} %. A margin is not quality; "
+        "nll_coef=1 and pairs that are sampled anew keep the last stage from it."
+    )
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------------
+def plot(result: dict, path: Path) -> None:
+    """Draws the first seed's curves: GRPO's reward, length and share that thinks; DPO's margin against accuracy."""
+    figure, axes = new_figure("From nothing to a model that thinks when it is told to", 4, 20)
+    first = {name: records[0] for name, records in result["stages"].items()}
+    draw_rewards(axes[0], first["grpo"]["curve"])
+    draw_lengths(axes[1], first["grpo"]["curve"])
+    draw_margins(axes[2], first["dpo_offline"]["curve"])
+    draw_stages(axes[3], result)
+    figure.savefig(path, dpi=110)
+
+
+def draw_rewards(axis, rows):
+    axis.plot(*column(rows, "reward"), label="reward of the samples")
+    axis.plot(*column(rows, "eval_reward"), marker="o", label="held-out questions, greedy")
+    axis.plot(*column(rows, "thinks"), linestyle="--", label="share that thinks")
+    axis.set(xlabel="step of GRPO", ylim=(0, 1.02))
+    axis.legend()
+
+
+def draw_lengths(axis, rows):
+    axis.plot(*column(rows, "length"), color="C4", label="mean tokens of an answer")
+    axis.set(xlabel="step of GRPO", ylabel="tokens", ylim=(0, None))
+    other = axis.twinx()
+    other.plot(*column(rows, "entropy"), color="C5", linestyle=":", label="entropy of a token, nats")
+    other.set(ylim=(0, None))
+    lines = [*axis.get_lines(), *other.get_lines()]
+    axis.legend(lines, [line.get_label() for line in lines])
+
+
+def draw_margins(axis, rows):
+    axis.plot(*column(rows, "accuracy"), label="pairs preferred rightly")
+    axis.plot(*column(rows, "eval_reward"), marker="o", label="held-out questions right")
+    axis.set(xlabel="step of plain DPO", ylim=(0, 1.02))
+    other = axis.twinx()
+    other.plot(*column(rows, "margin"), color="C2", linestyle="--", label="margin")
+    lines = [*axis.get_lines(), *other.get_lines()]
+    axis.legend(lines, [line.get_label() for line in lines])
+
+
+def draw_stages(axis, result):
+    """Draws the accuracy of every stage with thinking and without, as means and errors over seeds."""
+    names = [name for name in STAGES if name not in ("pretrain", "dpo_offline")]
+    for how in ("greedy", "forced to think", "forced not to think"):
+        values = [[100 * x for x in values_of(result["stages"][name], how, "accuracy")] for name in names]
+        errors = [standard_error(x) or 0.0 for x in values]
+        axis.errorbar(names, [statistics.mean(x) for x in values], errors, marker="o", capsize=3, label=how)
+    axis.set(ylabel="% right", ylim=(0, 102))
+    axis.tick_params(axis="x", rotation=30)
+    axis.legend()
