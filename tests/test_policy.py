@@ -1,6 +1,7 @@
 """What grpo.py, dpo.py and reward.py are made of, called directly: rows, problems of a step, samples, gradients."""
 
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -13,13 +14,13 @@ from data import arithmetic, chat
 from data.tokenizers import tokenizer_from_dict
 from evals.rewards import Reward
 from tests import tiny
-from tests.test_posttraining import save_start
+from tests.test_posttraining import refusal, rows_of, run, save_start
 from training import pairs
 from training.answers import Answer, Problem, Problems, Sampler, evaluate, score
 from training.load import stop_tokens
 from training.machine import Machine
 from training.pairs import Pair
-from training.policy import build, frozen, logprobs, only_known_tokens, pad
+from training.policy import build, frozen, load_like, logprobs, only_known_tokens, pad
 from training.reward_model import RewardModel, scores_of
 
 TOKENIZER = tokenizer_from_dict(arithmetic.tokenizer_fields())
@@ -156,7 +157,7 @@ def test_the_text_of_an_answer_has_neither_its_end_nor_its_prompt_and_the_end_is
         ids = answer.ids if answer.is_truncated else answer.ids[:-1]
         assert answer.text == TOKENIZER.decode(ids)
         assert answer.is_target == [True] * len(answer.ids)
-    assert {answer.ids[-1] for answer in ended} <= stop_tokens(TOKENIZER)
+    assert {answer.ids[-1] for answer in ended} <= stop_tokens(TOKENIZER) == {EOT, END}
 
 
 def test_thoughts_that_the_prompt_begins_belong_to_the_answer_and_what_a_budget_forces_is_not_learned(source):
@@ -340,6 +341,18 @@ def test_the_kl_divergence_pulls_a_policy_to_its_reference(knobs):
     assert divergences[0] > divergences[1] > divergences[2] > 0
 
 
+def test_a_teacher_praises_the_tokens_that_it_would_rather_have_written(knobs):
+    knobs(grpo, teacher="a run", max_new_tokens=8)
+    policy = policy_of(n_layer=1)
+    teacher = frozen(policy_of(n_layer=1, seed=3))
+    batch = grpo.Batch(LESSONS, EOT, "cpu")
+    grpo.add_gradients(policy, teacher, [batch], N_ANSWERS, N_TOKENS, N_INPUTS, HERE)
+    with torch.no_grad():
+        is_likelier = logprobs(teacher, batch.x, batch.y)[0] > logprobs(policy, batch.x, batch.y)[0]
+    assert torch.equal(batch.advantage[batch.is_target] > 0, is_likelier[batch.is_target])
+    assert set(is_likelier[batch.is_target].tolist()) == {True, False}
+
+
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 PAIRS = [Pair([EOT, 5, 6][: 2 + i % 2], [7, 8, i, END][i % 3 :], [i, 9, END][i % 2 :]) for i in range(5)]
 
@@ -352,6 +365,12 @@ def test_pairs_are_answers_with_their_ends_behind_one_prompt(tmp_path):
     assert written[0] == "<|endoftext|><|im_start|>user\n1+2<|im_end|>\n<|im_start|>assistant\n"
     assert written[1:] == ["<think>\n1+2=3\n</think>\n\n3<|im_end|>", "<think>\n\n</think>\n\n4<|im_end|>"]
     assert pair.n_inputs == sum(map(len, (pair.prompt, pair.chosen, pair.prompt, pair.rejected))) - 2
+
+
+def test_all_pairs_are_learned_from_once_before_any_comes_again():
+    seen = sum((pairs.of_step(list(range(7)), step, 5, seed=1) for step in range(7)), [])
+    epochs = [seen[begin : begin + 7] for begin in range(0, 35, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
 def test_a_gain_is_the_sum_over_an_answer_and_its_mean_with_ipo(knobs):
@@ -448,6 +467,8 @@ def test_a_policy_has_documents_and_nothing_that_depends_on_chance_or_on_what_el
     config = knobs_of(tiny.build("switch", vocab_size=VOCAB, dropout=0.1, router_jitter=0.1, capacity_factor=1.0))
     policy, _ = build(config | {"init_from": str(start / "start")}, HERE)
     assert policy.config.eot_id == EOT
+    teacher = load_like(str(start / "start"), TOKENIZER, 64, "cpu")
+    assert (teacher.config.dropout, teacher.config.router_jitter, teacher.config.capacity_factor) == (0, 0, 0)
     only_known_tokens(policy, TOKENIZER)
     policy.train()
     rows = [[1, 2], [3, 4, 8, 9, 1, 2, 3], [5, 6, 7]]
@@ -475,3 +496,118 @@ def test_what_fills_up_rows_enters_no_count_of_the_experts():
     assert counts[0]
     for name, expected in counts[1].items():
         torch.testing.assert_close(counts[0][name], expected)
+
+
+# ---- what knobs do in a run ------------------------------------------------------------------------------------------
+COMMON = dict(init_from="start", data="problems.jsonl", max_steps=1, learning_rate=1e-3, max_new_tokens=8,
+              rewards="of_length:length", eval_every=100, save_every=1, keep_last=0)  # fmt: skip
+GRPO = COMMON | dict(group_size=3, problems_per_step=4, log_samples=100)
+ONLINE = COMMON | dict(online=2, problems_per_round=4, group_size=3, pairs_per_step=4, max_steps=3)
+
+
+OF_LENGTH = """
+def length(completions, rows):
+    return [float(len(text)) for text in completions]
+
+
+def length_of_some(completions, rows):
+    return [len(text) * float(len(row["answer"]) % 2) for text, row in zip(completions, rows)]
+"""
+
+
+def rewards_of(name, answers):
+    """What a reward of OF_LENGTH says of answers."""
+    functions = {}
+    exec(OF_LENGTH, functions)
+    return functions[name]([answer.text for answer in answers], [answer.problem.row for answer in answers])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, source):
+    folder = tmp_path_factory.mktemp("policy")
+    save_start(folder / "start", tiny.build("baseline", vocab_size=VOCAB, eot_id=EOT), TOKENIZER)
+    (folder / "problems.jsonl").write_text(open(source).read())
+    (folder / "of_length.py").write_text(OF_LENGTH)
+    rows = [{"prompt": f"{i}+1", "chosen": f"{i + 1}", "rejected": f"{i}1"} for i in range(6)]
+    write_rows(folder / "pairs.jsonl", rows)
+    return folder
+
+
+def test_a_run_samples_as_its_knobs_say(work, source):
+    knobs = GRPO | dict(temperature=0.7, seed=5, think="always", think_budget=3)
+    result = run(work, "grpo.py", "sampled", **knobs)
+    sampler = sampler_of(policy_of(temperature=0.7), seed=5, think_budget=3)
+    expected = sampler.sample(problems_of(source, think=True).of_step(0, 4, seed=5), 0, 3)
+    assert [row["answer"] for row in rows_of(result.folder / "samples.jsonl")] == [answer.text for answer in expected]
+    (step,) = result.steps
+    assert step["logprob_difference"] < 1e-4
+    assert step["length"] == pytest.approx(sum(len(answer.ids) for answer in expected) / 12)
+
+
+def test_an_evaluation_takes_the_first_problems(work, source):
+    knobs = GRPO | dict(eval_data="problems.jsonl", eval_problems=3)
+    begun, *_ = run(work, "grpo.py", "evaluated", **knobs).rows
+    greedy = sampler_of(policy_of()).sample(problems_of(source).all[:3], 0, 1, temperature=0.0)
+    assert begun["eval_length"] == pytest.approx(sum(len(answer.ids) for answer in greedy) / 3)
+
+
+def test_answers_that_were_cut_are_learned_from_unless_they_are_masked(work):
+    for is_masked in (False, True):
+        knobs = GRPO | dict(max_new_tokens=1, mask_truncated=is_masked)
+        (step,) = run(work, "grpo.py", f"masked_{is_masked}", **knobs).steps
+        assert step["truncated"] == 1 and step["flat_groups"] < 1
+        assert (step["grad_norm"] == 0) == is_masked
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_the_loss_is_a_mean_over_all_answers_of_flat_groups_too(work, source, loss_type):
+    knobs = GRPO | dict(rewards="of_length:length_of_some", loss_type=loss_type)
+    (step,) = run(work, "grpo.py", f"mean_{loss_type}", **knobs).steps
+    assert 0 < step["flat_groups"] < 1
+
+    answers = sampler_of(policy_of()).sample(problems_of(source).of_step(0, 4, seed=1), 0, 3)
+    rewards = torch.tensor(rewards_of("length_of_some", answers)).view(4, 3)
+    advantage = grpo.advantages(rewards, "group").flatten()
+    lengths = torch.tensor([len(answer.ids) for answer in answers])
+    if loss_type == "grpo":
+        expected = -advantage.mean()
+    elif loss_type == "dapo":
+        expected = -(advantage * lengths).sum() / lengths.sum()
+    else:
+        expected = -(advantage * lengths).sum() / (12 * 8)
+    assert step["loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_the_second_update_of_a_step_is_clipped(work):
+    for n in (1, 2):
+        knobs = GRPO | dict(updates_per_batch=n, learning_rate=1e-2)
+        (step,) = run(work, "grpo.py", f"updates_{n}", **knobs).steps
+        assert (step["clipped_low"] + step["clipped_high"] > 0) == (n == 2)
+
+
+def test_pairs_are_sampled_at_the_temperature_in_rounds(work, source):
+    result = run(work, "dpo.py", "rounds", **ONLINE | dict(temperature=0.7, warmup_steps=2, learning_rate=1e-2))
+    states = [json.loads((result.folder / f"step-{i:08d}" / "trainer.json").read_text())["state"] for i in (1, 2, 3)]
+    assert states[0] == states[1] != states[2]
+    answers = sampler_of(policy_of(temperature=0.7)).sample(problems_of(source).of_step(0, 4, seed=1), 0, 3)
+    expected = dpo.best_against_worst(answers, rewards_of("length", answers), 3)
+    assert [Pair(*pair) for pair in states[0]["pairs"]] == expected
+    prompts = [problem.prompt for problem in problems_of(source).of_step(1, 4, seed=1)]
+    assert all(prompt in prompts for prompt, _, _ in states[2]["pairs"])
+    assert [row["lr"] for row in result.steps] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
+
+
+def test_without_a_reference_a_gain_is_a_log_probability(work):
+    knobs = COMMON | dict(data="pairs.jsonl", pairs_per_step=4, rewards=None, max_new_tokens=None)
+    for free in (False, True):
+        (step,) = run(work, "dpo.py", f"free_{free}", **knobs | dict(reference_free=free)).steps
+        assert step["gain_chosen"] == pytest.approx(step["logp_chosen"] if free else 0.0, abs=1e-4)
+
+
+def test_a_run_goes_on_with_the_reference_that_it_began_with_and_with_no_other(work):
+    knobs = GRPO | dict(beta=0.1)
+    began = run(work, "grpo.py", "began", **knobs).folder
+    shutil.copytree(began, work / "moved", symlinks=True)  # this process holds the lock of the other to its end
+    save_start(work / "other", tiny.build("baseline", vocab_size=VOCAB, eot_id=EOT, seed=3), TOKENIZER)
+    message = refusal(work, "grpo.py", "moved", "--resume", **knobs | dict(init_from="other", max_steps=2))
+    assert "the reference changed since moved/step-00000001 was written: give the init_from" in message
