@@ -28,14 +28,17 @@ SIMPLE = (bool, int, float, str, list, dict, tuple, type(None))
 RANGES = {  # where the numbers lie that can be meant, by knob; [ and ] belong to it, ( and ) do not
     "[1, inf)": "block_size n_layer n_head n_kv_head head_dim n_embd n_inner n_expert n_expert_per_token "
     "n_expert_inner window n_slot key_block n_local_block top_k_block n_index_head index_dim index_topk decay_rank "
-    "max_steps batch_tokens micro_batch muon_steps max_skipped eval_every save_every log_every timeout",
+    "max_steps batch_tokens micro_batch muon_steps max_skipped eval_every save_every log_every timeout "
+    "group_size problems_per_step problems_per_round pairs_per_step max_new_tokens rollout_rows updates_per_batch",
     "[0, 4294967295]": "seed",  # 32 bits, which every generator takes
     "[0, inf)": "vocab_size warmup_steps lr_batch_tokens min_lr weight_decay grad_clip eval_tokens keep_last "
     "keep_every sample_every minutes norm_eps logit_softcap attention_softcap n_global_token init_std n_shared_expert "
-    "n_dense_layer q_rank block_stride n_global_block balance_loss z_loss bias_rate",
-    "(0, inf)": "learning_rate rope_theta local_rope_theta rope_factor",
+    "n_dense_layer q_rank block_stride n_global_block balance_loss z_loss bias_rate think_budget clip_high beta "
+    "log_samples eval_problems eval_samples online nll_coef centering best_of",
+    "(0, inf)": "learning_rate rope_theta local_rope_theta rope_factor temperature",
     "[0, 1)": "ema beta1 beta2 muon_momentum dropout router_jitter",
-    "[0, 1]": "decay_fraction document_start_probability",
+    "[0, 1]": "decay_fraction document_start_probability clip_low",
+    "[0, 0.5]": "label_smoothing",
 }
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 

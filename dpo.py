@@ -213,15 +213,17 @@ class Watch:
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 def main():
-    config = configure(globals(), starting_from=start.knobs_of)
     output.outlast_readers()
     print_any_text()
     try:
+        config = configure(globals(), starting_from=start.knobs_of)
         check_run(config)
         if pairs_per_step < processes.launched()[1]:
             raise ValueError(f"pairs_per_step={pairs_per_step} gives some processes none: raise it")
         if online and group_size < 2:
             raise ValueError("group_size=1: the best and the worst of one answer are the same, so give 2 or more")
+        if beta == 0:
+            raise ValueError("beta=0 makes all answers alike to the loss: give more, such as 0.1")
         here = machine.join(device, dtype, timeout, deterministic=deterministic)
         policy, tokenizer = build(config, here)
         reference = None if reference_free else frozen(policy)
@@ -230,7 +232,7 @@ def main():
                 only_known_tokens(each, tokenizer, temperature)
         net = processes.averaging_gradients(policy, here.device) if here.parallel == "ddp" else policy
 
-        longest = policy.config.block_size + 1
+        longest = policy.config.block_size
         room = longest - max_new_tokens
         source = Problems(data, tokenizer, None, room, here) if online else None
         offline = [] if online else pairs.read(data, tokenizer, longest, here)
@@ -240,7 +242,8 @@ def main():
         judges = rewards_of.load(rewards, allow_code_execution, learned) if online or eval_data else None
         identity = {"data": data, "tokenizer": tokenizer.fingerprint,
                     "data_fingerprint": source.fingerprint if online else pairs.fingerprint(offline)}  # fmt: skip
-        run = Run(config, here, policy, tokenizer, identity, Curve("accuracy", "eval_accuracy", "preference accuracy"))
+        curve = Curve("accuracy", "eval_accuracy", "preference accuracy")
+        run = Run(config, here, policy, tokenizer, identity, curve, evaluates=bool(held_out or problems))
     except (OSError, ValueError, CheckpointError) as error:
         processes.fail(error)
     stop = load.stop_tokens(tokenizer, Path(init_from))
@@ -250,7 +253,7 @@ def main():
 
     while True:
         run.save_if_due()
-        if (held_out or problems) and run.evaluation_is_due:
+        if run.evaluation_is_due:
             report = evaluate_pairs(policy, reference, held_out, tokenizer.eot_id, here) if held_out else {}
             if problems:
                 report |= evaluate(writer, problems.all[: eval_problems or None], judges, 0, here)
@@ -266,7 +269,7 @@ def main():
                 answers = writer.write(
                     source.of_step(run.step // online, problems_per_round, seed), run.step, group_size
                 )
-                own = best_against_worst(answers, score(judges, answers).totals, group_size)
+                own = best_against_worst(answers, score(judges, answers, run.fail).totals, group_size)
                 run.state["pairs"] = sum(processes.gather(own), [])
             some = [Pair(*pair) for pair in run.state["pairs"]]
         if some:

@@ -47,7 +47,7 @@ from training.run import Run
 # model and data
 model = "baseline"  # which model_<model>.py: that of init_from
 init_from = ""  # the policy to begin with: a run, a checkpoint or a Hugging Face folder, that knows chats
-data: str | list = ""  # problems to answer: a .jsonl file, or a named set such as gsm8k
+data = ""  # problems to answer: a .jsonl file, or a named set such as gsm8k
 eval_data = ""  # problems that are never trained on
 out_dir = "out/grpo"  # the run: config, metrics, samples, checkpoints, picture
 seed = 1  # of the order of problems and of what is sampled
@@ -220,22 +220,26 @@ def logprob_difference(batches):
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 def main():
-    config = configure(globals(), starting_from=start.knobs_of)
     output.outlast_readers()
     print_any_text()
     try:
+        config = configure(globals(), starting_from=start.knobs_of)
         check_run(config)
         if group_size < 2:
             raise ValueError("group_size=1: an answer is compared with others to the same problem, so give 2 or more")
         if problems_per_step < processes.launched()[1]:
             raise ValueError(f"problems_per_step={problems_per_step} gives some processes none: raise it")
+        if teacher and beta:
+            raise ValueError(
+                f"beta={beta} draws to the policy of init_from, and teacher away from it: give one of them"
+            )
         here = machine.join(device, dtype, timeout, deterministic=deterministic)
 
         # 1. models
         policy, tokenizer = build(config, here)
         reference = None
         if teacher:
-            reference = load_like(teacher, tokenizer, here.device)
+            reference = load_like(teacher, tokenizer, policy.config.block_size, here.device)
         elif beta:
             reference = frozen(policy)
         for each in (policy, reference):
@@ -244,7 +248,7 @@ def main():
         net = processes.averaging_gradients(policy, here.device) if here.parallel == "ddp" else policy
 
         # 2. problems and rewards
-        room = policy.config.block_size + 1 - max_new_tokens
+        room = policy.config.block_size - max_new_tokens
         problems = Problems(data, tokenizer, THINK[think], room, here)
         held_out = Problems(eval_data, tokenizer, THINK[think], room, here) if eval_data else None
         learned = learned_reward(reward_model, tokenizer, here) if reward_model else None
@@ -252,7 +256,8 @@ def main():
 
         # 3. the run's folder
         identity = {"data": data, "tokenizer": tokenizer.fingerprint, "data_fingerprint": problems.fingerprint}
-        run = Run(config, here, policy, tokenizer, identity, Curve("reward", "eval_reward", "reward"))
+        curve = Curve("reward", "eval_reward", "reward")
+        run = Run(config, here, policy, tokenizer, identity, curve, evaluates=held_out is not None)
     except (OSError, ValueError, CheckpointError) as error:
         processes.fail(error)
     stop = load.stop_tokens(tokenizer, Path(init_from))
@@ -261,7 +266,7 @@ def main():
 
     while True:
         run.save_if_due()
-        if held_out and run.evaluation_is_due:
+        if run.evaluation_is_due:
             report = evaluate(writer, held_out.all[: eval_problems or None], judges, eval_samples, here)
             run.note_evaluation(report, error=-report["eval_reward"])
         if run.is_done or run.asked_to_stop():
@@ -272,7 +277,7 @@ def main():
         begin = time.perf_counter()
         answers = writer.write(problems.of_step(run.step, problems_per_step, seed), run.step, group_size)
         sampled = time.perf_counter()
-        scores = score(judges, answers)
+        scores = score(judges, answers, run.fail)
 
         # 2. what is learned from: nothing, where all answers of a group have the same reward
         groups = torch.tensor(scores.totals).view(-1, group_size)

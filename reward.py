@@ -137,11 +137,12 @@ def evaluate_pairs(scorer, some, eot_id, here):
 
 def best_of_n(scorer, writer, problems, judges, here):
     """Returns what answers are worth by `rewards`: the mean of all, and those with the best scores of each problem."""
-    answers = writer.write(here.share(problems), step=0, n=best_of)
-    worth = torch.tensor(score(judges, answers).totals).view(-1, best_of)
+    own = here.share(problems)
+    answers = writer.write(own, step=0, n=best_of)
+    worth = torch.tensor(score(judges, answers).totals).view(len(own), best_of)
     scorer.eval()
     texts = [answer.problem.prompt + answer.ids for answer in answers]
-    scores = torch.tensor(scores_of(scorer, texts, here)).view(-1, best_of)
+    scores = torch.tensor(scores_of(scorer, texts, here)).view(len(own), best_of)
     scorer.train()
     chosen = worth.gather(1, scores.argmax(dim=1, keepdim=True))
     mean, best, count = processes.all_sum([worth.mean(dim=1).sum(), chosen.sum(), len(worth)], here.device)
@@ -150,10 +151,10 @@ def best_of_n(scorer, writer, problems, judges, here):
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 def main():
-    config = configure(globals(), starting_from=start.knobs_of)
     output.outlast_readers()
     print_any_text()
     try:
+        config = configure(globals(), starting_from=start.knobs_of)
         check_run(config)
         if pairs_per_step < processes.launched()[1]:
             raise ValueError(f"pairs_per_step={pairs_per_step} gives some processes none: raise it")
@@ -167,7 +168,7 @@ def main():
             only_known_tokens(policy, tokenizer)
             stop = load.stop_tokens(tokenizer, Path(init_from))
             writer = Writer(policy, tokenizer, stop, max_new_tokens, seed, here.autocast(), rows=rollout_rows)
-            problems = Problems(eval_data, tokenizer, None, policy.config.block_size + 1 - max_new_tokens, here)
+            problems = Problems(eval_data, tokenizer, None, policy.config.block_size - max_new_tokens, here)
             judges = rewards_of.load(rewards, allow_code_execution)
         scorer = RewardModel(backbone).to(here.device)
         net = processes.averaging_gradients(scorer, here.device) if here.parallel == "ddp" else scorer
@@ -175,14 +176,15 @@ def main():
         all_pairs = pairs.read(data, tokenizer, backbone.config.block_size, here)
         held_out = pairs.read(eval_pairs, tokenizer, backbone.config.block_size, here) if eval_pairs else None
         identity = {"data": data, "tokenizer": tokenizer.fingerprint, "data_fingerprint": pairs.fingerprint(all_pairs)}
-        run = Run(config, here, scorer, tokenizer, identity, Curve("accuracy", "eval_accuracy", "accuracy on pairs"))
+        curve = Curve("accuracy", "eval_accuracy", "accuracy on pairs")
+        run = Run(config, here, scorer, tokenizer, identity, curve, evaluates=bool(held_out or writer))
     except (OSError, ValueError, CheckpointError) as error:
         processes.fail(error)
     scorer.train()
 
     while True:
         run.save_if_due()
-        if (held_out or writer) and run.evaluation_is_due:
+        if run.evaluation_is_due:
             report = evaluate_pairs(scorer, held_out, tokenizer.eot_id, here) if held_out else {}
             if writer:
                 report |= best_of_n(scorer, writer, problems.all[: eval_problems or None], judges, here)

@@ -54,6 +54,8 @@ def load(spec: str, allow_code_execution: bool = False, learned: Callable | None
             raise ValueError(f"the reward {name} is named twice in {spec!r}")
         if name == "learned" and learned is not None:
             function = learned
+        elif name == "learned":
+            raise ValueError("the reward learned is the score of a reward model: give a run of reward.py, reward_model")
         elif name == "code":
             function = right_programs
             if not allow_code_execution:
@@ -67,6 +69,8 @@ def load(spec: str, allow_code_execution: bool = False, learned: Callable | None
             known = ", ".join([*EACH, "code", "learned (of a reward model)"])
             raise ValueError(f"the reward {name!r} is unknown: there are {known}, and your own as module:function")
         rewards.append(Reward(name, weight, function))
+    if learned is not None and "learned" not in [reward.name for reward in rewards]:
+        raise ValueError(f"reward_model does nothing without the reward learned: try {spec},learned:1")
     return rewards
 
 
@@ -188,11 +192,7 @@ def is_same(answer: str, gold: str) -> bool:
     gold_number = number_of(gold)
     if number is None or gold_number is None:
         return answer != "" and plain_math(plain(answer)) == plain_math(plain(gold))
-    if number.value == gold_number.value:
-        return True
-    if number.is_percent == gold_number.is_percent:
-        return False
-    return number.in_units() == gold_number.in_units()
+    return number.value == gold_number.value or number.in_units() == gold_number.in_units()
 
 
 class Number(NamedTuple):

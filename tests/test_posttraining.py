@@ -6,24 +6,28 @@ Most runs are in the process of the tests: what they share, they share with none
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
 import socket
 import sys
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import chdir, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
-from data.tokenizers import tokenizer_from_dict
+from data.shards import write_shard
+from data.tokenizers import load_tokenizer, tokenizer_from_dict
 from tests import tiny
 from tests.test_train import copy_until, finish, finished, launch, until, weights, wrote
-from tests.tiny import ROOT
-from training import checkpoint, pictures
+from tests.tiny import MODELS, ROOT
+from training import checkpoint, pictures, policy
+from training.reward_model import load_reward_model, scores_of
 from training.signals import ASK_TO_STOP
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -37,6 +41,7 @@ TOKENIZER = tokenizer_from_dict({
     "added": {word: N + i for i, word in enumerate(WORDS)},
     "special_tokens": {token: N + len(WORDS) + i for i, token in enumerate(SPECIAL)},
 })  # fmt: skip
+META = {"tokenizer": TOKENIZER.to_dict(), "vocab_size": TOKENIZER.vocab_size, "eot_id": TOKENIZER.eot_id}
 VOCAB = 64  # more than the tokenizer has: ids without a text behind them are never sampled
 SIZES = dict(n_layer=2, n_head=2, n_kv_head=1, head_dim=8, n_embd=16, n_inner=32, block_size=32)
 
@@ -61,6 +66,23 @@ def slow(completions, rows):
     return sevens(completions, rows)
 
 
+def fussy(completions, rows):
+    if any("7" in text for text in completions):
+        raise RuntimeError("a seven")
+    return [float(len(text)) for text in completions]
+
+
+calls = []
+
+
+def breaks(completions, rows):
+    """Sevens, and after three steps nothing any more."""
+    calls.append(len(completions))
+    if len(calls) > 3:
+        raise RuntimeError("no connection")
+    return sevens(completions, rows)
+
+
 def sevens_of_some(completions, rows):
     return [value * (int(row["answer"]) % 8 > 0) for value, row in zip(sevens(completions, rows), rows)]
 '''
@@ -75,6 +97,15 @@ def save_start(folder, model, tokenizer=TOKENIZER):
     (folder / "config.json").write_text(json.dumps(config))
     meta = {"tokenizer": tokenizer.to_dict(), "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id}
     (folder / "data.json").write_text(json.dumps(meta))
+
+
+def write_data(folder):
+    """Writes token shards of a few sums."""
+    folder.mkdir()
+    ids = [i for n in range(50) for i in [TOKENIZER.eot_id, *TOKENIZER.encode(f"{n}+{n}={2 * n}")]]
+    for split in ("train", "val"):
+        write_shard(folder / f"{split}_000000.bin", np.array(ids), TOKENIZER.vocab_size)
+    (folder / "meta.json").write_text(json.dumps(META | {"fingerprint": "sums"}))
 
 
 def write_rows(path, rows):
@@ -274,3 +305,214 @@ def test_two_processes_learn_from_pairs_as_one(work, script, knobs):
     knobs = knobs | dict(init_from="start_moe", pairs_per_step=5, micro_batch=2)
     name = f"{script}_{knobs.get('online', 0)}"
     check_close(two(work, script, f"{name}_2", **knobs), run(work, script, f"{name}_1", **knobs))
+
+
+# ---- every model file ------------------------------------------------------------------------------------------------
+BRIEF = GRPO | dict(max_steps=2, eval_data=None, save_every=100, problems_per_step=2, max_new_tokens=16)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_sampler_and_the_trainer_of_every_model_agree(work, name):
+    model = tiny.build(name, bold=False, vocab_size=VOCAB, eot_id=TOKENIZER.eot_id)
+    save_start(work / f"start_{name}_brief", model)
+    grpo = run(work, "grpo.py", f"brief_{name}", **BRIEF | dict(init_from=f"start_{name}_brief"))
+    assert max(row["logprob_difference"] for row in grpo.steps) <= 1e-4
+    before, after = (
+        weights(work / folder, step) for folder, step in ((f"start_{name}_brief", 1), (f"brief_{name}", 2))
+    )
+    assert all(not torch.equal(before[key], after[key]) for key in before if key.endswith("weight"))
+
+
+def test_experts_are_balanced_and_what_depends_on_chance_or_the_batch_is_off(work):
+    knobs = BRIEF | dict(init_from="start_moe", bias_rate=0.01)
+    plain, balanced = (run(work, "grpo.py", f"balance_{x}", **knobs, balance_loss=x, dropout=0.1) for x in (0, 1))
+    assert "dropout=0.1 is turned off" in plain.out
+    assert json.loads((plain.folder / "config.json").read_text())["model_config"]["dropout"] == 0
+    found, expected = weights(plain.folder, 2), weights(balanced.folder, 2)
+    router = next(name for name in found if name.endswith("router.weight"))
+    assert (found[router] - expected[router]).abs().max() > 1e-3
+    biases = found[router.replace("weight", "bias")]
+    assert biases.abs().max() == pytest.approx(0.01)
+    assert sum(plain.steps[0]["expert_load"][0]) > 0
+
+    model = tiny.build("switch", bold=False, vocab_size=VOCAB, eot_id=TOKENIZER.eot_id, router_jitter=0.2)
+    save_start(work / "start_jitter", model)
+    out = run(work, "dpo.py", "jitter", **DPO | dict(init_from="start_jitter")).out
+    assert "router_jitter=0.2 is turned off" in out and "capacity_factor=1.25 is turned off" in out
+    assert "loss 0.6931 | accuracy 0% | margin 0.000" in out  # the reference is without them as well
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def spoilt(work):
+    """What is not as it should be: a model without chat tokens, rows that fit nothing, prompts that are too long."""
+    byte = load_tokenizer("byte")
+    save_start(work / "no_chat", tiny.build("baseline", **SIZES, vocab_size=320, eot_id=byte.eot_id), byte)
+    small = tiny.build("baseline", **SIZES | dict(block_size=16, vocab_size=VOCAB, eot_id=TOKENIZER.eot_id))
+    save_start(work / "small", small)
+    write_rows(work / "odd.jsonl", [{"foo": 1}])
+    write_rows(work / "long.jsonl", [{"question": "1+1" * 20, "answer": "2"}])
+    write_rows(work / "long_pairs.jsonl", [{"prompt": "1+1" * 20, "chosen": "2", "rejected": "3"}])
+
+
+@pytest.mark.parametrize(
+    "script, knobs, message",
+    [
+        ("grpo.py", GRPO | dict(init_from="no_chat"), "byte has no token <|im_start|>, .* and --add_tokens chat, and"),
+        ("dpo.py", DPO | dict(init_from="no_chat"), "byte has no token <|im_start|>"),
+        ("grpo.py", GRPO | dict(init_from=None), "init_from is empty: give the folder of"),
+        ("reward.py", REWARD | dict(init_from="nowhere"), "init_from=nowhere has no config.json: give the folder of"),
+        ("grpo.py", GRPO | dict(data=None), "data is empty: give problems"),
+        ("dpo.py", DPO | dict(data=None), "data is empty: give pairs"),
+        ("grpo.py", GRPO | dict(data="nowhere.jsonl"), "nowhere.jsonl: there is no such file"),
+        ("grpo.py", GRPO | dict(data="odd.jsonl"), "odd.jsonl line 1: no conversation"),
+        ("reward.py", REWARD | dict(data="odd.jsonl"), "odd.jsonl line 1: no pair"),
+        ("grpo.py", GRPO | dict(data="long.jsonl"), "long.jsonl: no problem leaves room for an answer, of 1: lower"),
+        (
+            "grpo.py",
+            GRPO | dict(max_new_tokens=64),
+            "no problem leaves room for an answer, of 10: lower max_new_tokens",
+        ),
+        ("dpo.py", DPO | dict(data="long_pairs.jsonl"), "no pair is at most 32 tokens long, of 1: raise block_size"),
+        ("grpo.py", GRPO | dict(teacher="no_chat"), "no_chat has the tokenizer byte, not digits, that of init_from"),
+        ("grpo.py", GRPO | dict(teacher="small"), "small has block_size=16, less than 32, that of the policy"),
+        ("grpo.py", GRPO | dict(teacher="start", beta=0.1), "give one of them"),
+        ("grpo.py", GRPO | dict(group_size=1), "group_size=1: .* give 2 or more"),
+        ("dpo.py", ONLINE | dict(group_size=1), "group_size=1: .* give 2 or more"),
+        ("grpo.py", GRPO | dict(temperature=0), "temperature=0: it lies in"),
+        ("grpo.py", GRPO | dict(updates_per_batch=0), "updates_per_batch=0: try 1 or more"),
+        ("dpo.py", DPO | dict(beta=0), "beta=0 makes all answers alike"),
+        ("dpo.py", DPO | dict(label_smoothing=0.7), "label_smoothing=0.7: it lies in"),
+        ("grpo.py", GRPO | dict(rewards="learned"), "a reward model: give a run of reward.py"),
+        ("grpo.py", GRPO | dict(reward_model="start", rewards="learned"), "start is no run of reward.py"),
+        ("grpo.py", GRPO | dict(reward_model="reward"), "reward_model does nothing without the reward learned"),
+        ("grpo.py", GRPO | dict(init_from="reward"), "is a reward model, which scores texts and writes none"),
+        ("reward.py", REWARD | dict(best_of=4), "best_of=4 needs problems: give eval_data"),
+        ("grpo.py", GRPO | dict(dtype="float16"), "dtype=float16: try one of auto, bfloat16, float32"),
+        ("grpo.py", GRPO | dict(compile=True), "unknown config key 'compile' on the command line; --help lists them"),
+        ("dpo.py", DPO | dict(batch_tokens=64), "unknown config key 'batch_tokens' on the command line; did you mean"),
+        ("grpo.py", GRPO | dict(resume=True), "--resume given but no checkpoint in refused"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(work, whole, spoilt, script, knobs, message):
+    assert re.search(message, refusal(work, script, "refused", **knobs))
+    assert not (work / "refused" / "metrics.jsonl").exists()
+
+
+def test_a_gpu_that_is_fast_at_float16_alone_is_refused(work):
+    here = SimpleNamespace(dtype="float16", name="an old GPU")
+    with pytest.raises(ValueError, match="an old GPU is fast at no dtype but float16, .* --dtype=float32"):
+        policy.build({"init_from": "start"}, here)
+
+
+def test_another_run_is_neither_written_over_nor_gone_on_with(work, whole):
+    def refused(folder, script, *flags, **knobs):
+        taken = work / f"taken_{len(list(work.glob('taken_*')))}"  # this process holds the lock of each to its end
+        shutil.copytree(folder, taken, symlinks=True)
+        before = left_by(taken)
+        message = refusal(work, script, taken.name, *flags, **knobs)
+        check_same(left_by(taken), before)
+        return message
+
+    online = whole["online"].folder
+    assert "already holds a run" in refused(online, "grpo.py", **GRPO)
+    assert "holds a run of dpo.py: go on with that" in refused(online, "grpo.py", "--resume", **GRPO)
+    write_rows(work / "more.jsonl", [*rows_of(work / "problems.jsonl"), {"question": "1+1", "answer": "2"}])
+    message = refused(online, "dpo.py", "--resume", **ONLINE | dict(data="more.jsonl"))
+    assert re.search("more.jsonl changed since taken_2/step-00000004 was written", message)
+
+    write_data(work / "sums")
+    knobs = SIZES | dict(batch_tokens=256, max_steps=1, eval_tokens=100, eval_every=1)
+    trained = run(work, "train.py", "trained", "--document_mask", data="sums", **knobs).folder
+    (trained / "samples.jsonl").touch()
+    assert "already holds a run" in refused(trained, "grpo.py", **GRPO)
+    assert "holds a run of train.py: go on with that" in refused(trained, "grpo.py", "--resume", **GRPO)
+
+
+def test_a_reward_that_fails_now_and_then_is_counted_and_one_that_breaks_ends_the_run_with_all_that_was_learned(work):
+    result = execute(work, "grpo.py", words("fussy", [], BRIEF | dict(rewards="my_rewards:fussy")))
+    rows = rows_of(work / "fussy" / "metrics.jsonl")
+    warnings = result.err.count("warning: the reward my_rewards:fussy counts as 0 of completion")
+    assert result.code == 0 and sum(row["failures"] for row in rows) == warnings > 0
+
+    knobs = GRPO | dict(rewards="my_rewards:breaks", eval_data=None, save_every=100)  # and so eval_every means nothing
+    message = refusal(work, "grpo.py", "broken", **knobs)
+    assert "the reward my_rewards:breaks failed for all 16 completions" in message and "no connection" in message
+    assert "stopped after step 3, and mended it goes on with  python" in message
+    assert [path.name for path in checkpoint.folders(work / "broken")] == ["step-00000003"]
+
+
+def test_a_micro_batch_is_a_matter_of_memory(work, whole):
+    knobs = SCRIPTS["grpo"][1] | dict(micro_batch=7, max_steps=1, eval_every=2)
+    (odd,) = run(work, "grpo.py", "odd_micro_batch", **knobs).steps
+    expected = whole["grpo"].steps[0]
+    assert (odd["loss"], odd["kl"], odd["grad_norm"]) == pytest.approx(
+        (expected["loss"], expected["kl"], expected["grad_norm"]), abs=1e-5
+    )
+
+
+# ---- what comes of a run ---------------------------------------------------------------------------------------------
+def test_runs_are_read_by_sample_py_and_eval_py_and_a_reward_model_says_what_it_is(work, whole):
+    write_data(work / "tokens")
+    for name in ("grpo", "dpo"):
+        sampled = execute(work, "sample.py", [name, "--prompt=1+1", "--max_new_tokens=4"])
+        assert sampled.code == 0 and sampled.out.startswith("1+1"), sampled.err
+        measured = execute(work, "eval.py", [name, "--data=tokens", "--split=val"])
+        assert measured.code == 0 and re.search(r"val +\d+ ", measured.out), measured.err
+    for script in ("sample.py", "eval.py"):
+        result = execute(work, script, ["reward"])
+        assert result.code == 2
+        assert "is a reward model, which scores texts and writes none: give it to grpo.py" in result.err
+    assert "problems.jsonl" in execute(work, "eval.py", ["grpo"]).err
+
+
+@pytest.mark.parametrize("script", ["grpo.py", "dpo.py", "reward.py"])
+def test_help_lists_the_knobs_by_group(work, script):
+    out = execute(work, script, ["--help"]).out
+    groups = [line for line in out.splitlines()[3:] if line and not line.startswith("  --")]
+    assert groups[0] == "model and data" and groups[-3:] == ["loop", "system", "fields of model_baseline.py"]
+    assert len(set(groups)) == len(groups) >= 6
+    knobs = [line for line in out.splitlines() if line.startswith("  --") and "fields of" not in line]
+    assert len(knobs) > 40
+
+
+# ---- a task that must be learned -------------------------------------------------------------------------------------
+BANDIT = dict(init_from="start", data="problems.jsonl", rewards="my_rewards:sevens", learning_rate=2e-2,
+              max_new_tokens=4, group_size=8, save_every=100, eval_every=100)  # fmt: skip
+
+
+def test_thirty_steps_of_grpo_learn_to_write_sevens(work):
+    rewards = [
+        row["reward"] for row in run(work, "grpo.py", "bandit", **BANDIT, max_steps=30, problems_per_step=8).steps
+    ]
+    assert rewards[0] < 0.4 and rewards[-1] > 0.7
+
+
+def test_online_dpo_learns_to_write_sevens(work):
+    knobs = BANDIT | dict(max_steps=30, online=2, problems_per_round=16, pairs_per_step=16, warmup_steps=0,
+                          eval_data="held_out.jsonl", eval_every=30)  # fmt: skip
+    result = run(work, "dpo.py", "bandit_dpo", **knobs)
+    assert result.rows[0]["eval_reward"] < 0.4 and result.rows[-1]["eval_reward"] > 0.7
+
+
+def test_a_reward_model_tells_answers_apart_whatever_fills_up_their_rows(work):
+    rng = np.random.default_rng(0)
+
+    def text(digits):
+        return "".join(rng.choice(list(digits), rng.integers(1, 9)))
+
+    for name in ("separable", "unseen"):
+        rows = []
+        for _ in range(64):
+            rows.append({"prompt": text("0123456789"), "chosen": text("67890"), "rejected": text("12345")})
+        write_rows(work / f"{name}.jsonl", rows)
+    knobs = REWARD | dict(data="separable.jsonl", eval_pairs="unseen.jsonl", max_steps=40, pairs_per_step=16)
+    result = run(work, "reward.py", "separable", **knobs | dict(save_every=100, eval_every=40))
+    assert result.rows[-1]["eval_accuracy"] > 0.95
+
+    model = load_reward_model(str(work / "separable"), TOKENIZER, "cpu")
+    here = SimpleNamespace(device="cpu", autocast=nullcontext)
+    texts = [[TOKENIZER.eot_id, *TOKENIZER.encode(text)] for text in ("7", "1+2=34567", "99999")]
+    alone = [scores_of(model, [text], here)[0] for text in texts]
+    assert scores_of(model, texts, here) == pytest.approx(alone, abs=1e-5)
+    assert len({round(score, 3) for score in alone}) == 3

@@ -258,7 +258,7 @@ def test_a_reward_of_another_number_of_completions_is_no_reward(own, capsys):
     "spec, message",
     [
         ("maths", "'maths' is unknown: there are math, format, arithmetic, code, learned"),
-        ("learned", "'learned' is unknown"),
+        ("learned", "the score of a reward model: give a run of reward.py"),
         ("", "'' is unknown"),
         ("math:nan", "no finite weight"),
         ("0.5", "no name"),

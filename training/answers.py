@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,8 @@ class Problems:
 
     def __init__(self, source: str, tokenizer: Tokenizer, think: bool | None, room: int, here: Machine):
         """room: tokens that a prompt may have. think: as chat.prompt has it."""
+        if not source:
+            raise ValueError("data is empty: give problems, a .jsonl file or a named set such as gsm8k")
         self.here = here
         self.all = []
         too_long = 0
@@ -130,10 +133,22 @@ class Scores(NamedTuple):
     failures: int  # values that a reward could not give
 
 
-def score(judges: list, answers: list[Answer]) -> Scores:
-    """Returns what answers are worth. judges: of rewards.load. A row has the text's "tokens", with its prompt, too."""
+def score(judges: list, answers: list[Answer], fail: Callable = processes.fail) -> Scores:
+    """Returns what answers are worth. judges: of rewards.load. A row has the text's "tokens", with its prompt, too.
+
+    fail: ends the run. It is called on all processes where a reward could judge no answer of one of them.
+    """
     rows = [answer.problem.row | {"tokens": answer.problem.prompt + answer.ids} for answer in answers]
-    return Scores(*rewards.score(judges, [answer.text for answer in answers], rows))
+    scores = None
+    message = ""
+    try:
+        scores = Scores(*rewards.score(judges, [answer.text for answer in answers], rows))
+    except ValueError as error:
+        message = str(error)
+    messages = [each for each in processes.gather(message) if each]
+    if messages:
+        fail(messages[0])
+    return scores
 
 
 def summary(answers: list[Answer], scores: Scores) -> dict:
@@ -154,6 +169,7 @@ def summary(answers: list[Answer], scores: Scores) -> dict:
             found["reward_std"] = float(values.std())
         if name == "length":
             found["length_min"], found["length_max"] = float(values.min()), float(values.max())
+    found["failures"] = sum(processes.gather(scores.failures))
     return found
 
 

@@ -291,6 +291,7 @@ def load_model(path: str | Path, device: str = "cpu", average: bool = True) -> t
     average: take the average of the weights, where the checkpoint has one.
     """
     path = resolve(path)
+    refuse_reward_model(path)
     config = load_config(path)
     name = f"model_{config['model']}"
     try:
@@ -309,6 +310,15 @@ def load_model(path: str | Path, device: str = "cpu", average: bool = True) -> t
     model = module.GPT(module.GPTConfig(**saved)).to(device)
     restore(path, model, kind=weights_to_use(path) if average else "model")
     return model.eval(), config
+
+
+def refuse_reward_model(path):
+    """Raises CheckpointError where a checkpoint's folder is of reward.py: it has a score in place of logits."""
+    if "head.weight" in Stored(path, "model").parts:
+        raise CheckpointError(
+            f"{path} is a reward model, which scores texts and writes none: give it to grpo.py or dpo.py as "
+            f"--reward_model, with --rewards=learned"
+        )
 
 
 def unknown_weights(path, module, fields):

@@ -27,6 +27,8 @@ class Pair(NamedTuple):
 
 def read(source: str, tokenizer: Tokenizer, longest: int, here: Machine) -> list[Pair]:
     """Returns the pairs of a file or a named set; ValueError where there are none of up to `longest` tokens."""
+    if not source:
+        raise ValueError("data is empty: give pairs, a .jsonl file or a named set such as ultrafeedback")
     found = []
     too_long = 0
     for prompt, chosen, rejected in pairs(source):

@@ -23,6 +23,10 @@ def build(config: dict, here: Machine) -> tuple[torch.nn.Module, Tokenizer]:
     init_from = config["init_from"]
     if not init_from:
         raise ValueError("init_from is empty: give the folder of a trained run or model, as out/sft")
+    if here.dtype == "float16":
+        raise ValueError(
+            f"{here.name} is fast at no dtype but float16, in which small gradients are 0: --dtype=float32"
+        )
     tokenizer = load.known_tokenizer(init_from)
     if tokenizer is None:
         raise ValueError(f"init_from={init_from} has no tokenizer: give a model that has one")
@@ -48,11 +52,14 @@ def frozen(model: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def load_like(path: str, tokenizer: Tokenizer, device: str) -> torch.nn.Module:
-    """Returns another trained model, which nothing trains. ValueError where its tokens are not those of `tokenizer`."""
+def load_like(path: str, tokenizer: Tokenizer, block_size: int, device: str) -> torch.nn.Module:
+    """Returns another trained model, which nothing trains. ValueError where its tokens are not those of `tokenizer`,
+    or where it takes fewer than block_size of them."""
     model, its_tokenizer, _ = load.load(Path(path), device, "float32")
     if its_tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{path} has the tokenizer {its_tokenizer.name}, not {tokenizer.name}, that of init_from")
+    if model.config.block_size < block_size:
+        raise ValueError(f"{path} has block_size={model.config.block_size}, less than {block_size}, that of the policy")
     return model.requires_grad_(False)
 
 

@@ -30,16 +30,18 @@ class Run:
     step: how many are done. state: what a script wants to find again where the run goes on, as JSON has it.
     config: the knobs and the model's fields, as configure returns them.
     identity: what a resumed run must find again, "data" and "tokenizer" among them. curve: what the picture shows.
+    evaluates: whether there is anything to evaluate.
     """
 
     def __init__(
         self, config: dict, here: Machine, model: torch.nn.Module, tokenizer: Tokenizer, identity: dict,
-        curve: pictures.Curve,
+        curve: pictures.Curve, evaluates: bool,
     ):  # fmt: skip
         self.knobs = config
         self.here = here
         self.model = model
         self.identity = identity
+        self.evaluates = evaluates
         self.out = Path(config["out_dir"])
         self.step = 0
         self.skipped = 0
@@ -55,9 +57,13 @@ class Run:
         lock, already_there = run_folder.claim(self.out, resume, config["overwrite"])
         fields = asdict(model.config)
         knobs = {key: x for key, x in config.items() if key not in (*fields, "model", *run_folder.NOT_SAVED)}
-        saved_config = {"model": config["model"], "model_config": fields, "knobs": knobs}
+        script = Path(sys.argv[0]).name
+        saved_config = {"model": config["model"], "model_config": fields, "knobs": knobs, "script": script}
         path = checkpoint.newest(self.out, here.say) if resume else None
         if path:
+            before = checkpoint.load_config(path).get("script", "train.py")
+            if before != script:
+                raise ValueError(f"{self.out} holds a run of {before}: go on with that, or choose another --out_dir")
             state = saving.go_on_from(
                 path, model, self.optimizer, self.scaler, saved_config, identity, here.facts(), here.say
             )
@@ -108,7 +114,8 @@ class Run:
     @property
     def evaluation_is_due(self) -> bool:
         every = self.knobs["eval_every"]
-        return self.step != self.evaluated_at and (self.step % every == 0 or self.is_done)
+        is_time = self.step % every == 0 or self.is_done
+        return self.evaluates and is_time and self.step != self.evaluated_at
 
     def asked_to_stop(self) -> bool:
         """Returns whether a signal asked any process to stop. All processes call it, as a step begins."""
@@ -186,6 +193,15 @@ class Run:
                 "try a lower learning_rate",
                 DIVERGED,
             )
+
+    def fail(self, message: str) -> None:
+        """Ends the run and the process with an error, with what was learned saved. All processes call it."""
+        self.save_if_due(now=True)
+        if self.here.rank == 0:
+            self.log.close()
+            self.samples.close()
+            self.write_state("stopped")
+        processes.fail(f"{message}; stopped after step {self.step}, and mended it goes on with  {self.command}")
 
     def finish(self, next_command: str = "") -> None:
         """Ends the run and the process, with what there is to say, such as what to do with the weights."""
