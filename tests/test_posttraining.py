@@ -83,8 +83,8 @@ def breaks(completions, rows):
     return sevens(completions, rows)
 
 
-def sevens_of_some(completions, rows):
-    return [value * (int(row["answer"]) % 8 > 0) for value, row in zip(sevens(completions, rows), rows)]
+def lengths_of_some(completions, rows):
+    return [float(len(text)) * (int(row["answer"]) % 8 > 0) for text, row in zip(completions, rows)]
 '''
 
 
@@ -119,7 +119,11 @@ def work(tmp_path_factory):
     model = tiny.build("baseline", bold=False, **SIZES | dict(vocab_size=VOCAB, eot_id=TOKENIZER.eot_id))
     save_start(folder / "start", model)
     fields = SIZES | dict(n_expert=4, n_expert_inner=16, vocab_size=VOCAB, eot_id=TOKENIZER.eot_id)
-    save_start(folder / "start_moe", tiny.build("moe", bold=False, **fields, balance_loss=0.1, bias_rate=0.01))
+    moe = tiny.build("moe", bold=False, **fields, balance_loss=0.1, z_loss=0.1, bias_rate=0.01)
+    with torch.no_grad():
+        for layer in moe.config.moe_layers:
+            moe.blocks[layer].mlp.router.weight.mul_(50)  # tokens differ in what they are to the auxiliary losses
+    save_start(folder / "start_moe", moe)
     (folder / "my_rewards.py").write_text(MY_REWARDS)
     write_rows(folder / "problems.jsonl", [{"question": f"{i}+{3 * i}", "answer": str(4 * i)} for i in range(10)])
     write_rows(folder / "held_out.jsonl", [{"question": f"1{i}+{i}", "answer": str(10 + 2 * i)} for i in range(3)])
@@ -267,9 +271,10 @@ def test_a_run_that_a_signal_stopped_goes_on_to_the_same_bits(work):
     assert json.loads((work / "stopped" / "state.json").read_text())["state"] == "finished"
 
 
-def test_the_reference_of_a_resumed_run_is_the_model_that_it_began_with(work, whole):
-    kl = [row["kl"] for row in whole["grpo"].steps]
-    assert kl[0] < kl[3] and kl[3] > 1e-4  # in the second update of a step the policy has moved
+def test_the_reference_is_the_model_that_the_run_began_with(work):
+    knobs = GRPO | dict(beta=0.05, max_steps=3, eval_data=None, save_every=100)
+    kl = [row["kl"] for row in run(work, "grpo.py", "near", **knobs).steps]
+    assert kl[0] == 0 < kl[1] < kl[2]
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -283,14 +288,14 @@ def check_close(both, one, step=4):
             if isinstance(expected[name], list):
                 assert row[name] == expected[name], name  # choices of experts
             else:
-                assert row[name] == pytest.approx(expected[name], abs=1e-5), name
+                assert row[name] == pytest.approx(expected[name], abs=1e-5, rel=1e-6), name
     found, expected = weights(both.folder, step), weights(one.folder, step)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=0, msg=name)
 
 
 def test_two_processes_do_grpo_as_one_with_experts_and_where_one_has_nothing_to_learn(work):
-    knobs = GRPO | dict(init_from="start_moe", rewards="my_rewards:sevens_of_some", problems_per_step=3, micro_batch=3,
+    knobs = GRPO | dict(init_from="start_moe", rewards="my_rewards:lengths_of_some", problems_per_step=3, micro_batch=3,
                         updates_per_batch=2, beta=0.05)  # fmt: skip
     one = run(work, "grpo.py", "moe_1", **knobs)
     rewards = {}  # of the answers to the first problem of each step, the only one of process 0
@@ -324,15 +329,15 @@ def test_the_sampler_and_the_trainer_of_every_model_agree(work, name):
 
 
 def test_experts_are_balanced_and_what_depends_on_chance_or_the_batch_is_off(work):
-    knobs = BRIEF | dict(init_from="start_moe", bias_rate=0.01)
+    knobs = BRIEF | dict(init_from="start_moe", bias_rate=0.01, save_every=1)
     plain, balanced = (run(work, "grpo.py", f"balance_{x}", **knobs, balance_loss=x, dropout=0.1) for x in (0, 1))
     assert "dropout=0.1 is turned off" in plain.out
     assert json.loads((plain.folder / "config.json").read_text())["model_config"]["dropout"] == 0
     found, expected = weights(plain.folder, 2), weights(balanced.folder, 2)
     router = next(name for name in found if name.endswith("router.weight"))
     assert (found[router] - expected[router]).abs().max() > 1e-3
-    biases = found[router.replace("weight", "bias")]
-    assert biases.abs().max() == pytest.approx(0.01)
+    bias = weights(plain.folder, 1)[router.replace("weight", "bias")]
+    assert bias.abs().max() == pytest.approx(0.01)
     assert sum(plain.steps[0]["expert_load"][0]) > 0
 
     model = tiny.build("switch", bold=False, vocab_size=VOCAB, eot_id=TOKENIZER.eot_id, router_jitter=0.2)
