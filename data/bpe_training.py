@@ -4,12 +4,13 @@ data/tokenizers.py makes a tokenizer of the merges, and has the command.
 """
 
 import heapq
+import json
 import os
 import signal
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context, parent_process
@@ -19,8 +20,10 @@ import regex
 from tqdm import tqdm
 
 from data.bpe import EOT, PATTERNS, alternatives
-from data.text import PART, json_lines, parts, text_field
+from data.html_text import text_of_html
+from data.text import PART, name_inside, parts, read_text, rows, text_field
 
+SAMPLE = 100_000_000  # characters of a text that may have no end: more change few merges
 LONGEST_WORD = 1000  # characters: each merge costs the length of the words that it is made in
 MOST_WAITING = 16 << 20  # characters without a place where every pattern ends a word: then one is cut anywhere
 
@@ -35,15 +38,17 @@ def end_with_parent() -> None:
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
-def count_words(files: list, pattern: str, special_tokens: Iterable[str] = (), workers: int = 1) -> Counter[str]:
-    """Returns how often each word occurs in the files.
+def count_words(
+    files: list, pattern: str, special_tokens: Iterable[str] = (), workers: int = 1, field: str = "text"
+) -> Counter[str]:
+    """Returns how often each word occurs in the files. field: of a row, the one that is text.
 
     Special tokens (<|endoftext|> always) end words and are not counted. A word that is longer than LONGEST_WORD, such
     as a gene or an image in base64, counts as several.
     """
     if bad := [token for token in special_tokens if not token or regex.search(r"\s", token)]:
         raise ValueError(f"special tokens to train around must not be empty or have spaces inside: {bad}")
-    shares = [(files, pattern, (EOT, *special_tokens), share, workers) for share in range(workers)]
+    shares = [(files, pattern, (EOT, *special_tokens), field, share, workers) for share in range(workers)]
     if workers == 1:
         counts = count_share(*shares[0])
     else:
@@ -52,12 +57,12 @@ def count_words(files: list, pattern: str, special_tokens: Iterable[str] = (), w
     return with_long_words_cut(counts)
 
 
-def count_share(files, pattern, special_tokens, share, n_shares):
+def count_share(files, pattern, special_tokens, field, share, n_shares):
     """Returns the counts of every n-th chunk: reading is cheap beside the regex, and no text goes between processes."""
     words = regex.compile(PATTERNS[pattern])
     special = regex.compile(alternatives(special_tokens))
     bar = tqdm(files, "count words", unit="file", disable=None if share == 0 else True)
-    all_chunks = (chunk for path in bar for chunk in chunks(Path(path)))
+    all_chunks = (chunk for path in bar for chunk in chunks(Path(path), field))
     counts = Counter()
     for chunk in islice(all_chunks, share, None, n_shares):
         for text in special.split(chunk):
@@ -65,16 +70,24 @@ def count_share(files, pattern, special_tokens, share, n_shares):
     return counts
 
 
-def chunks(path, size=PART):
-    """Yields the texts of a .jsonl file, or any other in parts of about `size` bytes that end where a word does."""
-    if ".jsonl" in path.suffixes:
-        for place, row in json_lines(path):
-            yield text_field(row, place)
-        return
+def chunks(path: Path, field: str = "text", size: int = PART) -> Iterator[str]:
+    """Yields the text of each row of a file, or that of any other file in chunks (those of chunks_of_text)."""
+    name = name_inside(path)
+    if name.endswith((".jsonl", ".csv", ".tsv", ".parquet")):
+        for place, row in rows(path, field):
+            yield text_field(row, place, field)
+    elif name.endswith((".html", ".htm")):
+        yield text_of_html(read_text(path), path)
+    else:
+        yield from chunks_of_text(parts(path, size=size))
+
+
+def chunks_of_text(text_parts: Iterable[str]) -> Iterator[str]:
+    """Yields a text that comes in parts in chunks of about their size, which end where a word does."""
     # Between a letter or digit and a space every pattern ends a word, and looks neither back nor ahead over that place.
     safe = regex.compile(r"(?<=[\p{L}\p{N}])\s")
     text = ""
-    for part in parts(path, size=size):
+    for part in text_parts:
         before = len(text)
         text += part
         cut = safe.search(text, before)
@@ -85,6 +98,17 @@ def chunks(path, size=PART):
             yield text[:end]
             text = text[end:]
     yield text
+
+
+def write_sample(path: Path, texts: Iterable[str]) -> None:
+    """Writes the first texts into a .jsonl file, SAMPLE characters in all."""
+    room = SAMPLE
+    with open(path, "w", encoding="utf-8") as file:
+        for text in texts:
+            file.write(json.dumps({"text": text[:room]}) + "\n")
+            room -= len(text)
+            if room <= 0:
+                return
 
 
 def with_long_words_cut(counts):

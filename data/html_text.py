@@ -4,8 +4,6 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from data.text import Unreadable
-
 # What stands in these is no text of the page.
 NO_TEXT = {"script", "style", "template", "noscript", "svg", "math", "select", "textarea", "iframe", "object"}
 # A line ends before and behind these; a blank line stands before and behind those of the second row.
@@ -67,7 +65,7 @@ def text_of_html(page: str, where: str | Path) -> str:
         parser.feed(page)
         parser.close()
     except AssertionError as error:  # of <![x, which begins a part of a kind that the parser does not know
-        raise Unreadable(f"{where}: no HTML: {error}") from None
+        raise ValueError(f"{where}: no HTML: {error}") from None
     text = "".join(parser.parts)
     text = re.sub(r" +\n", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()

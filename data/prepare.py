@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import chat, sources, token_files
 from data.bpe import CHAT_TOKENS, EOT
-from data.bpe_training import end_with_parent
+from data.bpe_training import end_with_parent, write_sample
 from data.progress import NOTE, Progress, find_note, shard_path, write_note
 from data.shards import HEADER_BYTES, PUBLISHED, Shards, mask_of, read_meta, write_shard
 from data.sources import KINDS, NAMED, Named, Skipped, find_text, identity_of
@@ -387,14 +387,7 @@ def make_tokenizer(spec, add_tokens, eot, documents, folder, workers):
     if not re.fullmatch(r"bpe:\d+", spec):
         return load_tokenizer(spec, add_tokens, eot=eot)
     sample = folder / "sample.jsonl"
-    room = 100_000_000  # characters: more text changes few merges
-    training_text = chain.from_iterable(pieces(parts) for split, parts in documents() if split == "train")
-    with open(sample, "w", encoding="utf-8") as file:
-        for text in training_text:
-            file.write(json.dumps({"text": text[:room]}) + "\n")
-            room -= len(text)
-            if room <= 0:
-                break
+    write_sample(sample, chain.from_iterable(pieces(parts) for split, parts in documents() if split == "train"))
     tokenizer = train_bpe([sample], int(spec[4:]), special_tokens=add_tokens, workers=workers)
     sample.unlink()
     if eot:

@@ -6,6 +6,7 @@ have one in a field of each row, and a .txt may have many with <|endoftext|> bet
 compressed. Of a page of HTML the text is read. find_rows gives rows whole, which data/chat.py makes conversations of.
 """
 
+import atexit
 import difflib
 import hashlib
 import importlib.util
@@ -13,6 +14,7 @@ import os
 import re
 import sys
 import sysconfig
+import tempfile
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -156,17 +158,25 @@ def identity_of(paths: Iterable[Path]) -> list:
 
 
 def standard_input(separator, with_marker):
-    data = sys.stdin.buffer.read()
+    """Returns standard input as a Text, through a file: it is read more than once, and may not fit the memory."""
     name = "standard input"
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    path = Path(folder.name, "input.txt")
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        while part := sys.stdin.buffer.read(text.PART):
+            file.write(part)
+            digest.update(part)
 
     def documents():
         if separator:
-            for document in text.separated(data, separator, name):
+            for document in text.separated(path, separator, name):
                 yield [document]
         else:
-            yield File(data, name, with_marker)
+            yield File(path, name, with_marker)
 
-    return Text(hashlib.sha256(data).hexdigest(), len(data), documents, with_marker)
+    return Text(digest.hexdigest(), path.stat().st_size, documents, with_marker)
 
 
 # ---- which files ----------------------------------------------------------------------------------------------------
@@ -245,9 +255,9 @@ def counts(left_out, most=10):
 
 
 class File:
-    """A document that is a whole file, or bytes: read in parts, each time anew, as it may be larger than the memory."""
+    """A document that is a whole file: read in parts, each time anew, as it may be larger than the memory."""
 
-    def __init__(self, source: Path | bytes, name: str | Path, with_marker: set):
+    def __init__(self, source: Path, name: str | Path, with_marker: set):
         self.source = source
         self.name = name
         self.with_marker = with_marker  # the names of texts in which EOT was seen spelled out
@@ -277,7 +287,7 @@ def read(
         if name.endswith((".jsonl", ".csv", ".tsv", ".parquet")):
             if skipped is not None:
                 check_whole(path)
-            for place, row in rows(path, field, bad):
+            for place, row in text.rows(path, field, bad):
                 try:
                     document = text.text_field(row, place, field)
                 except Unreadable as error:
@@ -285,7 +295,7 @@ def read(
                 else:
                     yield [document]
         elif name.endswith((".html", ".htm")):
-            yield [text_of_html(text.read_text(path), path)]
+            yield [text_of_page(path)]
         elif separator and name.endswith(".txt"):
             if skipped is not None:
                 check_whole(path)
@@ -300,14 +310,11 @@ def read(
         bad(error)
 
 
-def rows(path, field, bad):
-    """Returns ("FILE line N", row) of every row of a file."""
-    name = text.name_inside(path)
-    if name.endswith(".jsonl"):
-        return text.json_lines(path, bad)
-    if name.endswith(".parquet"):
-        return text.parquet_rows(path, field)
-    return text.table_rows(path, field, bad)
+def text_of_page(path):
+    try:
+        return text_of_html(text.read_text(path), path)
+    except ValueError as error:
+        raise Unreadable(str(error)) from None
 
 
 def whole_rows(path: Path, bad: Callable) -> Iterator[tuple[str, Any]]:

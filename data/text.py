@@ -271,6 +271,16 @@ def json_lines(path: Path | str, bad: Callable = stop) -> Iterator[tuple[str, An
                 yield place, value
 
 
+def rows(path: Path, field: str, bad: Callable = stop) -> Iterator[tuple[str, Any]]:
+    """Returns ("FILE line N", row) of every row of a file whose rows have their text in a field."""
+    name = name_inside(path)
+    if name.endswith(".jsonl"):
+        return json_lines(path, bad)
+    if name.endswith(".parquet"):
+        return parquet_rows(path, field)
+    return table_rows(path, field, bad)
+
+
 def text_field(row: Any, where: str, field: str = "text") -> str:
     """Returns the text in a field of a row."""
     if not isinstance(row, dict) or field not in row:

@@ -6,6 +6,7 @@
     tok.eot_id  # begins each document: that of <|endoftext|>, or of a foreign tokenizer's token for it, like <s>
     python data/tokenizers.py train FILES... --vocab_size 8192 --out bpe.json  # then load_tokenizer("bpe:bpe.json")
     python data/tokenizers.py train FILES... --kind sentencepiece --out x.model  # data/sentencepiece_model.py
+    python data/tokenizers.py train tinystories fineweb --out bpe.json  # named sets, of which the beginning is read
 
 BPE, as in GPT-2: a regex cuts text into words, a word begins as its bytes, and the adjacent pair that makes the token
 of lowest rank is merged, again and again. A token's id is its rank, and tiktoken's core does the work;
@@ -20,6 +21,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,9 +34,9 @@ if __name__ == "__main__":  # this folder on the path would shadow the installed
 import numpy as np
 import regex
 
-from data import sentencepiece_model, tokenizer_json, tokenizer_package
+from data import sentencepiece_model, sources, tokenizer_json, tokenizer_package
 from data.bpe import EOT, PATTERNS, TURN_ENDS, alternatives, format_ranks, parse_ranks
-from data.bpe_training import chunks, count_words, merge_words
+from data.bpe_training import chunks, chunks_of_text, count_words, merge_words, write_sample
 from data.text import read_text
 
 MAX_PATTERN = 4096  # characters; those that are known have up to 600
@@ -343,13 +345,15 @@ def _cut_long_spaces(text, limit=100_000):
     yield text[start:]
 
 
-def train_bpe(files, vocab_size: int, pattern="newer", special_tokens=(), workers=1, name="bpe") -> Tokenizer:
+def train_bpe(
+    files, vocab_size: int, pattern="newer", special_tokens=(), workers=1, name="bpe", field="text"
+) -> Tokenizer:
     """Ids: 0..255 the bytes, then the merges in order, then <|endoftext|> and special_tokens; vocab_size in all."""
     n_special = len({EOT, *special_tokens})
     n_merges = vocab_size - 256 - n_special
     if n_merges < 1:
         raise ValueError(f"vocab_size={vocab_size} must be more than 256 bytes + {n_special} special tokens")
-    merges = merge_words(count_words(files, pattern, special_tokens, workers), n_merges)
+    merges = merge_words(count_words(files, pattern, special_tokens, workers, field), n_merges)
     if len(merges) < n_merges:
         largest = vocab_size - n_merges + len(merges)
         raise ValueError(f"{len(merges)} merges are all this text has: take --vocab_size {largest}, or more text")
@@ -362,7 +366,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a byte-level BPE or a sentencepiece tokenizer.")
     train = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train one on text files")
     add = train.add_argument
-    add("files", nargs="+", help=".txt, .py or .jsonl (its text fields), each also with .gz or .zst")
+    kinds = ", ".join(sources.KINDS)
+    add("files", nargs="+", metavar="NAME|FILES", help=f"{kinds}, also .gz and .zst; folders; a set of prepare.py")
+    add("--field", default="text", help="of a .jsonl, or column of a .csv, .tsv or .parquet, that has the text")
     add("--kind", choices=["bpe", "sentencepiece"], default="bpe", help="bpe: of bytes, as GPT-2's; written as .json")
     add("--vocab_size", type=int, default=8192, help="bytes and special tokens included")
     add("--special_tokens", nargs="*", default=[], metavar="TOKEN", help=f"beside {EOT} (sentencepiece: <s> and </s>)")
@@ -378,30 +384,46 @@ def main() -> None:
     for key in meaningless:
         if getattr(args, key) is not None:
             parser.error(f"--{key} means nothing to --kind {args.kind}: leave it out")
+    train_one = command_bpe if args.kind == "bpe" else command_sentencepiece
     try:
-        if args.kind == "bpe":
-            command_bpe(args)
-        else:
-            command_sentencepiece(args)
+        with tempfile.TemporaryDirectory() as folder:
+            train_one(args, training_files(args.files, Path(folder)))
     except (ValueError, OSError, ImportError) as e:
         sys.exit(f"error: {e}")
 
 
-def command_bpe(args):
+def training_files(names: list[str], folder: Path) -> list[Path]:
+    """Returns the files to train on: those that are named, and in `folder` the beginning of each named set."""
+    files = []
+    for name in names:
+        if name in sources.NAMED:
+            text = sources.find_text([name], None, None, split_at_eot=False)
+            if text.documents is None:
+                raise ValueError(f"{name} is no text: name another set, or files")
+            files.append(folder / f"{name}.jsonl")
+            write_sample(files[-1], chain.from_iterable(map(chunks_of_text, text.documents())))
+        elif Path(name).is_dir():
+            files += sources.find_files([name], sources.KINDS, sources.NAMED)
+        else:
+            files.append(Path(name))
+    return files
+
+
+def command_bpe(args, files):
     out = args.out or Path("bpe.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     pattern = args.pattern or "newer"
-    tok = train_bpe(args.files, args.vocab_size, pattern, args.special_tokens, args.workers, out.stem)
+    tok = train_bpe(files, args.vocab_size, pattern, args.special_tokens, args.workers, out.stem, args.field)
     out.write_text(json.dumps(tok.to_dict()), encoding="utf-8")
     print(f"{tok.vocab_size} tokens in {out}: use it as bpe:{out}")
 
 
-def command_sentencepiece(args):
+def command_sentencepiece(args, files):
     out = args.out or Path("sentencepiece.model")
     if out.suffix != ".model":
         raise ValueError(f"--out={out}: a sentencepiece tokenizer is known by its ending: try {out.stem}.model")
     out.parent.mkdir(parents=True, exist_ok=True)
-    texts = chain.from_iterable(chunks(Path(path)) for path in args.files)
+    texts = chain.from_iterable(chunks(path, args.field) for path in files)
     symbols = args.user_symbols or []
     model = sentencepiece_model.train(
         texts, args.vocab_size, args.model_type or "bpe", symbols, args.special_tokens, args.workers

@@ -192,11 +192,7 @@ def is_same(answer: str, gold: str) -> bool:
     gold_number = number_of(gold)
     if number is None or gold_number is None:
         return answer != "" and plain_math(plain(answer)) == plain_math(plain(gold))
-    if number.value == gold_number.value:
-        return True
-    if number.is_percent == gold_number.is_percent:
-        return False
-    return number.in_units() == gold_number.in_units()
+    return number.value == gold_number.value or number.in_units() == gold_number.in_units()
 
 
 class Number(NamedTuple):

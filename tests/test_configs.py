@@ -2,13 +2,16 @@
 
 import dataclasses
 import importlib
+import json
 import re
+from functools import partial
 
 import pytest
 import torch
 
 from configurator import check_values, resolve
 from tests.tiny import ROOT
+from tests.tree import run
 from training.stages import read_mixture, shapes_of
 
 CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
@@ -19,6 +22,10 @@ def resolved(name):
     first_word = re.match("[a-z0-9]+", name)[0]
     command = first_word if first_word in ("grpo", "dpo", "reward") else "train"
     return resolve(ROOT / f"{command}.py", [str(ROOT / "config" / name)])
+
+
+def config_fields(model):
+    return [field.name for field in dataclasses.fields(importlib.import_module(f"model_{model}").GPTConfig)]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -73,3 +80,28 @@ def test_the_released_sizes_have_exactly_the_known_parameter_counts(name, known)
             variant.GPTConfig(**{f.name: config[f.name] for f in dataclasses.fields(variant.GPTConfig)})
         )
     assert sum(p.numel() for p in model.parameters()) == known
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    """A run of Qwen3-0.6B's shape without its weights, and chats beside it."""
+    folder = tmp_path_factory.mktemp("chats")
+    config = resolved("qwen3_0.6b.py")
+    fields = {key: config[key] for key in config_fields("baseline")}
+    (folder / "qwen3").mkdir()
+    (folder / "qwen3" / "config.json").write_text(
+        json.dumps({"model": "baseline", "model_config": fields, "knobs": {}})
+    )
+    rows = [{"question": f"{i}+1?", "answer": f"{i}+1={i + 1}\n#### {i + 1}"} for i in range(40)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(f"python {ROOT}/data/prepare.py chats.jsonl --chat --tokenizer byte --add_tokens chat --out chats", folder)
+    return folder
+
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["sft.py", slow("sft_thinking.py"), slow("sft_fusion.py")])
+def test_what_fine_tuning_costs_is_counted_before_it_runs(qwen3, name):
+    said = run(f"python {ROOT}/train.py {ROOT}/config/{name} --init_from=qwen3 --data=chats --dry_run", qwen3)
+    assert "596,049,920 parameters" in said and not (qwen3 / "out").exists()

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import io
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import data.prepare as prepare_module
 import data.sources as sources_module
 import data.successor as successor_module
 import data.text as text_module
+from data import bpe_training
 from data.bpe_training import count_words
 from data.html_text import text_of_html
 from data.prepare import main as prepare
@@ -347,6 +349,22 @@ def test_standard_input_is_one_document(tmp_path, monkeypatch):
         prepare(["-"])
 
 
+def test_standard_input_is_not_held_in_memory_and_leaves_no_file(tmp_path):
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "a.txt").write_text("word of a text " * 400_000)  # 6 MB
+    code = """import tracemalloc; from data.sources import find_text; tracemalloc.start()
+text = find_text(["-"], None, None, split_at_eot=False)
+print(sum(len(part) for document in text.documents() for part in document), tracemalloc.get_traced_memory()[1])"""
+    with open(tmp_path / "a.txt") as stream:
+        run = subprocess.run(
+            [sys.executable, "-c", code], stdin=stream, capture_output=True, text=True, cwd=PREPARE.parents[1],
+            env=os.environ | {"TMPDIR": str(tmp_path / "temporary")},
+        )  # fmt: skip
+    length, peak = map(int, run.stdout.split())
+    assert length == 6_000_000 and peak < 5_500_000, run.stderr
+    assert os.listdir(tmp_path / "temporary") == []
+
+
 def test_plain_text_copies_of_tinystories_are_cut_at_their_separator(tmp_path):
     stories = [f"Story {i}.\n\nThe end." for i in range(20)]
     (tmp_path / "t.txt").write_text(
@@ -377,6 +395,23 @@ def test_hub_sets_are_streamed_with_datasets_which_is_asked_for_where_missing(tm
     assert all(arguments["streaming"] and arguments["split"] == "train" for _, arguments in calls)
     assert len(given) < 1500  # 1,000 to see whether there are few, and as many as are needed: never the whole stream
     assert len(Shards(out, "train")) == 100_000 and len(Shards(out, "val")) > 1000
+
+
+def test_a_tokenizer_is_trained_on_the_beginning_of_a_set_that_never_ends(tmp_path, monkeypatch):
+    given = []
+
+    def load_dataset(*_, **__):
+        for i in itertools.count():
+            given.append(i)
+            yield {"text": f"document {i} " * 100}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(bpe_training, "SAMPLE", 100_000)
+    out = tmp_path / "out"
+    prepare(["pg19", "--out", str(out), "--tokenizer", "bpe:280", "--max_tokens", "20_000", "--workers", "1"])
+    assert len(Shards(out, "train")) == 20_000 and Shards(out, "train").vocab_size == 280
+    assert len(given) < 4000
+    assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
 def test_the_standard_library_is_found_without_tests():

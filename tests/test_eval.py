@@ -654,6 +654,7 @@ def test_answers_of_a_chat_have_a_length_and_a_budget_of_thinking(chatty, tmp_pa
     original = generate_module.stream
 
     def stream(model, batch, n, **options):
+        assert n == 8
         tokens = list(original(model, batch, n, **options))
         rows.extend(tokenizer.decode([step[i].item() for step in tokens if step[i] >= 0]) for i in range(len(batch)))
         yield from tokens

@@ -213,6 +213,16 @@ def test_a_rollouts_row_ends_with_its_stop_token_and_one_without_is_cut():
     assert not any(any(row) for row in rows.forced)
 
 
+def test_token_i_of_a_row_is_chosen_by_number_i_of_it():
+    model, prompts = build("baseline"), ragged_prompts()
+    uniforms = draws(1, 0, range(3), 4, 8)
+    other = torch.cat((uniforms[:, :5], 1 - uniforms[:, 5:] - 2**-53), dim=1)
+    one = rollout(model, prompts, 8, 4, uniforms).tokens
+    two = rollout(model, prompts, 8, 4, other).tokens
+    assert [row[:5] for row in one] == [row[:5] for row in two]
+    assert all(a[5:] != b[5:] for a, b in zip(one, two))
+
+
 def test_a_greedy_rollout_is_what_generate_says_and_its_stop_token():
     model, prompts = build("baseline"), ragged_prompts()
     rows = rollout(model, prompts, 16, stop=range(8), temperature=0)

@@ -189,7 +189,7 @@ def test_the_python_of_a_page_runs_after_its_commands(copy):
     page = (ROOT / "docs" / "sampling.md").read_text()
     (command,) = (command for command in COMMANDS if "--save_pretrained" in command)
     run(command, copy)
-    code = re.search(r"```python\n(.*?)```", page, flags=re.S)[1]
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.S))
     (copy / "snippet.py").write_text(code + "print(len(tokens[0]))\n")
     assert run("python snippet.py", copy).strip().endswith("11")  # 3 + 8
 

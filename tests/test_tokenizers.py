@@ -13,6 +13,7 @@ import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import regex
@@ -854,7 +855,7 @@ def test_where_a_file_is_cut_into_chunks_changes_no_count(tmp_path):
     for pattern, rule in PATTERNS.items():
         expected = Counter(regex.findall(rule, text))
         for size in (1, 7, 100, 10_000):
-            chunks = list(trainer.chunks(tmp_path / "x.txt", size))
+            chunks = list(trainer.chunks(tmp_path / "x.txt", size=size))
             assert "".join(chunks) == text and len(chunks) > 1
             assert Counter(word for chunk in chunks for word in regex.findall(rule, chunk)) == expected, pattern
 
@@ -874,6 +875,61 @@ def test_text_jsonl_and_gzip_files_give_the_same_words(tmp_path):
     assert count_words([tmp_path / "x.txt.gz"], "gpt2") == Counter(
         bytes(word).decode() for word in naive_words(TEXT, "gpt2", [EOT])
     )
+
+
+def test_of_pages_and_tables_the_text_is_trained_on(tmp_path):
+    (tmp_path / "a.html").write_text("<p>one &amp; two</p><script>no()</script>")
+    (tmp_path / "b.csv").write_text('id,body\n1,"one, two"\n2,three\n')
+    (tmp_path / "c.tsv").write_text("body\tid\nfour\t1\n")
+    expected = Counter(["one", " &", " two", "one", ",", " two", "three", "four"])
+    files = [tmp_path / name for name in ("a.html", "b.csv", "c.tsv")]
+    assert count_words(files, "newer", field="body") == expected
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"id": [1, 2], "body": ["five six", "seven"]}), tmp_path / "d.parquet")
+    assert count_words([tmp_path / "d.parquet"], "gpt2", field="body") == Counter(["five", " six", "seven"])
+
+
+def train_here(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["tokenizers.py", "train", *map(str, args), "--workers", "1"])
+    ours.main()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_the_beginning_of_a_named_set_that_never_ends_is_trained_on(tmp_path, monkeypatch, kind):
+    given = []
+
+    def load_dataset(path, **arguments):
+        assert path == "roneneldan/TinyStories" and arguments["streaming"]
+        for i in itertools.count():
+            given.append({"text": f"{TEXT[i % 1000 : i % 1000 + 1000]} story {i}"})
+            yield given[-1]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(trainer, "SAMPLE", 100_000)
+    named = tmp_path / ("named.json" if kind == "bpe" else "named.model")
+    train_here(monkeypatch, "tinystories", "--kind", kind, "--vocab_size", 400, "--out", named)
+    assert 90 < len(given) < 110  # 100,000 characters of 1,000 each
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given[:-2]))
+    same = tmp_path / ("same" + named.suffix)
+    train_here(monkeypatch, tmp_path / "x.jsonl", "--kind", kind, "--vocab_size", 400, "--out", same)
+    spec = "bpe:{}" if kind == "bpe" else "{}"
+    a, b = (load_tokenizer(spec.format(path)) for path in (named, same))
+    assert a.decode(a.encode(TEXT)) == TEXT
+    assert len(a.encode(TEXT)) == pytest.approx(len(b.encode(TEXT)), rel=0.05)
+
+
+def test_a_folder_is_trained_on_and_a_set_that_is_no_text_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "texts" / "more").mkdir(parents=True)
+    (tmp_path / "texts" / "a.md").write_text("one two " * 50)
+    (tmp_path / "texts" / "more" / "b.jsonl").write_text(json.dumps({"text": "three four " * 50}) + "\n")
+    (tmp_path / "texts" / "c.png").write_bytes(b"\x89PNG")
+    train_here(monkeypatch, tmp_path / "texts", "--vocab_size", 270, "--out", tmp_path / "x.json")
+    tok = load_tokenizer(f"bpe:{tmp_path / 'x.json'}")
+    assert len(tok.encode("one two three four")) < 8
+    with pytest.raises(SystemExit, match="mqar is no text"):
+        train_here(monkeypatch, "mqar", "--out", tmp_path / "y.json")
 
 
 def run_train(*args):
