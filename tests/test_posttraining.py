@@ -305,7 +305,10 @@ def test_two_processes_do_grpo_as_one_with_experts_and_where_one_has_nothing_to_
     check_close(two(work, "grpo.py", "moe_2", **knobs), one)
 
 
-@pytest.mark.parametrize("script, knobs", [("dpo.py", DPO), ("dpo.py", ONLINE), ("reward.py", REWARD)])
+BEST_OF = dict(best_of=2, eval_data="held_out.jsonl", eval_problems=1, max_new_tokens=4, rewards="my_rewards:sevens")
+
+
+@pytest.mark.parametrize("script, knobs", [("dpo.py", DPO), ("dpo.py", ONLINE), ("reward.py", REWARD | BEST_OF)])
 def test_two_processes_learn_from_pairs_as_one(work, script, knobs):
     knobs = knobs | dict(init_from="start_moe", pairs_per_step=5, micro_batch=2)
     name = f"{script}_{knobs.get('online', 0)}"
@@ -468,7 +471,9 @@ def test_runs_are_read_by_sample_py_and_eval_py_and_a_reward_model_says_what_it_
         result = execute(work, script, ["reward"])
         assert result.code == 2
         assert "is a reward model, which scores texts and writes none: give it to grpo.py" in result.err
-    assert "problems.jsonl" in execute(work, "eval.py", ["grpo"]).err
+    assert (
+        "grpo is a run of grpo.py, which reads no token shards: give --data" in execute(work, "eval.py", ["grpo"]).err
+    )
 
 
 @pytest.mark.parametrize("script", ["grpo.py", "dpo.py", "reward.py"])
@@ -486,11 +491,15 @@ BANDIT = dict(init_from="start", data="problems.jsonl", rewards="my_rewards:seve
               max_new_tokens=4, group_size=8, save_every=100, eval_every=100)  # fmt: skip
 
 
-def test_thirty_steps_of_grpo_learn_to_write_sevens(work):
-    rewards = [
-        row["reward"] for row in run(work, "grpo.py", "bandit", **BANDIT, max_steps=30, problems_per_step=8).steps
-    ]
-    assert rewards[0] < 0.4 and rewards[-1] > 0.7
+def test_thirty_steps_of_grpo_learn_to_write_sevens_and_a_student_learns_it_without_a_reward(work):
+    knobs = BANDIT | dict(problems_per_step=8)
+    learned = run(work, "grpo.py", "bandit", **knobs, max_steps=30).steps
+    assert learned[0]["reward"] < 0.4 and learned[-1]["reward"] > 0.7
+
+    student = run(work, "grpo.py", "student", **knobs | dict(teacher="bandit", rewards="format"), max_steps=20)
+    answers = [row["answer"] for row in rows_of(student.folder / "samples.jsonl")]
+    assert student.steps[-1]["reward"] == 0 and "".join(answers[:16]).count("7") < 16
+    assert answers[-4:] == ["7777"] * 4
 
 
 def test_online_dpo_learns_to_write_sevens(work):
