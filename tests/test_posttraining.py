@@ -296,7 +296,7 @@ def check_close(both, one, step=4):
 
 def test_two_processes_do_grpo_as_one_with_experts_and_where_one_has_nothing_to_learn(work):
     knobs = GRPO | dict(init_from="start_moe", rewards="my_rewards:lengths_of_some", problems_per_step=3, micro_batch=3,
-                        updates_per_batch=2, beta=0.05)  # fmt: skip
+                        updates_per_batch=2)  # fmt: skip
     one = run(work, "grpo.py", "moe_1", **knobs)
     rewards = {}  # of the answers to the first problem of each step, the only one of process 0
     for row in rows_of(one.folder / "samples.jsonl"):
