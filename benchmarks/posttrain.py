@@ -7,7 +7,7 @@ answers the held-out questions of data/arithmetic.py. What is finished is not do
 
 import hashlib
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -62,6 +62,11 @@ ASKED = {
     "forced not to think": (None, False, 0.0),
     "/think": (True, None, 0.0),
     "/no_think": (False, None, 0.0),
+}
+WAYS = {  # of answering: how it is asked for before the fusion, and from there on
+    "thinking": ("forced to think", "/think"),
+    "not thinking": ("forced not to think", "/no_think"),
+    "as it likes": ("greedy", "greedy"),
 }
 
 
@@ -158,7 +163,7 @@ def curve_of(folder):
     """Returns of every row of a run's metrics what is drawn, or worth a look; nothing of a run of train.py."""
     curve = []
     for row in run_folder.read_metrics(folder):
-        kept = {key: round(row[key], 6) for key in CURVES if key in row}
+        kept = {key: float(f"{row[key]:.4g}") for key in CURVES if key in row}
         if kept:
             curve.append({"step": row["step"], **kept})
     return curve
@@ -182,8 +187,8 @@ def run(words: list[str], log: Path) -> None:
 
 def cpu_seconds():
     """Returns the CPU seconds of the processes that ended under this one."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 # ---- how a model answers ---------------------------------------------------------------------------------------------
@@ -288,11 +293,12 @@ def markdown(result: dict) -> str:
     seeds = len(result["seeds"])
     stages = result["stages"]
     lines = ["# From nothing to a model that thinks when it is told to\n", describe(result)]
-    seconds = result["data_seconds"] + sum(records[0]["seconds"] for records in stages.values())
+    seconds = result["data_seconds"] + sum(records[0]["cpu_seconds"] for records in stages.values())
     lines.append(
-        f"Sums of three numbers (`data/arithmetic.py`), a model of 338,736 parameters; {seconds / 60:.0f} minutes for "
-        f"a seed, with what is shown beside. Each row is measured on {result['questions']} questions that no stage has "
-        f"seen; one such share has a standard error of up to 2.5 points. {about_seeds(seeds)}\n"
+        f"Sums of three numbers (`data/arithmetic.py`) and a model of 338,736 parameters; {seconds / 60:.1f} CPU "
+        f"minutes of training for a seed, with data and pretraining. Each row is of {result['questions']} questions "
+        "that no stage has seen: a share of 10 % or 90 % has a standard error of 1.5 points. "
+        f"{about_seeds(seeds)} Each stage goes on from the one above it; the row beside leads nowhere.\n"
     )
     lines.append(f"| stage | {' | '.join(COLUMNS)} | CPU-s |")
     lines.append("|---" * (len(COLUMNS) + 2) + "|")
@@ -321,20 +327,29 @@ def interpretation(result) -> list[str]:
     worked = result["stages"]["pretrain"][0]["worked"]
     gain = mean_of(result, "grpo", "greedy") - mean_of(result, "sft", "greedy")
     mode = mean_of(result, "sft", "forced to think") - mean_of(result, "sft", "greedy")
+    at_once = "forced not to think"
     return [
-        f"- Pretraining taught the sums: as plain text, {worked:.1%} of the held-out ones are worked out right. What "
-        "follows adds little to that: it is about when the model makes use of it.",
+        f"- Pretraining taught the sums: as plain text, {100 * worked:.1f} % of the held-out ones are worked out "
+        "right. The rest adds little to that: it is about when the model makes use of it.",
         f"- GRPO lifts greedy answers from {percent('sft', 'greedy')} to {percent('grpo', 'greedy')}, and "
-        f"{mode / gain:.0%} of the gain is the choice to think: forced to, the model of SFT was right in "
-        f"{percent('sft', 'forced to think')} before. What is beyond that is little more than what chance does.",
-        f"- It pays with the other way of answering: forced not to think, {percent('sft', 'forced not to think')} "
-        f"before are {percent('grpo', 'forced not to think')} after. Fusion brings it back: "
-        f"{percent('fusion', '/no_think')} after /no_think and {percent('fusion', '/think')} after /think, and the "
-        f"switch is obeyed in {percent('fusion', 'switch', 'obeys')}.",
+        f"{100 * mode / gain:.0f} % of the gain is the choice to think: forced to, the model of SFT was right in "
+        f"{percent('sft', 'forced to think')}. What is beyond that is little more than chance.",
+        f"- To answer at once is not rewarded, and gets no better: made to, the model is right in "
+        f"{percent('sft', at_once)} before GRPO and in {percent('grpo', at_once)} after it; and a switch means nothing "
+        f"yet. Fusion teaches both ways: {percent('fusion', '/think')} are right after /think, "
+        f"{percent('fusion', '/no_think')} after /no_think, and {percent('fusion', 'switch', 'obeys')} obey.",
         f"- The last model is right in {percent(LAST, '/think')} after /think, in {percent(LAST, '/no_think')} after "
         f"/no_think, and obeys in {percent(LAST, 'switch', 'obeys')}.",
         warning_line(result),
+        "- The check of all that GRPO stands on: the log-probability of a sampled token by the sampler and by the "
+        f"trainer never differed by more than {largest_difference(result):.1e}, in float32.",
     ]
+
+
+def largest_difference(result):
+    """Returns the largest |log p by the sampler - log p by the trainer| of a token, over all steps of all seeds."""
+    records = result["stages"]["grpo"] + result["stages"]["grpo_mixed"]
+    return max(max(column(record["curve"], "logprob_difference")[1]) for record in records)
 
 
 def warning_line(result):
@@ -344,7 +359,7 @@ def warning_line(result):
     before = 100 * mean_of(result, "grpo", "greedy")
     after = 100 * mean_of(result, "dpo_offline", "greedy")
     return (
-        f"- Plain DPO on pairs sampled once is the warning: at the end it prefers the better answer of {accuracy:.0%} "
+        f"- Plain DPO on pairs sampled once is the warning: at the end it prefers the better answer of {100 * accuracy:.0f} % "
         f"of its pairs, and its own answers fall from {before:.1f} % right to {after:.1f} %. A margin is not quality; "
         "nll_coef=1 and pairs that are sampled anew keep the last stage from it."
     )
@@ -352,51 +367,52 @@ def warning_line(result):
 
 # ---- the picture -----------------------------------------------------------------------------------------------------
 def plot(result: dict, path: Path) -> None:
-    """Draws the first seed's curves: GRPO's reward, length and share that thinks; DPO's margin against accuracy."""
+    """Draws the first seed's curves, GRPO's reward and lengths and plain DPO's margin, and the stages of all seeds."""
     figure, axes = new_figure("From nothing to a model that thinks when it is told to", 4, 20)
-    first = {name: records[0] for name, records in result["stages"].items()}
-    draw_rewards(axes[0], first["grpo"]["curve"])
-    draw_lengths(axes[1], first["grpo"]["curve"])
-    draw_margins(axes[2], first["dpo_offline"]["curve"])
-    draw_stages(axes[3], result)
-    figure.savefig(path, dpi=110)
+    stages = result["stages"]
+    grpo = stages["grpo"][0]["curve"]
+    dpo = stages["dpo_offline"][0]["curve"]
 
+    axes[0].set(xlabel="step of GRPO", ylim=(0, 1.02))
+    axes[0].plot(*column(grpo, "reward"), label="reward of the samples")
+    axes[0].plot(*column(grpo, "eval_reward"), marker="o", label="held-out questions right")
+    axes[0].plot(*column(grpo, "thinks"), linestyle="--", label="share that thinks")
+    legend_below(axes[0])
 
-def draw_rewards(axis, rows):
-    axis.plot(*column(rows, "reward"), label="reward of the samples")
-    axis.plot(*column(rows, "eval_reward"), marker="o", label="held-out questions, greedy")
-    axis.plot(*column(rows, "thinks"), linestyle="--", label="share that thinks")
-    axis.set(xlabel="step of GRPO", ylim=(0, 1.02))
-    axis.legend()
+    axes[1].set(xlabel="step of GRPO", ylabel="tokens", ylim=(0, 32))
+    axes[1].plot(*column(grpo, "length"), label="mean length of an answer")
+    entropy = axes[1].twinx()
+    entropy.plot(*column(grpo, "entropy"), color="C3", linestyle=":", label="entropy of a token")
+    entropy.set(ylabel="nats", ylim=(0, None))
+    legend_below(axes[1], entropy)
 
+    axes[2].set(xlabel="step of plain DPO", ylim=(0, 1.02))
+    axes[2].plot(*column(dpo, "accuracy"), label="pairs preferred rightly")
+    axes[2].plot(*column(dpo, "eval_reward"), marker="o", label="held-out questions right")
+    margin = axes[2].twinx()
+    margin.plot(*column(dpo, "margin"), color="C2", linestyle="--", label="margin")
+    margin.set(ylabel="margin", ylim=(0, None))
+    legend_below(axes[2], margin)
 
-def draw_lengths(axis, rows):
-    axis.plot(*column(rows, "length"), color="C4", label="mean tokens of an answer")
-    axis.set(xlabel="step of GRPO", ylabel="tokens", ylim=(0, None))
-    other = axis.twinx()
-    other.plot(*column(rows, "entropy"), color="C5", linestyle=":", label="entropy of a token, nats")
-    other.set(ylim=(0, None))
-    lines = [*axis.get_lines(), *other.get_lines()]
-    axis.legend(lines, [line.get_label() for line in lines])
-
-
-def draw_margins(axis, rows):
-    axis.plot(*column(rows, "accuracy"), label="pairs preferred rightly")
-    axis.plot(*column(rows, "eval_reward"), marker="o", label="held-out questions right")
-    axis.set(xlabel="step of plain DPO", ylim=(0, 1.02))
-    other = axis.twinx()
-    other.plot(*column(rows, "margin"), color="C2", linestyle="--", label="margin")
-    lines = [*axis.get_lines(), *other.get_lines()]
-    axis.legend(lines, [line.get_label() for line in lines])
-
-
-def draw_stages(axis, result):
-    """Draws the accuracy of every stage with thinking and without, as means and errors over seeds."""
     names = [name for name in STAGES if name not in ("pretrain", "dpo_offline")]
-    for how in ("greedy", "forced to think", "forced not to think"):
-        values = [[100 * x for x in values_of(result["stages"][name], how, "accuracy")] for name in names]
+    axes[3].set(ylabel="% of the held-out questions right", ylim=(0, 102))
+    for label in WAYS:
+        values = [[100 * x for x in values_of(stages[name], way(name, label), "accuracy")] for name in names]
         errors = [standard_error(x) or 0.0 for x in values]
-        axis.errorbar(names, [statistics.mean(x) for x in values], errors, marker="o", capsize=3, label=how)
-    axis.set(ylabel="% right", ylim=(0, 102))
-    axis.tick_params(axis="x", rotation=30)
-    axis.legend()
+        axes[3].errorbar(names, [statistics.mean(x) for x in values], errors, marker="o", capsize=3, label=label)
+    legend_below(axes[3])
+    figure.savefig(path, dpi=100)
+
+
+def way(name, label):
+    """Returns how the models of a stage are asked for a way of answering."""
+    by_prompt, by_switch = WAYS[label]
+    before_fusion = list(STAGES).index(name) < list(STAGES).index("fusion")
+    return by_prompt if before_fusion else by_switch
+
+
+def legend_below(axis, other=None):
+    lines = axis.get_legend_handles_labels()
+    if other is not None:
+        lines = [x + y for x, y in zip(lines, other.get_legend_handles_labels())]
+    axis.legend(*lines, loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8)

@@ -130,8 +130,9 @@ def test_answers_are_right_think_and_obey_or_not(monkeypatch):
 
 
 def test_a_forced_beginning_is_in_the_prompt_and_counts_as_thinking(monkeypatch):
-    scores, given = asked(monkeypatch, ["1+1=2\n</think>\n\n60", "1+1=2\n</think>\n\n61"], "forced to think")
-    assert (scores["accuracy"], scores["thinks"]) == (1.0, 1.0) and given[0].endswith("assistant\n<think>\n")
+    never_ends = "61"  # a thought that is cut off is no answer
+    scores, given = asked(monkeypatch, ["1+1=2\n</think>\n\n60", never_ends], "forced to think")
+    assert (scores["accuracy"], scores["thinks"]) == (0.5, 1.0) and given[0].endswith("assistant\n<think>\n")
     scores, given = asked(monkeypatch, ["60", "60"], "forced not to think")
     assert (scores["accuracy"], scores["thinks"]) == (0.5, 0.0)
     assert given[0].endswith("assistant\n<think>\n\n</think>\n\n")

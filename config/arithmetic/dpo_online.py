@@ -13,5 +13,5 @@ nll_coef = 1.0
 max_steps = 40
 pairs_per_step = 32
 micro_batch = 32
-learning_rate = 1e-4
+learning_rate = 3e-5  # at 1e-4 it spoils what GRPO has taught: 100 % right become 86 %
 warmup_steps = 5
