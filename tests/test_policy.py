@@ -611,3 +611,10 @@ def test_a_run_goes_on_with_the_reference_that_it_began_with_and_with_no_other(w
     save_start(work / "other", tiny.build("baseline", vocab_size=VOCAB, eot_id=EOT, seed=3), TOKENIZER)
     message = refusal(work, "grpo.py", "moved", "--resume", **knobs | dict(init_from="other", max_steps=2))
     assert "the reference changed since moved/step-00000001 was written: give the init_from" in message
+
+
+def test_a_student_without_rewards_has_no_samples_that_pass(work):
+    """Nothing says which of them are right, and a run would only notice that at its first evaluation."""
+    knobs = GRPO | dict(teacher="start", eval_samples=2, eval_data="problems.jsonl", eval_problems=2)
+    message = refusal(work, "grpo.py", "taught", "--rewards=", **knobs | dict(rewards=None))
+    assert "eval_samples=2 does nothing while rewards=: set that, too" in message
