@@ -1332,6 +1332,48 @@ MUTANTS = [
         "pass",
         "test_policy.py -k depends_on_chance",
     ),
+    Mutant(
+        "what stands between two ends of thinking is an answer",
+        "data/chat.py",
+        "rest = text.split(END_THINK)[-1]",
+        "rest = text.split(END_THINK)[1]",
+        "test_chat.py -k thinking_is_split",
+    ),
+    Mutant(
+        "a new reward model is always right",
+        "reward.py",
+        "(chosen > rejected)",
+        "(chosen >= rejected)",
+        "test_policy.py -k tells_no_pair",
+    ),
+    Mutant(
+        "evaluated in training mode",
+        "reward.py",
+        "    scorer.eval()\n    sums",
+        "    sums",
+        "test_policy.py -k evaluated_on_enter",
+    ),
+    Mutant(
+        "a run that goes on without ever learning",
+        "training/run.py",
+        "if self.skipped_in_a_row >= MAX_SKIPPED:",
+        "if False:",
+        "test_policy.py -k ten_steps",
+    ),
+    Mutant(
+        "a loss that stands still unnoticed",
+        "dpo.py",
+        "self.stood_still == 50",
+        "False",
+        "test_dpo.py -k said_once",
+    ),
+    Mutant(
+        "chosen answers that become unlikely unnoticed",
+        "dpo.py",
+        'row["gain_chosen"] < -10',
+        "False",
+        "test_dpo.py -k said_once",
+    ),
     # ---- Hugging Face, comparisons ----
     Mutant(
         "weights of a folder left out",

@@ -14,7 +14,7 @@ from data import arithmetic, chat
 from data.tokenizers import tokenizer_from_dict
 from evals.rewards import Reward
 from tests import tiny
-from tests.test_posttraining import refusal, rows_of, run, save_start
+from tests.test_posttraining import execute, refusal, rows_of, run, save_start, words
 from training import pairs
 from training.answers import Answer, Problem, Problems, Sampler, evaluate, score
 from training.load import stop_tokens
@@ -22,6 +22,7 @@ from training.machine import Machine
 from training.pairs import Pair
 from training.policy import build, frozen, load_like, logprobs, only_known_tokens, pad
 from training.reward_model import RewardModel, scores_of
+from training.signals import DIVERGED
 
 TOKENIZER = tokenizer_from_dict(arithmetic.tokenizer_fields())
 EOT = TOKENIZER.eot_id
@@ -431,6 +432,25 @@ def test_the_gradient_of_pairs_is_the_same_in_any_micro_batches_and_processes(kn
         assert expected[-1].item() == pytest.approx(3.0)
 
 
+def test_a_new_reward_model_tells_no_pair_apart():
+    scorer = RewardModel(tiny.build("baseline", vocab_size=VOCAB, eot_id=EOT))
+    sums = reward.add_gradients(scorer, PAIRS, len(PAIRS), EOT, HERE)
+    assert sums["accuracy"] == sums["margin"] == 0
+
+
+def test_pairs_that_a_model_is_evaluated_on_enter_no_count_of_its_experts():
+    policy = policy_of(name="moe", bias_rate=0.01)
+    scorer = RewardModel(tiny.build("moe", vocab_size=VOCAB, eot_id=EOT, bias_rate=0.01))
+    for model in (policy, scorer):
+        model.train()
+    dpo.evaluate_pairs(policy, frozen(policy), PAIRS, EOT, HERE)
+    reward.evaluate_pairs(scorer, PAIRS, EOT, HERE)
+    for model in (policy, scorer):
+        assert model.training
+        counts = [x for name, x in model.named_buffers() if name.endswith("step_load")]
+        assert counts and not any(x.any() for x in counts)
+
+
 def test_the_best_of_n_is_the_answer_that_the_reward_model_likes_best(source, knobs):
     knobs(reward, best_of=4)
     scorer = RewardModel(tiny.build("baseline", vocab_size=VOCAB, eot_id=EOT))
@@ -618,3 +638,13 @@ def test_a_student_without_rewards_has_no_samples_that_pass(work):
     knobs = GRPO | dict(teacher="start", eval_samples=2, eval_data="problems.jsonl", eval_problems=2)
     message = refusal(work, "grpo.py", "taught", "--rewards=", **knobs | dict(rewards=None))
     assert "eval_samples=2 does nothing while rewards=: set that, too" in message
+
+
+def test_a_run_ends_after_ten_steps_whose_gradients_are_not_finite(work):
+    """A first step of 1e30 leaves weights of which all losses are NaN."""
+    knobs = COMMON | dict(data="pairs.jsonl", rewards=None, max_new_tokens=None, learning_rate=1e30, max_steps=30)
+    result = execute(work, "dpo.py", words("wild", [], knobs | dict(warmup_steps=0, save_every=100)))
+    assert result.code == DIVERGED and "10 steps in a row without a finite gradient" in result.err
+    steps = rows_of(work / "wild" / "metrics.jsonl")
+    assert [row["skipped"] for row in steps] == list(range(11))
+    assert json.loads((work / "wild" / "state.json").read_text())["state"] == "diverged"
