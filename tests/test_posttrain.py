@@ -39,6 +39,7 @@ def test_a_config_is_one_of_its_script_and_goes_on_from_the_stage_before(name):
 
 def test_seeds_share_the_pretraining_and_nothing_else(monkeypatch):
     monkeypatch.setattr(posttrain, "DATA", "data/nowhere")
+    monkeypatch.setattr(posttrain, "resolve", lambda script, words: {})
     for name in posttrain.STAGES:
         folders = [posttrain.folder_of(name, seed) for seed in (1, 2)]
         keys = [posttrain.key_of(name, seed, "cpu") for seed in (1, 2)]
