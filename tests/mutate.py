@@ -1128,6 +1128,27 @@ MUTANTS = [
         "test_policy.py -k 'gradient_of_pairs and dpo'",
     ),
     Mutant(
+        "the mean of the processes' pairs",
+        "dpo.py",
+        "(loss * here.world_size).backward()",
+        "loss.backward()",
+        "test_policy.py -k 'gradient_of_pairs and dpo'",
+    ),
+    Mutant(
+        "the mean of the processes' scores",
+        "reward.py",
+        "(losses.sum() / n_pairs * here.world_size).backward()",
+        "(losses.sum() / n_pairs).backward()",
+        "test_policy.py -k 'gradient_of_pairs and reward'",
+    ),
+    Mutant(
+        "ipo of sums",
+        "dpo.py",
+        "gains = gains / (y >= 0).sum(dim=1)",
+        "pass",
+        "test_policy.py -k gain_is",
+    ),
+    Mutant(
         "pairs without the end of their answers",
         "training/pairs.py",
         "ids[len(begin) : last + 1]",
@@ -1348,9 +1369,9 @@ MUTANTS = [
     ),
     Mutant(
         "evaluated in training mode",
-        "reward.py",
-        "    scorer.eval()\n    sums",
-        "    sums",
+        "dpo.py",
+        "policy.eval()",
+        "pass",
         "test_policy.py -k evaluated_on_enter",
     ),
     Mutant(
