@@ -5,13 +5,16 @@
 
 With log p the log-probability of a whole answer, the sum over its tokens, and a reference, the policy as it began:
 
-    margin = beta ((log p - log p_reference of the chosen) - (log p - log p_reference of the rejected))
+    gain       log p - log p_reference, of either answer
+    margin     beta (gain of the chosen - gain of the rejected)
     sigmoid    -(1 - label_smoothing) log sigmoid(margin) - label_smoothing log sigmoid(-margin)
-    ipo        (margin / beta - 1 / (2 beta))^2, with means over the tokens (https://arxiv.org/abs/2310.12036)
+    ipo        (gain of the chosen - gain of the rejected - 1 / (2 beta))^2 (https://arxiv.org/abs/2310.12036), where a
+               gain is the mean over the tokens, so that long answers do not count more
 
-and nll_coef times -log p of a token of the chosen answers. The first loss is ln 2 = 0.6931, and its accuracy 0.
+and nll_coef times -log p of a token of the chosen answers, which the loss that is logged leaves out. With a reference
+the first sigmoid loss is ln 2 = 0.6931, and its accuracy 0.
 
-A margin is not quality. The loss is as happy where both answers become unlikely, the rejected one sooner: watch
+A margin is not quality. The loss also falls where both answers become less likely, the rejected one faster: watch
 `logp_chosen`, and what answers to `eval_data` are worth. `online` samples the pairs from the policy itself, every so
 many steps, and takes the best and the worst answer by `rewards`; together with nll_coef it keeps what was learned.
 """
@@ -29,12 +32,12 @@ from data.text import print_any_text
 from distributed import processes
 from evals import rewards as rewards_of
 from training import load, machine, output, pairs, start
-from training.answers import Problems, Writer, evaluate, score
+from training.answers import Problems, Sampler, evaluate, score
 from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pairs import Pair
 from training.pictures import Curve
-from training.policy import build, frozen, logprobs, only_known_tokens, pad, reference_logprobs
+from training.policy import build, fingerprint, frozen, logprobs, only_known_tokens, pad, reference_logprobs
 from training.reward_model import learned_reward
 from training.run import Run
 
@@ -50,8 +53,8 @@ seed = 1  # of the order of pairs and of what is sampled
 # loss
 loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
 beta = 0.1  # the smaller, the further from the reference
-label_smoothing = 0.0  # so many of the pairs may be the wrong way round: below 0.5
-reference_free = False  # the reference has the same log p for all: it is not even loaded
+label_smoothing = 0.0  # the share of pairs that may be the wrong way round; with sigmoid
+reference_free = False  # no reference: its log p counts as 0
 nll_coef = 0.0  # 1: keeps the chosen answers likely
 # pairs that the policy samples
 online = 0  # n: every n steps; 0: data has the pairs
@@ -61,7 +64,7 @@ allow_code_execution = False  # run the programs of answers, in the sandbox
 problems_per_round = 64  # over all devices
 group_size = 8  # answers to each, of which the best and the worst make a pair
 max_new_tokens = 256  # of an answer
-temperature = 1.0
+temperature = 1.0  # of sampling; the trainer's logits are divided by it, too
 rollout_rows = 512  # answers that a device samples at once: lower it if memory runs out
 # optimizer
 optimizer: Literal["muon", "adamw"] = "adamw"
@@ -102,13 +105,10 @@ LINE = (
 
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
 def preference_loss(gain_chosen, gain_rejected, beta, loss_type, label_smoothing):
-    """Returns the loss of each pair (pairs,), and its margin.
-
-    gain: log p - log p_reference of an answer, the sum over its tokens, or with ipo their mean.
-    """
+    """Returns the loss of each pair (pairs,), and its margin."""
     margin = beta * (gain_chosen - gain_rejected)
     if loss_type == "ipo":
-        return (margin / beta - 1 / (2 * beta)) ** 2, margin
+        return (gain_chosen - gain_rejected - 1 / (2 * beta)) ** 2, margin
     right = -F.logsigmoid(margin)
     wrong = -F.logsigmoid(-margin)
     return (1 - label_smoothing) * right + label_smoothing * wrong, margin
@@ -126,42 +126,40 @@ def best_against_worst(answers, totals, group_size):
     return found
 
 
-def scored(net, reference, some, eot_id, here):
-    """Returns of each pair's answers, the chosen ones first: log p - log p_reference and log p (2 pairs, T), the number
-    of tokens (2 pairs,), and the model's auxiliary loss."""
+def gains_and_logprobs(net, reference, some, eot_id, here):
+    """Returns gains and log p (2 n,) of n pairs, the chosen answers first, and the model's auxiliary loss."""
     answers = [pair.chosen for pair in some] + [pair.rejected for pair in some]
     prompts = [pair.prompt for pair in some] * 2
     x, y = pad(prompts, answers, [[True] * len(answer) for answer in answers], eot_id, here.device)
     with here.autocast():
-        logp, auxiliary = logprobs(net, x, y)
+        logp, auxiliary = logprobs(net, x, y)  # (2 n, T)
         gain = logp
         if reference is not None:
             gain = logp - reference_logprobs(reference, x, y)
-    return gain, logp, (y >= 0).sum(dim=1), auxiliary
+    gains = gain.sum(dim=1)
+    if loss_type == "ipo":
+        gains = gains / (y >= 0).sum(dim=1)
+    return gains, logp.sum(dim=1), auxiliary
 
 
 def add_gradients(net, reference, some, n_pairs, n_tokens, n_inputs, eot_id, here):
     """Adds up the gradients of a step's pairs; returns {name: sum over the pairs} of what is worth a look.
 
-    some: this process's pairs. n_pairs, n_tokens, n_inputs: how many pairs, tokens of chosen answers, and tokens that
-    fill up no row, all processes have.
+    some: this process's pairs. n_pairs, n_tokens, n_inputs: how many pairs, tokens of chosen answers, and tokens in all
+    rows, without what fills them up, all processes have together.
     """
     sums = Counter()
     for begin in range(0, len(some), micro_batch):
         part = some[begin : begin + micro_batch]
         n = len(part)
         with processes.backward_of(net, last=begin + n == len(some)):
-            gain, logp, lengths, auxiliary = scored(net, reference, part, eot_id, here)
-            gains = gain.sum(dim=1)  # (2 n,)
-            if loss_type == "ipo":
-                gains = gains / lengths
+            gains, logp, auxiliary = gains_and_logprobs(net, reference, part, eot_id, here)
             losses, margins = preference_loss(gains[:n], gains[n:], beta, loss_type, label_smoothing)
             loss = losses.sum() / n_pairs + auxiliary * sum(pair.n_inputs for pair in part) / n_inputs
             if nll_coef:
                 loss = loss - nll_coef * logp[:n].sum() / n_tokens
-            (loss * here.world_size).backward()  # processes are averaged: this makes it a sum
-        logp = logp.detach().sum(dim=1)
-        gains = gains.detach()
+            # Gradients are averaged over processes; times their number they add up.
+            (loss * here.world_size).backward()
         sums["loss"] += losses.sum().item()
         sums["accuracy"] += (margins > 0).sum().item()
         sums["margin"] += margins.sum().item()
@@ -176,18 +174,18 @@ def add_gradients(net, reference, some, n_pairs, n_tokens, n_inputs, eot_id, her
 def evaluate_pairs(policy, reference, some, eot_id, here):
     """Returns the accuracy and the mean margin of pairs."""
     own = here.share(some)
-    right, margin = 0, 0.0
+    right = 0
+    total = 0.0
     policy.eval()
     for begin in range(0, len(own), micro_batch):
         part = own[begin : begin + micro_batch]
-        gain, _, lengths, _ = scored(policy, reference, part, eot_id, here)
-        gains = gain.sum(dim=1) / (lengths if loss_type == "ipo" else 1)
-        margins = beta * (gains[: len(part)] - gains[len(part) :])
+        gains, _, _ = gains_and_logprobs(policy, reference, part, eot_id, here)
+        _, margins = preference_loss(*gains.chunk(2), beta, loss_type, label_smoothing)
         right += (margins > 0).sum().item()
-        margin += margins.sum().item()
+        total += margins.sum().item()
     policy.train()
-    right, margin = processes.all_sum([right, margin], here.device)
-    return {"eval_accuracy": right / len(some), "eval_margin": margin / len(some)}
+    right, total = processes.all_sum([right, total], here.device)
+    return {"eval_accuracy": right / len(some), "eval_margin": total / len(some)}
 
 
 class Watch:
@@ -202,6 +200,8 @@ class Watch:
         self.stood_still = self.stood_still + 1 if abs(row["loss"] - math.log(2)) < 1e-3 else 0
         if loss_type == "sigmoid" and self.stood_still == 50:
             self.warn(f"the loss is still ln 2 after 50 steps: learning_rate={learning_rate} may be too small")
+        if reference_free or loss_type == "ipo":  # whose gains are no differences, or means
+            return
         if row["gain_chosen"] < -10:
             self.warn("the chosen answers are 10 nats less likely than to the reference: try nll_coef=1, or more beta")
 
@@ -218,79 +218,87 @@ def main():
     try:
         config = configure(globals(), starting_from=start.knobs_of)
         check_run(config)
-        if pairs_per_step < processes.launched()[1]:
-            raise ValueError(f"pairs_per_step={pairs_per_step} gives some processes none: raise it")
-        if online and group_size < 2:
-            raise ValueError("group_size=1: the best and the worst of one answer are the same, so give 2 or more")
         if beta == 0:
             raise ValueError("beta=0 makes all answers alike to the loss: give more, such as 0.1")
         here = machine.join(device, dtype, timeout, deterministic=deterministic)
+
+        # 1. models
         policy, tokenizer = build(config, here)
         reference = None if reference_free else frozen(policy)
         for each in (policy, reference):
             if each is not None:
-                only_known_tokens(each, tokenizer, temperature)
+                only_known_tokens(each, tokenizer, temperature if online else 1.0)
         net = processes.averaging_gradients(policy, here.device) if here.parallel == "ddp" else policy
 
+        # 2. pairs, or problems from whose answers pairs are made; problems and pairs to evaluate
         longest = policy.config.block_size
         room = longest - max_new_tokens
-        source = Problems(data, tokenizer, None, room, here) if online else None
-        offline = [] if online else pairs.read(data, tokenizer, longest, here)
-        held_out = pairs.read(eval_pairs, tokenizer, longest, here) if eval_pairs else None
-        problems = Problems(eval_data, tokenizer, None, room, here) if eval_data else None
+        train_problems = Problems(data, tokenizer, None, room, here) if online else None
+        train_pairs = [] if online else pairs.read(data, tokenizer, longest, here)
+        held_out = Problems(eval_data, tokenizer, None, room, here) if eval_data else None
+        held_out_pairs = pairs.read(eval_pairs, tokenizer, longest, here) if eval_pairs else None
         learned = learned_reward(reward_model, tokenizer, here) if reward_model else None
-        judges = rewards_of.load(rewards, allow_code_execution, learned) if online or eval_data else None
-        identity = {"data": data, "tokenizer": tokenizer.fingerprint,
-                    "data_fingerprint": source.fingerprint if online else pairs.fingerprint(offline)}  # fmt: skip
+        graders = rewards_of.load(rewards, allow_code_execution, learned) if online or eval_data else None
+
+        # 3. the run's folder
+        identity = {"data": data, "tokenizer": tokenizer.fingerprint}
+        identity["data_fingerprint"] = train_problems.fingerprint if online else pairs.fingerprint(train_pairs)
+        if reference is not None:
+            identity["reference"] = fingerprint(reference)
         curve = Curve("accuracy", "eval_accuracy", "preference accuracy")
-        run = Run(config, here, policy, tokenizer, identity, curve, evaluates=bool(held_out or problems))
+        run = Run(config, here, policy, tokenizer, identity, curve, evaluates=bool(held_out_pairs or held_out))
     except (OSError, ValueError, CheckpointError) as error:
         processes.fail(error)
-    stop = load.stop_tokens(tokenizer, Path(init_from))
-    writer = Writer(policy, tokenizer, stop, max_new_tokens, seed, here.autocast(), rows=rollout_rows)
+    sampler = Sampler(
+        policy, tokenizer, load.stop_tokens(tokenizer, Path(init_from)), max_new_tokens=max_new_tokens, seed=seed,
+        autocast=here.autocast(), rows=rollout_rows,
+    )  # fmt: skip
     watch = Watch(here.say)
     policy.train()
 
     while True:
         run.save_if_due()
         if run.evaluation_is_due:
-            report = evaluate_pairs(policy, reference, held_out, tokenizer.eot_id, here) if held_out else {}
-            if problems:
-                report |= evaluate(writer, problems.all[: eval_problems or None], judges, 0, here)
-            run.note_evaluation(report, error=-report.get("eval_reward", report.get("eval_accuracy")))
+            report = {}
+            if held_out_pairs:
+                report = evaluate_pairs(policy, reference, held_out_pairs, tokenizer.eot_id, here)
+                error = -report["eval_accuracy"]
+            if held_out:
+                report |= evaluate(sampler, held_out.all[: eval_problems or None], graders, 0, here)
+                error = -report["eval_reward"]
+            run.note_evaluation(report, error)
         if run.is_done or run.asked_to_stop():
             run.save_if_due(now=True)
             break
 
-        # 1. pairs: those of the data, or of a round in which the policy answered problems
-        some = offline
+        # 1. the pairs of the data, or of a round in which the policy answered problems
+        run.begin_step()
+        if online and run.step % online == 0:
+            of_round = train_problems.of_step(run.step // online, problems_per_round, seed)
+            answers = sampler.sample(of_round, run.step, group_size)
+            own = best_against_worst(answers, score(graders, answers, run.fail).totals, group_size)
+            run.state["pairs"] = sum(processes.gather(own), [])
         if online:
-            if run.step % online == 0:
-                answers = writer.write(
-                    source.of_step(run.step // online, problems_per_round, seed), run.step, group_size
-                )
-                own = best_against_worst(answers, score(judges, answers, run.fail).totals, group_size)
-                run.state["pairs"] = sum(processes.gather(own), [])
-            some = [Pair(*pair) for pair in run.state["pairs"]]
-        if some:
-            some = pairs.of_step(some, run.step, pairs_per_step, seed)
+            train_pairs = [Pair(*pair) for pair in run.state["pairs"]]
+        of_step = pairs.of_step(train_pairs, run.step, pairs_per_step, seed) if train_pairs else []
 
         # 2. learn
-        lr, norm = 0.0, 0.0
+        lr = norm = 0.0
         sums = Counter()
-        if some:
-            own = here.share(some)
-            n_tokens = sum(len(pair.chosen) for pair in some)
-            n_inputs = sum(pair.n_inputs for pair in some)
-            sums = add_gradients(net, reference, own, len(some), n_tokens, n_inputs, tokenizer.eot_id, here)
+        if of_step:
+            n_tokens = sum(len(pair.chosen) for pair in of_step)
+            n_inputs = sum(pair.n_inputs for pair in of_step)
+            own = here.share(of_step)
+            sums = add_gradients(net, reference, own, len(of_step), n_tokens, n_inputs, tokenizer.eot_id, here)
             lr, norm = run.update()
 
         # 3. log
         totals = processes.all_sum([sums[name] for name in NUMBERS], here.device)
-        row = {name: total / max(len(some), 1) for name, total in zip(NUMBERS, totals)}
-        row |= {"lr": lr, "grad_norm": norm, "pairs": len(some)}
-        watch.look(row)
-        run.end_step(row, LINE.format_map(row) if some else "no pairs: the answers to each problem are worth the same")
+        row = {name: total / pairs_per_step for name, total in zip(NUMBERS, totals)}
+        row |= {"lr": lr, "grad_norm": norm, "pairs": len(train_pairs)}
+        if of_step:
+            watch.look(row)
+        run.end_step(row, LINE.format_map(row) if of_step else "no pairs: all answers to a problem are worth the same")
     run.finish(f"python sample.py {out_dir} --interactive")
 
 

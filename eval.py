@@ -86,6 +86,11 @@ def data_of(args) -> str:
         return args.data
     file = args.path / "config.json"
     saved = json.loads(file.read_text()) if file.exists() else {}
+    script = saved.get("script", "train.py")
+    if script != "train.py":
+        raise ValueError(
+            f"{args.path} is a run of {script}, which reads no token shards: give --data FOLDER, or --tasks"
+        )
     folder = saved.get("knobs", {}).get("data")
     if not folder:
         raise ValueError(f"{args.path} does not say what it was trained on: give --data FOLDER")

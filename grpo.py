@@ -3,24 +3,26 @@
     python grpo.py --init_from=out/sft --data=problems.jsonl --rewards=math:1 --out_dir=out/grpo
     torchrun --standalone --nproc_per_node=8 grpo.py config/grpo_gsm8k.py
 
-A step samples G answers to each of some problems, r is the reward of each, and within a group of G
+Each step samples G answers to each of some problems. r is the reward of an answer, and within its group of G
 
     A = (r - mean r) / (std r + 1e-4)                        scale_rewards=none: A = r - mean r
-    ratio = p(token) / p_old(token)                          of the policy, and as it was when it wrote the answer
+    ratio = p / p_old                                        p of a token now, and before the step's first update
     loss of a token = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + beta KL(policy, reference)
 
-What a token's loss counts in the sum over an answer of n tokens, N answers that have n_total tokens together:
+The loss of a step is the sum over all tokens of its N answers, in which a token of an answer of n tokens has a weight:
 
     grpo      1 / (n N)         each answer alike, so that a token of a long one counts less
-    dapo      1 / n_total       each token alike (https://arxiv.org/abs/2503.14476)
-    dr_grpo   1 / (N n_max)     as dapo, whatever the lengths are: n_max = max_new_tokens (https://arxiv.org/abs/2503.20783)
+    dapo      1 / n_total       each token alike, of n_total in all answers (https://arxiv.org/abs/2503.14476)
+    dr_grpo   1 / (N n_max)     n_max = max_new_tokens; its paper has scale_rewards=none (https://arxiv.org/abs/2503.20783)
     gspo      as grpo, and the ratio is one for the whole answer: exp(mean log ratio) (https://arxiv.org/abs/2507.18071)
     cispo     as dapo, with -min(ratio, 1 + clip_high).detach() A log p (https://arxiv.org/abs/2506.13585)
 
-Watch `reward`, and `logprob_difference`: the largest |log p by the sampler - log p by the trainer| of a step's tokens.
-Above 1e-3 in float32 a cache, a mask or a position is wrong. The loss says little: without a reference it is
-about 0 by construction. With `teacher` there are no rewards, and A of a token is log p_teacher - log p: on-policy
-distillation (https://arxiv.org/abs/2306.13649).
+Watch `reward`, not the loss, which means little: where answers have one length it is 0 by construction. And watch
+`logprob_difference`, the largest |log p by the sampler - log p by the trainer| of the tokens that are learned from:
+above 1e-3 in float32 a cache, a mask or a position is wrong; in bfloat16 some hundredths are rounding.
+
+With `teacher` A of a token is log p_teacher - log p_old: on-policy distillation, the reverse KL of
+https://arxiv.org/abs/2306.13649 estimated from the tokens that were sampled. Rewards are then only logged.
 """
 
 import time
@@ -35,11 +37,11 @@ from data.text import print_any_text
 from distributed import processes
 from evals import rewards as rewards_of
 from training import load, machine, output, start
-from training.answers import Problems, Writer, evaluate, nothing_to_learn, samples_of, score, summary
+from training.answers import Problems, Sampler, evaluate, nothing_to_learn, samples_of, score, summary
 from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pictures import Curve
-from training.policy import build, frozen, load_like, logprobs, only_known_tokens, pad, reference_logprobs
+from training.policy import build, fingerprint, frozen, load_like, logprobs, only_known_tokens, pad, reference_logprobs
 from training.reward_model import learned_reward
 from training.run import Run
 
@@ -51,9 +53,7 @@ data = ""  # problems to answer: a .jsonl file, or a named set such as gsm8k
 eval_data = ""  # problems that are never trained on
 out_dir = "out/grpo"  # the run: config, metrics, samples, checkpoints, picture
 seed = 1  # of the order of problems and of what is sampled
-think: Literal["free", "always", "never"] = (
-    "free"  # answers begin as the model likes, with <think>, or without thoughts
-)
+think: Literal["free", "always", "never"] = "free"  # as the model likes, begun with <think>, or without
 # rewards
 rewards = "math:1"  # name:weight,...: math, format, arithmetic, code, learned, or your own my_module:my_function
 reward_model = ""  # the run of reward.py whose score is the reward `learned`
@@ -67,11 +67,11 @@ think_budget = 0  # above 0: thoughts are ended after so many tokens
 rollout_rows = 512  # answers that a device samples at once: lower it if memory runs out
 # loss
 loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dapo"
-scale_rewards: Literal["group", "none"] = "group"  # divide by the standard deviation (with n - 1) of the group
-clip_low = 0.2
-clip_high = 0.28
+scale_rewards: Literal["group", "none"] = "group"  # divide by the (unbiased) standard deviation of the group
+clip_low = 0.2  # gspo wants 3e-4; cispo has none
+clip_high = 0.28  # gspo wants 4e-4
 beta = 0.0  # of the KL divergence to the policy of init_from; 0: that is not even loaded
-mask_truncated = False  # learn nothing from answers that were cut
+mask_truncated = False  # learn nothing from answers that were cut at max_new_tokens
 teacher = ""  # the run of a model to learn from instead of rewards, of the same vocabulary
 # optimizer
 optimizer: Literal["muon", "adamw"] = "adamw"
@@ -93,7 +93,7 @@ eval_samples = 0  # k: sample so many answers to each of them as well, for pass@
 save_every = 100  # steps; also before each evaluation and at the end
 keep_last = 3  # checkpoints, besides the best; 0: all
 log_every = 1  # steps between printed lines; metrics.jsonl gets every step
-log_samples = 4  # answers of each step that go to samples.jsonl, with their rewards
+log_samples = 4  # of the answers of each step so many, the first, go to samples.jsonl, with their rewards
 wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases too
 tensorboard = False  # write out_dir/tensorboard too
 # system
@@ -106,9 +106,10 @@ resume: bool | Literal["auto"] = False  # go on from the newest whole checkpoint
 overwrite = False  # delete the run that is in out_dir
 
 
+OF_TOKENS = ("loss", "kl", "clipped_low", "clipped_high")
 THINK = {"free": None, "always": True, "never": False}
 LINE = (
-    "reward {reward:.3f} +- {reward_std:.3f} | {length:.1f} tokens, {thinks:.0%} think, {cut:.0%} cut | entropy "
+    "reward {reward:.3f} +- {reward_std:.3f} | {length:.1f} tokens, {thinks:.0%} think, {truncated:.0%} cut | entropy "
     "{entropy:.3f} | {flat_groups:.0%} flat | logprob difference {logprob_difference:.1e} | norm {grad_norm:.3f}"
 )
 
@@ -123,65 +124,90 @@ def advantages(rewards, scale_rewards):
 
 
 def policy_loss(logp, old_logp, advantage, is_target, loss_type, clip_low, clip_high):
-    """Returns the loss of each token (rows, T), and whether it was clipped: below 1 - clip_low, above 1 + clip_high.
+    """Returns the loss of each token (rows, T), and whether the lower and the upper bound cut off its gradient.
 
-    logp, old_logp: log p of each token, now and when it was sampled. advantage: (rows, 1), or (rows, T).
+    logp, old_logp: log p of each token, now and before the first update. advantage: (rows, 1), or of each token.
     """
     log_ratio = (logp - old_logp) * is_target
     if loss_type == "gspo":
         lengths = is_target.sum(dim=1, keepdim=True).clamp(min=1)
         log_ratio = (log_ratio.sum(dim=1, keepdim=True) / lengths).expand_as(logp)
     ratio = log_ratio.exp()
+    is_low = (ratio < 1 - clip_low) & is_target
+    is_high = (ratio > 1 + clip_high) & is_target
     if loss_type == "cispo":
         loss = -ratio.clamp(max=1 + clip_high).detach() * advantage * logp
-    else:
-        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-        loss = -torch.minimum(ratio * advantage, clipped * advantage)
-    is_low = (ratio < 1 - clip_low) & (advantage < 0) & is_target
-    is_high = (ratio > 1 + clip_high) & (advantage > 0) & is_target
-    return loss * is_target, is_low, is_high
+        return loss * is_target, torch.zeros_like(is_low), is_high
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    return loss * is_target, is_low & (advantage < 0), is_high & (advantage > 0)
 
 
 def kl_to_reference(logp, reference_logp):
-    """Returns an estimate of KL(policy, reference) at each token: never negative, and right in the mean (k3)."""
+    """Returns an estimate of KL(policy, reference) at each token: never negative, and right in the mean over what the
+    policy samples (k3 of http://joschu.net/blog/kl-approx.html)."""
     log_ratio = reference_logp - logp
     return log_ratio.exp() - log_ratio - 1
 
 
-def token_weights(is_target, loss_type, max_new_tokens, answers, tokens):
-    """Returns what the loss of each token counts (rows, T). answers, tokens: how many all processes have together."""
+def token_weights(is_target, loss_type, max_new_tokens, n_answers, n_tokens):
+    """Returns the weight of each token's loss (rows, T). n_answers, n_tokens: of the step, on all processes."""
     if loss_type in ("grpo", "gspo"):
         lengths = is_target.sum(dim=1, keepdim=True).clamp(min=1)
-        return is_target / (lengths * max(answers, 1))
+        return is_target / (lengths * n_answers)
     if loss_type == "dr_grpo":
-        return is_target / (max(answers, 1) * max_new_tokens)
-    return is_target / max(tokens, 1)
+        return is_target / (n_answers * max_new_tokens)
+    return is_target / n_tokens
+
+
+def lessons_of(answers, totals):
+    """Returns the answers that teach something, each with its advantage, and whether each group is flat.
+
+    totals: their rewards. A group is flat where they are all the same: its advantages are 0, and nothing is computed
+    for it unless the KL divergence counts.
+    """
+    groups = torch.tensor(totals).view(-1, group_size)
+    advantage = advantages(groups, scale_rewards).flatten().tolist()
+    is_flat = (groups == groups[:, :1]).all(dim=1).tolist()
+    lessons = []
+    for i, answer in enumerate(answers):
+        teaches = bool(beta or teacher) or not is_flat[i // group_size]
+        if teaches and any(answer.is_target):
+            lessons.append((answer, advantage[i]))
+    return lessons, is_flat
 
 
 class Batch:
-    """Answers that are learned from at once, as rows of T tokens, and what is known of them before the first update."""
+    """A micro-batch: rows of T tokens, and what is known of them before the first update."""
 
     def __init__(self, lessons, eot_id, device):
-        """lessons: (answer, its advantage) of each row."""
         answers = [answer for answer, _ in lessons]
-        self.x, self.y = pad([a.problem.prompt for a in answers], [a.ids for a in answers],
-                             [a.is_target for a in answers], eot_id, device)  # fmt: skip
-        self.is_target = self.y >= 0  # (rows, T)
-        self.n_inputs = sum(a.n_inputs for a in answers)  # tokens of x that fill up no row
+        prompts = [answer.problem.prompt for answer in answers]
+        targets = [answer.is_target for answer in answers]
+        self.x, self.y = pad(prompts, [answer.ids for answer in answers], targets, eot_id, device)  # (rows, T)
+        self.is_target = self.y >= 0
+        self.n_inputs = sum(answer.n_inputs for answer in answers)  # tokens of x without what fills up the rows
         self.advantage = torch.tensor([advantage for _, advantage in lessons], device=device)[:, None]  # (rows, 1)
-        self.sampled_logp = torch.zeros_like(self.x, dtype=torch.float32)  # (rows, T), by the sampler
+        self.sampled_logp = torch.zeros_like(self.x, dtype=torch.float32)  # by the sampler
         for row, answer in enumerate(answers):
             first = len(answer.problem.prompt) - 1
             self.sampled_logp[row, first : first + len(answer.ids)] = torch.tensor(answer.logprobs)
-        self.old_logp = None  # (rows, T), by the trainer
+        self.old_logp = None  # by the trainer
         self.reference_logp = None
 
+    def note_first(self, logp, reference):
+        """Keeps the log-probabilities before the first update, and those of the reference or the teacher."""
+        self.old_logp = logp.detach()
+        if reference is not None:
+            self.reference_logp = reference_logprobs(reference, self.x, self.y)
+        if teacher:
+            self.advantage = self.reference_logp - self.old_logp  # (rows, T)
 
-def add_gradients(net, reference, batches, answers, tokens, inputs, here):
-    """Adds up the gradients of a step's batches; returns their loss, and {name: sum over tokens} of what to look at.
 
-    answers, tokens, inputs: how many answers and tokens are learned from, and how many tokens they and their prompts
-    have, in all processes together.
+def add_gradients(net, reference, batches, n_answers, n_tokens, n_inputs, here):
+    """Adds up the gradients of a step's batches; returns {name: sum over their tokens} of what is worth a look.
+
+    n_answers, n_tokens: as for token_weights. n_inputs: tokens of all rows of all processes.
     """
     autocast = here.autocast()
     sums = Counter()
@@ -189,13 +215,8 @@ def add_gradients(net, reference, batches, answers, tokens, inputs, here):
         with processes.backward_of(net, last=i == len(batches) - 1):
             with autocast:
                 logp, auxiliary = logprobs(net, batch.x, batch.y)
-            if batch.old_logp is None:
-                batch.old_logp = logp.detach()
-                if reference is not None:
-                    with autocast:
-                        batch.reference_logp = reference_logprobs(reference, batch.x, batch.y)
-            if teacher:
-                batch.advantage = batch.reference_logp - batch.old_logp
+                if batch.old_logp is None:
+                    batch.note_first(logp, reference)
             losses, is_low, is_high = policy_loss(
                 logp, batch.old_logp, batch.advantage, batch.is_target, loss_type, clip_low, clip_high
             )
@@ -203,9 +224,10 @@ def add_gradients(net, reference, batches, answers, tokens, inputs, here):
                 kl = kl_to_reference(logp, batch.reference_logp) * batch.is_target
                 losses = losses + beta * kl
                 sums["kl"] += kl.sum().item()
-            weights = token_weights(batch.is_target, loss_type, max_new_tokens, answers, tokens)
-            loss = (losses * weights).sum() + auxiliary * batch.n_inputs / max(inputs, 1)
-            (loss * here.world_size).backward()  # processes are averaged: this makes it a sum
+            weights = token_weights(batch.is_target, loss_type, max_new_tokens, n_answers, n_tokens)
+            loss = (losses * weights).sum() + auxiliary * batch.n_inputs / n_inputs
+            # Gradients are averaged over processes; times their number they add up, as the weights want it.
+            (loss * here.world_size).backward()
         sums["loss"] += loss.item()
         sums["clipped_low"] += is_low.sum().item()
         sums["clipped_high"] += is_high.sum().item()
@@ -213,7 +235,7 @@ def add_gradients(net, reference, batches, answers, tokens, inputs, here):
 
 
 def logprob_difference(batches):
-    """Returns the largest |log p by the sampler - log p by the trainer| of all tokens of this process."""
+    """Returns the largest |log p by the sampler - log p by the trainer| of what this process learned from."""
     between = [((b.sampled_logp - b.old_logp) * b.is_target).abs().max().item() for b in batches]
     return max(between, default=0.0)
 
@@ -225,14 +247,10 @@ def main():
     try:
         config = configure(globals(), starting_from=start.knobs_of)
         check_run(config)
-        if group_size < 2:
-            raise ValueError("group_size=1: an answer is compared with others to the same problem, so give 2 or more")
-        if problems_per_step < processes.launched()[1]:
-            raise ValueError(f"problems_per_step={problems_per_step} gives some processes none: raise it")
-        if teacher and beta:
-            raise ValueError(
-                f"beta={beta} draws to the policy of init_from, and teacher away from it: give one of them"
-            )
+        if teacher and (beta or loss_type == "gspo"):
+            raise ValueError("with teacher each token has an A of its own, and no reference: no beta, no gspo")
+        if not (rewards or teacher):
+            raise ValueError("rewards is empty: give some, such as math:1, or a teacher")
         here = machine.join(device, dtype, timeout, deterministic=deterministic)
 
         # 1. models
@@ -252,68 +270,77 @@ def main():
         problems = Problems(data, tokenizer, THINK[think], room, here)
         held_out = Problems(eval_data, tokenizer, THINK[think], room, here) if eval_data else None
         learned = learned_reward(reward_model, tokenizer, here) if reward_model else None
-        judges = rewards_of.load(rewards, allow_code_execution, learned)
+        graders = rewards_of.load(rewards, allow_code_execution, learned) if rewards else []
 
         # 3. the run's folder
         identity = {"data": data, "tokenizer": tokenizer.fingerprint, "data_fingerprint": problems.fingerprint}
+        if reference is not None:
+            identity["reference"] = fingerprint(reference)
         curve = Curve("reward", "eval_reward", "reward")
         run = Run(config, here, policy, tokenizer, identity, curve, evaluates=held_out is not None)
     except (OSError, ValueError, CheckpointError) as error:
         processes.fail(error)
-    stop = load.stop_tokens(tokenizer, Path(init_from))
-    writer = Writer(policy, tokenizer, stop, max_new_tokens, seed, here.autocast(), think_budget, rollout_rows)
+    sampler = Sampler(
+        policy, tokenizer, load.stop_tokens(tokenizer, Path(init_from)), max_new_tokens=max_new_tokens, seed=seed,
+        autocast=here.autocast(), think_budget=think_budget, rows=rollout_rows,
+    )  # fmt: skip
     policy.train()
 
     while True:
         run.save_if_due()
         if run.evaluation_is_due:
-            report = evaluate(writer, held_out.all[: eval_problems or None], judges, eval_samples, here)
+            report = evaluate(sampler, held_out.all[: eval_problems or None], graders, eval_samples, here)
             run.note_evaluation(report, error=-report["eval_reward"])
         if run.is_done or run.asked_to_stop():
             run.save_if_due(now=True)
             break
 
         # 1. G answers to each problem, and their rewards
+        run.begin_step()
         begin = time.perf_counter()
-        answers = writer.write(problems.of_step(run.step, problems_per_step, seed), run.step, group_size)
-        sampled = time.perf_counter()
-        scores = score(judges, answers, run.fail)
+        answers = sampler.sample(problems.of_step(run.step, problems_per_step, seed), run.step, group_size)
+        seconds_sampling = time.perf_counter() - begin
+        scores = score(graders, answers, run.fail)
+        if mask_truncated:
+            answers = [answer.without_targets() if answer.is_truncated else answer for answer in answers]
 
-        # 2. what is learned from: nothing, where all answers of a group have the same reward
-        groups = torch.tensor(scores.totals).view(-1, group_size)
-        is_flat = (groups == groups[:, :1]).all(dim=1).repeat_interleave(group_size)
-        lessons = []
-        for answer, advantage, flat in zip(answers, advantages(groups, scale_rewards).flatten().tolist(), is_flat):
-            if (teacher or not flat) and not (mask_truncated and answer.is_cut):
-                lessons.append((answer, advantage))
-        own_tokens = sum(sum(answer.is_target) for answer, _ in lessons)
-        own_inputs = sum(answer.n_inputs for answer, _ in lessons)
-        counts = processes.all_sum([len(lessons), own_tokens, own_inputs], here.device)
-        n_answers, n_tokens, _ = counts
-        if not lessons:  # others wait for this process's gradients, and be they 0
+        # 2. what is learned from
+        lessons, is_flat = lessons_of(answers, scores.totals)
+        own = [
+            sum(any(answer.is_target) for answer in answers),
+            sum(sum(answer.is_target) for answer in answers),
+            sum(answer.n_inputs for answer, _ in lessons),
+            len(lessons),
+            sum(len(answer.ids) for answer in answers),
+            sum(is_flat),
+        ]
+        n_answers, n_tokens, n_inputs, n_lessons, n_sampled, n_flat = processes.all_sum(own, here.device)
+        if not lessons:  # DDP waits for the gradients of every process, and be they 0
             lessons = [(nothing_to_learn(tokenizer.eot_id), 0.0)]
-        lessons.sort(key=lambda lesson: lesson[0].n_inputs)  # little is filled up then
-        batches = [Batch(lessons[i : i + micro_batch], tokenizer.eot_id, here.device)
-                   for i in range(0, len(lessons), micro_batch)]  # fmt: skip
+        lessons.sort(key=lambda lesson: -lesson[0].n_inputs)  # rows of like lengths together, the longest first
+        batches = []
+        for i in range(0, len(lessons), micro_batch):
+            batches.append(Batch(lessons[i : i + micro_batch], tokenizer.eot_id, here.device))
 
         # 3. learn
-        lr, norm = 0.0, 0.0
+        begin = time.perf_counter()
+        lr = norm = 0.0
         sums = Counter()
-        for _ in range(updates_per_batch if n_tokens else 0):
-            sums = add_gradients(net, reference, batches, *counts, here)
+        for _ in range(updates_per_batch if n_lessons else 0):
+            sums = add_gradients(net, reference, batches, n_answers, n_tokens, n_inputs, here)
             lr, norm = run.update()
-        trained = time.perf_counter()
+        seconds_training = time.perf_counter() - begin
 
-        # 4. log: shares are of what was learned from, of the last update
-        names = ("loss", "kl", "clipped_low", "clipped_high")
-        loss, kl, low, high = processes.all_sum([sums[name] for name in names], here.device)
-        row = summary(answers, scores)
-        row["flat_groups"] = sum(sum(processes.gather(is_flat.tolist()), [])) / (problems_per_step * group_size)
-        row["logprob_difference"] = max(processes.gather(logprob_difference(batches))) if n_tokens else 0.0
-        row |= {"loss": loss, "lr": lr, "grad_norm": norm, "kl": kl / max(n_tokens, 1),
-                "clipped_low": low / max(n_tokens, 1), "clipped_high": high / max(n_tokens, 1),
-                "sampled_per_second": sum(len(a.ids) for a in answers) * here.world_size / (sampled - begin),
-                "trained_per_second": n_tokens * updates_per_batch / (trained - sampled)}  # fmt: skip
+        # 4. log
+        loss, kl, low, high = processes.all_sum([sums[name] for name in OF_TOKENS], here.device)
+        row = summary(answers, scores) | {"loss": loss, "lr": lr, "grad_norm": norm}
+        row["flat_groups"] = n_flat / problems_per_step
+        row["logprob_difference"] = max(processes.gather(logprob_difference(batches))) if n_lessons else 0.0
+        row["kl"] = kl / max(n_tokens, 1)  # these three of the last update
+        row["clipped_low"] = low / max(n_tokens, 1)
+        row["clipped_high"] = high / max(n_tokens, 1)
+        row["sampled_per_second"] = n_sampled / seconds_sampling
+        row["trained_per_second"] = n_inputs * updates_per_batch / seconds_training
         run.note_samples(samples_of(answers[:log_samples], scores, tokenizer))
         run.end_step(row, LINE.format_map(row))
     run.finish(f"python sample.py {out_dir} --interactive")

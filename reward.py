@@ -27,7 +27,7 @@ from data.text import print_any_text
 from distributed import processes
 from evals import rewards as rewards_of
 from training import load, machine, output, pairs, start
-from training.answers import Problems, Writer, score
+from training.answers import Problems, Sampler, score
 from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pictures import Curve
@@ -116,7 +116,7 @@ def add_gradients(net, some, n_pairs, eot_id, here):
             chosen, rejected = scores_of_pairs(net, part, eot_id, here)
             losses = bradley_terry(chosen, rejected, margin, centering)
             if torch.is_grad_enabled():
-                (losses.sum() / n_pairs * here.world_size).backward()  # processes are averaged: this makes it a sum
+                (losses.sum() / n_pairs * here.world_size).backward()  # averaged over processes: this adds them up
         sums["loss"] += losses.sum().item()
         sums["accuracy"] += (chosen > rejected).sum().item()
         sums["margin"] += (chosen - rejected).sum().item()
@@ -135,11 +135,11 @@ def evaluate_pairs(scorer, some, eot_id, here):
     return {"eval_accuracy": right / len(some), "eval_margin": margins / len(some)}
 
 
-def best_of_n(scorer, writer, problems, judges, here):
+def best_of_n(scorer, sampler, problems, graders, here):
     """Returns what answers are worth by `rewards`: the mean of all, and those with the best scores of each problem."""
     own = here.share(problems)
-    answers = writer.write(own, step=0, n=best_of)
-    worth = torch.tensor(score(judges, answers).totals).view(len(own), best_of)
+    answers = sampler.sample(own, step=0, n=best_of)
+    worth = torch.tensor(score(graders, answers).totals).view(len(own), best_of)
     scorer.eval()
     texts = [answer.problem.prompt + answer.ids for answer in answers]
     scores = torch.tensor(scores_of(scorer, texts, here)).view(len(own), best_of)
@@ -156,20 +156,20 @@ def main():
     try:
         config = configure(globals(), starting_from=start.knobs_of)
         check_run(config)
-        if pairs_per_step < processes.launched()[1]:
-            raise ValueError(f"pairs_per_step={pairs_per_step} gives some processes none: raise it")
         if best_of and not eval_data:
             raise ValueError(f"best_of={best_of} needs problems: give eval_data")
         here = machine.join(device, dtype, timeout, deterministic=deterministic)
         backbone, tokenizer = build(config, here)
-        writer = None
+        sampler = None
         if best_of:
             policy = frozen(backbone)
             only_known_tokens(policy, tokenizer)
-            stop = load.stop_tokens(tokenizer, Path(init_from))
-            writer = Writer(policy, tokenizer, stop, max_new_tokens, seed, here.autocast(), rows=rollout_rows)
+            sampler = Sampler(
+                policy, tokenizer, load.stop_tokens(tokenizer, Path(init_from)), max_new_tokens=max_new_tokens,
+                seed=seed, autocast=here.autocast(), rows=rollout_rows,
+            )  # fmt: skip
             problems = Problems(eval_data, tokenizer, None, policy.config.block_size - max_new_tokens, here)
-            judges = rewards_of.load(rewards, allow_code_execution)
+            graders = rewards_of.load(rewards, allow_code_execution)
         scorer = RewardModel(backbone).to(here.device)
         net = processes.averaging_gradients(scorer, here.device) if here.parallel == "ddp" else scorer
 
@@ -177,7 +177,7 @@ def main():
         held_out = pairs.read(eval_pairs, tokenizer, backbone.config.block_size, here) if eval_pairs else None
         identity = {"data": data, "tokenizer": tokenizer.fingerprint, "data_fingerprint": pairs.fingerprint(all_pairs)}
         curve = Curve("accuracy", "eval_accuracy", "accuracy on pairs")
-        run = Run(config, here, scorer, tokenizer, identity, curve, evaluates=bool(held_out or writer))
+        run = Run(config, here, scorer, tokenizer, identity, curve, evaluates=bool(held_out or sampler))
     except (OSError, ValueError, CheckpointError) as error:
         processes.fail(error)
     scorer.train()
@@ -186,12 +186,13 @@ def main():
         run.save_if_due()
         if run.evaluation_is_due:
             report = evaluate_pairs(scorer, held_out, tokenizer.eot_id, here) if held_out else {}
-            if writer:
-                report |= best_of_n(scorer, writer, problems.all[: eval_problems or None], judges, here)
+            if sampler:
+                report |= best_of_n(scorer, sampler, problems.all[: eval_problems or None], graders, here)
             run.note_evaluation(report, error=-report.get("eval_accuracy", 0.0))
         if run.is_done or run.asked_to_stop():
             run.save_if_due(now=True)
             break
+        run.begin_step()
         of_step = pairs.of_step(all_pairs, run.step, pairs_per_step, seed)
         sums = add_gradients(net, here.share(of_step), len(of_step), tokenizer.eot_id, here)
         lr, norm = run.update()

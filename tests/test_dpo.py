@@ -73,7 +73,7 @@ def test_ipo_wants_a_difference_of_1_over_2_beta_and_no_more():
 
 
 def answer(text):
-    return Answer(Problem(0, [1, 2], {}), [3, len(text)], [0.0] * 2, [0.0] * 2, [True] * 2, False, text)
+    return Answer(Problem(0, [1, 2], "", {}), [3, len(text)], [0.0] * 2, [0.0] * 2, [True] * 2, False, text)
 
 
 def test_pairs_are_the_best_and_the_worst_of_each_group_and_of_equals_there_is_none():

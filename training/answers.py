@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,8 +23,9 @@ ORDER = 7  # the kind of draws by which problems are ordered (data/loader.draw)
 
 
 class Problem(NamedTuple):
-    number: int  # in its file
+    number: int  # by which its answers are drawn: its place in a step, or in an evaluation
     prompt: list[int]
+    opening: str  # what of the answer's text stands in the prompt: <think>, or nothing
     row: dict  # with what its answers are scored by
 
 
@@ -33,14 +35,18 @@ class Answer(NamedTuple):
     logprobs: list[float]  # of each, as it was sampled
     entropies: list[float]  # of the distribution that each was sampled from
     is_target: list[bool]  # for each, whether it was chosen: the end of thoughts may have been forced
-    is_cut: bool  # at max_new_tokens
-    text: str
+    is_truncated: bool  # at max_new_tokens
+    text: str  # with the opening that stands in the prompt
 
     @property
     def thinks(self) -> bool:
-        """Returns whether it, or its prompt, has thoughts that are not empty."""
+        """Returns whether it has thoughts that are not empty."""
         thoughts, _ = chat.split_thinking(self.text)
         return bool(thoughts and thoughts.strip())
+
+    def without_targets(self) -> "Answer":
+        """Returns the answer as one that nothing is learned from."""
+        return self._replace(is_target=[False] * len(self.ids))
 
     @property
     def n_inputs(self) -> int:
@@ -50,7 +56,7 @@ class Answer(NamedTuple):
 
 def nothing_to_learn(eot_id: int) -> Answer:
     """Returns what fills up a batch, which no loss is made of, and of which experts count no token."""
-    return Answer(Problem(-1, [eot_id], {}), [eot_id], [0.0], [0.0], [False], False, "")
+    return Answer(Problem(-1, [eot_id], "", {}), [eot_id], [0.0], [0.0], [False], False, "")
 
 
 class Problems:
@@ -64,11 +70,12 @@ class Problems:
         self.all = []
         too_long = 0
         digest = hashlib.sha256()
+        opening = f"{chat.THINK}\n" if think else ""
         for messages, row in problems(source):
             prompt = chat.prompt(tokenizer, messages, think)
             too_long += len(prompt) > room
             if len(prompt) <= room:
-                self.all.append(Problem(len(self.all), prompt, row))
+                self.all.append(Problem(len(self.all), prompt, opening, row))
                 digest.update(json.dumps([prompt, row], sort_keys=True, default=str).encode())
         self.fingerprint = digest.hexdigest()
         if not self.all:
@@ -81,12 +88,13 @@ class Problems:
 
     def of_step(self, step: int, n: int, seed: int) -> list[Problem]:
         """Returns this process's share of the n problems of a step: all of them once before any comes again."""
-        places, _ = draw(step * n + np.arange(n), len(self.all), seed, ORDER)
-        return [self.all[i] for i in self.here.share(places)]
+        drawn, _ = draw(step * n + np.arange(n), len(self.all), seed, ORDER)
+        of_step = [self.all[i]._replace(number=place) for place, i in enumerate(drawn)]
+        return self.here.share(of_step)
 
 
-class Writer:
-    """Samples answers of a model. Each is a function of the weights and of (seed, step, problem, sample) alone."""
+class Sampler:
+    """Samples answers of a model. Each is a function of the weights, the problem and (seed, step, number, sample)."""
 
     def __init__(
         self, model: torch.nn.Module, tokenizer: Tokenizer, stop: set[int], max_new_tokens: int, seed: int,
@@ -102,7 +110,7 @@ class Writer:
         self.rows = rows  # at once
 
     @torch.no_grad()
-    def write(self, some: list[Problem], step: int, n: int, temperature: float = 1.0) -> list[Answer]:
+    def sample(self, some: list[Problem], step: int, n: int, temperature: float = 1.0) -> list[Answer]:
         """Returns n answers to each problem, side by side. temperature=0: the likeliest token each time."""
         was_training = self.model.training
         self.model.eval()
@@ -118,10 +126,11 @@ class Writer:
                     temperature=temperature, think_budget=self.budget,
                 )  # fmt: skip
             for i, row in enumerate(zip(found.tokens, found.logprobs, found.entropies, found.forced, found.cut)):
-                ids, logprobs, entropies, forced, is_cut = row
-                text = self.tokenizer.decode([token for token in ids if token not in self.stop])
+                ids, logprobs, entropies, forced, is_truncated = row
+                problem = part[i // n]
+                text = problem.opening + self.tokenizer.decode([token for token in ids if token not in self.stop])
                 is_target = [not was_forced for was_forced in forced]
-                answers.append(Answer(part[i // n], ids, logprobs, entropies, is_target, is_cut, text))
+                answers.append(Answer(problem, ids, logprobs, entropies, is_target, is_truncated, text))
         self.model.train(was_training)
         return answers
 
@@ -130,24 +139,23 @@ class Writer:
 class Scores(NamedTuple):
     totals: list[float]  # of each answer
     parts: dict[str, list[float]]  # by the name of a reward, without its weight
-    failures: int  # values that a reward could not give
+    failures: dict[str, list[str]]  # of each reward a message for each answer that it could not judge
 
 
-def score(judges: list, answers: list[Answer], fail: Callable = processes.fail) -> Scores:
-    """Returns what answers are worth. judges: of rewards.load. A row has the text's "tokens", with its prompt, too.
+def score(graders: list, answers: list[Answer], fail: Callable = processes.fail) -> Scores:
+    """Returns what answers are worth. graders: of rewards.load. A row has the text's "tokens", with its prompt, too.
 
-    fail: ends the run. It is called on all processes where a reward could judge no answer of one of them.
+    fail: ends the run. It is called on all processes where a reward could judge no answer of any of them.
     """
     rows = [answer.problem.row | {"tokens": answer.problem.prompt + answer.ids} for answer in answers]
-    scores = None
-    message = ""
-    try:
-        scores = Scores(*rewards.score(judges, [answer.text for answer in answers], rows))
-    except ValueError as error:
-        message = str(error)
-    messages = [each for each in processes.gather(message) if each]
-    if messages:
-        fail(messages[0])
+    scores = Scores(*rewards.score(graders, [answer.text for answer in answers], rows))
+    for name, messages in scores.failures.items():
+        everywhere = sum(processes.gather(messages), [])
+        n_answers = sum(processes.gather(len(answers)))
+        if everywhere and len(everywhere) == n_answers:
+            fail(f"the reward {name} failed for all {n_answers} answers: {everywhere[0]}")
+        for message in messages:
+            print(f"WARNING: the reward {name} counts as 0 of {message}", file=sys.stderr)
     return scores
 
 
@@ -157,7 +165,7 @@ def summary(answers: list[Answer], scores: Scores) -> dict:
         "reward": scores.totals,
         **{f"reward_{name}": values for name, values in scores.parts.items()},
         "length": [len(answer.ids) for answer in answers],
-        "cut": [answer.is_cut for answer in answers],
+        "truncated": [answer.is_truncated for answer in answers],
         "thinks": [answer.thinks for answer in answers],
         "entropy": [sum(answer.entropies) / len(answer.ids) for answer in answers],
     }
@@ -169,22 +177,22 @@ def summary(answers: list[Answer], scores: Scores) -> dict:
             found["reward_std"] = float(values.std())
         if name == "length":
             found["length_min"], found["length_max"] = float(values.min()), float(values.max())
-    found["failures"] = sum(processes.gather(scores.failures))
+    found["failures"] = sum(processes.gather(sum(map(len, scores.failures.values()))))
     return found
 
 
-def evaluate(writer: Writer, some: list[Problem], judges: list, samples: int, here) -> dict:
+def evaluate(sampler: Sampler, some: list[Problem], graders: list, samples: int, here) -> dict:
     """Returns what greedy answers to problems are worth: their summary, each name with eval_ before it.
 
     samples: above 0, so many answers are sampled to each problem, too: pass_at_1 is the share of those that the first
     of the rewards gives 1 or more, pass_at_<samples> the share of the problems with one or more of these.
     """
     own = here.share(some)
-    answers = writer.write(own, step=0, n=1, temperature=0.0)
-    report = {f"eval_{name}": value for name, value in summary(answers, score(judges, answers)).items()}
+    answers = sampler.sample(own, step=0, n=1, temperature=0.0)
+    report = {f"eval_{name}": value for name, value in summary(answers, score(graders, answers)).items()}
     if samples:
-        answers = writer.write(own, step=0, n=samples)
-        first, *_ = score(judges, answers).parts.values()
+        answers = sampler.sample(own, step=0, n=samples)
+        first, *_ = score(graders, answers).parts.values()
         passed = np.array(sum(processes.gather(first), [])).reshape(-1, samples) >= 1
         report["pass_at_1"] = float(passed.mean())
         report[f"pass_at_{samples}"] = float(passed.any(axis=1).mean())

@@ -1,5 +1,6 @@
 """What configurator.py cannot know of train.py's knobs: how they go together, and with the machine."""
 
+import math
 import os
 import shlex
 import shutil
@@ -8,11 +9,14 @@ from importlib.util import find_spec
 
 import torch
 
+from distributed import processes
+
 # A knob, the value with which it is off, and the knob without which it does nothing, with that one's.
 DEAD_WITHOUT = (
     ("rope_factor", 1.0, "rope_scaling", "none"),
     ("rope_original", 0, "rope_scaling", "none"),
     ("shared_gate", False, "n_shared_expert", 0),
+    ("eval_samples", 0, "rewards", ""),
 )
 
 
@@ -26,6 +30,11 @@ def check_run(config: dict) -> None:
     for package in ("wandb", "tensorboard"):
         if config[package] and not find_spec(package):
             raise ValueError(f"{package}={config[package]}, but this package is not here:  pip install {package}")
+    if config.get("online", 1) and config.get("group_size", 2) < 2:
+        raise ValueError("group_size=1: an answer is compared with others to the same problem, so give 2 or more")
+    for knob in ("problems_per_step", "problems_per_round", "pairs_per_step"):
+        if config.get(knob, math.inf) < processes.launched()[1]:
+            raise ValueError(f"{knob}={config[knob]} gives some processes nothing to do: raise it")
     if config["overwrite"] and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise ValueError("--overwrite would delete the run at each restart of --max-restarts: try --resume=auto")
 

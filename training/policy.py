@@ -1,6 +1,7 @@
 """A trained model that is to be trained further on what it writes itself, or on pairs of texts."""
 
 import copy
+import hashlib
 import importlib
 from dataclasses import fields
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data.tokenizers import Tokenizer
-from training import load, start
+from training import checkpoint, load, start
 from training.machine import Machine
 
 # What makes a token's probability depend on more than the tokens before it: on chance, or on what else is in the batch.
@@ -40,6 +41,8 @@ def build(config: dict, here: Machine) -> tuple[torch.nn.Module, Tokenizer]:
                 f"{name}={chosen[name]} is turned off: a token's probability must not depend on chance or the batch"
             )
             chosen[name] = off
+    if chosen.get("indexer_stage") == "dense":
+        raise ValueError("indexer_stage=dense trains the indexer alone, by no loss of texts: --indexer_stage=sparse")
     model = variant.GPT(variant.GPTConfig(**chosen))
     start.copy_weights(init_from, model, tokenizer, tokenizer)
     if config["kernels"]:
@@ -52,6 +55,16 @@ def frozen(model: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
+@torch.no_grad()
+def fingerprint(model: torch.nn.Module) -> str:
+    """Returns a hash of what the weights of a model are: a resumed run has to find the same reference."""
+    digest = hashlib.sha256()
+    for name, tensor in checkpoint.weights(model).items():
+        numbers = tensor.double()
+        digest.update(f"{name} {numbers.sum():.6e} {numbers.square().sum():.6e}".encode())  # to rounding
+    return digest.hexdigest()
+
+
 def load_like(path: str, tokenizer: Tokenizer, block_size: int, device: str) -> torch.nn.Module:
     """Returns another trained model, which nothing trains. ValueError where its tokens are not those of `tokenizer`,
     or where it takes fewer than block_size of them."""
@@ -60,6 +73,9 @@ def load_like(path: str, tokenizer: Tokenizer, block_size: int, device: str) -> 
         raise ValueError(f"{path} has the tokenizer {its_tokenizer.name}, not {tokenizer.name}, that of init_from")
     if model.config.block_size < block_size:
         raise ValueError(f"{path} has block_size={model.config.block_size}, less than {block_size}, that of the policy")
+    for name, off in OFF.items():
+        if hasattr(model.config, name):
+            setattr(model.config, name, off)
     return model.requires_grad_(False)
 
 

@@ -118,8 +118,7 @@ class Run:
         return self.evaluates and is_time and self.step != self.evaluated_at
 
     def asked_to_stop(self) -> bool:
-        """Returns whether a signal asked any process to stop. All processes call it, as a step begins."""
-        self.step_began = time.perf_counter()
+        """Returns whether a signal asked any process to stop. All processes call it."""
         (self.stop,) = processes.all_sum([self.signals.count()], self.here.device)
         return self.stop > 0
 
@@ -154,6 +153,10 @@ class Run:
                 self.samples.write({"step": self.step + 1, **row})
 
     # ---- a step ------------------------------------------------------------------------------------------------------
+    def begin_step(self) -> None:
+        """Starts the clock of a step."""
+        self.step_began = time.perf_counter()
+
     def update(self) -> tuple[float, float]:
         """Updates the weights by the gradients that are there; returns the learning rate and the gradient's norm."""
         knobs = self.knobs
