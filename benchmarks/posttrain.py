@@ -331,8 +331,8 @@ def interpretation(result) -> list[str]:
     return [
         f"- Pretraining taught the sums: as plain text, {100 * worked:.1f} % of the held-out ones are worked out "
         "right. The rest adds little to that: it is about when the model makes use of it.",
-        f"- GRPO lifts greedy answers from {percent('sft', 'greedy')} to {percent('grpo', 'greedy')}, and "
-        f"{100 * mode / gain:.0f} % of the gain is the choice to think: forced to, the model of SFT was right in "
+        f"- GRPO lifts greedy answers from {percent('sft', 'greedy')} to {percent('grpo', 'greedy')}, and of these "
+        f"{100 * gain:.1f} points {100 * mode:.1f} are the choice to think: forced to, the model of SFT was right in "
         f"{percent('sft', 'forced to think')}. What is beyond that is little more than chance.",
         f"- To answer at once is not rewarded, and gets no better: made to, the model is right in "
         f"{percent('sft', at_once)} before GRPO and in {percent('grpo', at_once)} after it; and a switch means nothing "
@@ -359,9 +359,9 @@ def warning_line(result):
     before = 100 * mean_of(result, "grpo", "greedy")
     after = 100 * mean_of(result, "dpo_offline", "greedy")
     return (
-        f"- Plain DPO on pairs sampled once is the warning: at the end it prefers the better answer of {100 * accuracy:.0f} % "
-        f"of its pairs, and its own answers fall from {before:.1f} % right to {after:.1f} %. A margin is not quality; "
-        "nll_coef=1 and pairs that are sampled anew keep the last stage from it."
+        f"- Plain DPO on pairs sampled once is the warning: at the end it prefers the better answer of "
+        f"{100 * accuracy:.0f} % of its pairs, and its own answers fall from {before:.1f} % right to {after:.1f} %. "
+        "A margin is not quality; nll_coef=1, pairs that are sampled anew and small steps keep the last stage from it."
     )
 
 

@@ -124,12 +124,12 @@ def held_out_rows() -> Iterator[dict]:
         yield {"question": question(problem), "answer": answer(problem)}
 
 
-def obeys_switch(completion: str, question: str) -> bool:
-    """Returns whether a completion thinks, or has an empty block, as its question says; without a switch it thinks."""
+def obeys_switch(completion: str, asked: str) -> bool:
+    """Returns whether a completion thinks, or has an empty block, as it was asked to; without a switch it thinks."""
     if "</think>" not in completion:
         return False
     thought = completion.split("</think>")[0].removeprefix("<think>").strip()
-    return bool(thought) != question.endswith("/no_think")
+    return bool(thought) != asked.endswith("/no_think")
 
 
 def obedience(completions: list[str], rows: list[dict]) -> list[float]:

@@ -20,7 +20,6 @@ import importlib
 import math
 import operator
 import re
-import sys
 from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
@@ -105,22 +104,16 @@ def on_lists(function):
 
 def score(
     rewards: list[Reward], completions: list[str], rows: list[dict]
-) -> tuple[list[float], dict[str, list[float]], int]:
-    """Returns the weighted sum of each completion, {name: values} without weights, and how many values failed.
+) -> tuple[list[float], dict[str, list[float]], dict[str, list[str]]]:
+    """Returns the weighted sum of each completion, {name: values} without weights, and {name: messages} of failures.
 
-    Where a reward raises, or returns what is no number, the completion is named and gets 0. Where it fails for all of
-    them that is an error.
+    Where a reward raises, or returns what is no number, it counts as 0, and a message names the completion.
     """
     totals = [0.0] * len(completions)
     parts = {}
-    failures = 0
+    failures = {}
     for reward in rewards:
-        values, failed = values_of(reward, completions, rows)
-        if failed and len(failed) == len(completions):
-            raise ValueError(f"the reward {reward.name} failed for all {len(failed)} completions: {failed[0]}")
-        for message in failed:
-            print(f"warning: the reward {reward.name} counts as 0 of {message}", file=sys.stderr)
-        failures += len(failed)
+        values, failures[reward.name] = values_of(reward, completions, rows)
         parts[reward.name] = values
         totals = [total + reward.weight * value for total, value in zip(totals, values)]
     return totals, parts, failures

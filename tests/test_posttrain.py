@@ -37,7 +37,9 @@ def test_a_config_is_one_of_its_script_and_goes_on_from_the_stage_before(name):
         assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in first
 
 
-def test_seeds_share_the_pretraining_and_nothing_else():
+def test_seeds_share_the_pretraining_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(posttrain, "DATA", "data/nowhere")
+    monkeypatch.setattr(posttrain, "resolve", lambda script, words: {})
     for name in posttrain.STAGES:
         folders = [posttrain.folder_of(name, seed) for seed in (1, 2)]
         keys = [posttrain.key_of(name, seed, "cpu") for seed in (1, 2)]
@@ -191,6 +193,16 @@ def test_a_table_of_several_seeds_has_errors(committed):
     assert "which they share" in posttrain.markdown(three)
 
 
+def test_a_table_is_drawn_of_models_that_learned_nothing(committed, tmp_path):
+    result = json.loads(json.dumps(committed))
+    for records in result["stages"].values():
+        for record in records:
+            for scores in record.get("answers", {}).values():
+                scores.update(accuracy=0.0, thinks=0.0, obeys=0.0)
+    assert "from 0.0 % to 0.0 %" in posttrain.markdown(result)
+    posttrain.plot(result, tmp_path / "picture.png")
+
+
 # ---- the command, small ----------------------------------------------------------------------------------------------
 TINY = {
     "train.py": "--max_steps=2 --eval_tokens=256 --batch_tokens=256 --micro_batch=2",
@@ -200,7 +212,7 @@ TINY = {
 
 
 @pytest.mark.slow
-def test_the_pipeline_runs_from_nothing_to_its_picture(tmp_path, monkeypatch):
+def test_the_pipeline_runs_from_nothing_to_its_picture(tmp_path):
     """At a tiny size, where nothing is learned, in a copy of the repository."""
     copy = tmp_path / "nanollm"
     copy_of_the_project(copy)
@@ -209,11 +221,14 @@ def test_the_pipeline_runs_from_nothing_to_its_picture(tmp_path, monkeypatch):
         knobs = [word.removeprefix("--") for word in TINY[stage.script].split()]
         known = [knob for knob in knobs if not (name == "grpo_mixed" and "eval" in knob)]
         file.write_text(file.read_text() + "\n".join(known) + "\n")
-    said = run("python bench.py --out out posttrain --seeds 1 2", copy)
+    task = copy / "data/arithmetic.py"
+    smaller = task.read_text().replace("HELD_OUT = 400", "HELD_OUT = 4").replace("0_000,", "_000,")
+    task.write_text(smaller.replace("=4_000", "=100"))
+    said = run("python bench.py --out out posttrain --seeds 1", copy)
     assert re.search(r"\| `dpo_online`", said)
     assert (copy / "out/posttrain_cpu.png").read_bytes()[:4] == b"\x89PNG"
     result = json.loads((copy / "out/posttrain_cpu.json").read_text())
-    assert all(len(records) == 2 for records in result["stages"].values())
+    assert all(len(records) == 1 for records in result["stages"].values()) and result["questions"] == 4
 
 
 def test_make_posttrain_gives_as_many_seeds_as_it_is_told(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -138,24 +139,23 @@ class Sampler:
 class Scores(NamedTuple):
     totals: list[float]  # of each answer
     parts: dict[str, list[float]]  # by the name of a reward, without its weight
-    failures: int  # values that a reward could not give
+    failures: dict[str, list[str]]  # of each reward a message for each answer that it could not judge
 
 
 def score(graders: list, answers: list[Answer], fail: Callable = processes.fail) -> Scores:
     """Returns what answers are worth. graders: of rewards.load. A row has the text's "tokens", with its prompt, too.
 
-    fail: ends the run. It is called on all processes where a reward could judge no answer of one of them.
+    fail: ends the run. It is called on all processes where a reward could judge no answer of any of them.
     """
     rows = [answer.problem.row | {"tokens": answer.problem.prompt + answer.ids} for answer in answers]
-    scores = None
-    message = ""
-    try:
-        scores = Scores(*rewards.score(graders, [answer.text for answer in answers], rows))
-    except ValueError as error:
-        message = str(error)
-    messages = [each for each in processes.gather(message) if each]
-    if messages:
-        fail(messages[0])
+    scores = Scores(*rewards.score(graders, [answer.text for answer in answers], rows))
+    for name, messages in scores.failures.items():
+        everywhere = sum(processes.gather(messages), [])
+        n_answers = sum(processes.gather(len(answers)))
+        if everywhere and len(everywhere) == n_answers:
+            fail(f"the reward {name} failed for all {n_answers} answers: {everywhere[0]}")
+        for message in messages:
+            print(f"WARNING: the reward {name} counts as 0 of {message}", file=sys.stderr)
     return scores
 
 
@@ -177,7 +177,7 @@ def summary(answers: list[Answer], scores: Scores) -> dict:
             found["reward_std"] = float(values.std())
         if name == "length":
             found["length_min"], found["length_max"] = float(values.min()), float(values.max())
-    found["failures"] = sum(processes.gather(scores.failures))
+    found["failures"] = sum(processes.gather(sum(map(len, scores.failures.values()))))
     return found
 
 

@@ -16,6 +16,7 @@ DEAD_WITHOUT = (
     ("rope_factor", 1.0, "rope_scaling", "none"),
     ("rope_original", 0, "rope_scaling", "none"),
     ("shared_gate", False, "n_shared_expert", 0),
+    ("eval_samples", 0, "rewards", ""),
 )
 
 

@@ -113,8 +113,6 @@ def stop_tokens(tokenizer, path: Path | None = None) -> set[int]:
     ids = {tokenizer.eot_id, *tokenizer.stop_ids}
     if path is not None and is_from_hugging_face(path):
         ids |= set(hf.end_ids(path))
-    if "<|im_end|>" in tokenizer.special_tokens:
-        ids.add(tokenizer.special_tokens["<|im_end|>"])
     return ids
 
 

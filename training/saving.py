@@ -115,6 +115,10 @@ def go_on_from(path: Path, model, optimizer, scaler, config: dict, identity: dic
     then = state["identity"] | {"data": data}  # what is in a folder counts, not how the path to it is written
     if then["tokenizer"] != identity["tokenizer"]:
         raise ValueError(f"{data} has another tokenizer than the data of {path}: give that data, or another out_dir")
+    if then.get("reference") not in (None, identity.get("reference")):
+        raise ValueError(
+            f"the reference changed since {path} was written: give the init_from, teacher and beta of then"
+        )
     if not then.items() <= identity.items():
         raise ValueError(
             f"{data} changed since {path} was written: restore it, or begin another run in another out_dir, with "
