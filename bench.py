@@ -8,6 +8,7 @@
     python bench.py kernels        each Triton kernel against PyTorch, torch.compile and other libraries, on a GPU
     python bench.py parallel       FSDP beside DDP, a save beside writing its bytes, how soon a resumed run goes on
     python bench.py loader         the loader's share of a step, and its memory over a large shard
+    python bench.py rollout        what a cache gains where answers are sampled for reinforcement learning
     python bench.py posttrain      all stages from nothing to a model that thinks when told to: what each one is worth
 
 Machines differ and get busy, so nothing is said in absolute times alone: what is compared runs in turn, round by round,
@@ -28,6 +29,7 @@ from benchmarks import (
     loader,
     parallel,
     posttrain,
+    rollout,
     shakespeare,
     training,
     variants,
@@ -47,6 +49,7 @@ BENCHMARKS = {
     "kernels": kernels,
     "parallel": parallel,
     "loader": loader,
+    "rollout": rollout,
     "posttrain": posttrain,
 }
 LEAST = {"rounds": 1, "tokens": 1, "batch": 1, "prompt": 1, "new": 2, "steps": 1}
@@ -91,6 +94,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = add_command("loader", "the loader's share of a step, and its memory")
     command.add_argument("--steps", type=int, default=200)
+
+    add_rounds(add_command("rollout", "sampling for reinforcement learning, with a cache and without"), 5)
 
     command = add_command("posttrain", "from nothing to a model that thinks when told to")
     command.add_argument("--seeds", type=int, nargs="+", default=[1], help="of all that follows pretraining")

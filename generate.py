@@ -240,7 +240,7 @@ def rollout(
     device = rows.idx.device
     greedy = is_greedy(temperature)
     if not greedy:
-        uniforms = checked_uniforms(uniforms, B, max_new_tokens).to(device)
+        uniforms = checked_uniforms(uniforms, B, max_new_tokens, device)
     stop_ids = torch.tensor(list(stop), dtype=torch.long, device=device)
     thinking = Thinking(think_budget, rows.idx) if think_budget else None
 
@@ -300,8 +300,8 @@ def draws(seed: int, step: int, prompt_indices: Sequence[int], num_samples: int,
     return torch.from_numpy(np.stack(rows))
 
 
-def checked_uniforms(uniforms, B, n):
-    """Returns the numbers as a tensor of B rows; ValueError where they are not what rollout needs."""
+def checked_uniforms(uniforms, B, n, device):
+    """Returns the numbers as a tensor of B rows on a device; ValueError where they are not what rollout needs."""
     if uniforms is None:
         raise ValueError("rollout draws by the uniforms that it is given: make them with draws(...)")
     uniforms = torch.as_tensor(uniforms)
@@ -310,7 +310,16 @@ def checked_uniforms(uniforms, B, n):
         raise ValueError(f"uniforms of shape {shape} are not enough for {B} rows of {n} tokens")
     if uniforms.min() < 0 or uniforms.max() >= 1:
         raise ValueError("uniforms are to be from 0 up to, and not including, 1")
-    return uniforms
+    dtype = dtype_of_sums(device)
+    below_one = 1 - torch.finfo(dtype).eps  # rounded to fp32, a number may be 1, which lies behind every token's part
+    return uniforms.to(dtype).clamp(max=below_one).to(device)
+
+
+def dtype_of_sums(device):
+    """Returns the dtype in which probabilities are added up: in fp32 the tail of a large vocabulary is rounded away."""
+    if device.type == "mps":  # which has no fp64
+        return torch.float32
+    return torch.float64
 
 
 def draw(probs, uniform):
@@ -319,8 +328,8 @@ def draw(probs, uniform):
     The tokens share the range from 0 to 1. Of probabilities 0.2 0.5 0.3 the sums are 0.2 0.7 1.0,
     and 0.65 chooses the second token, whose part begins at 0.2 and ends at 0.7.
     """
-    sums = probs.double().cumsum(dim=-1)  # (B, V); in fp32 the tail of a large vocabulary would be rounded away
-    place = uniform[:, None].double() * sums[:, -1:]  # (B, 1), of the sum that came out, nearly 1
+    sums = probs.to(uniform.dtype).cumsum(dim=-1)  # (B, V)
+    place = uniform[:, None] * sums[:, -1:]  # (B, 1), of the sum that came out, nearly 1
     return torch.searchsorted(sums, place, right=True)[:, 0]
 
 

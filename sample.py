@@ -112,10 +112,10 @@ def until_stop(pieces, stops, begin):
     yield text[shown:]
 
 
-def say(model, tokenizer, prompt, options, stops=(), echo=True):
+def say(model, tokenizer, prompt, options, stops=(), echo=True, opening=""):
     """Prints the continuations of a prompt up to a text of stops, the first as it comes; returns the ids of the first.
 
-    options: those of generate.stream. echo: print the prompt before each.
+    options: those of generate.stream. echo: print the prompt before each. opening: what of a continuation stands in the prompt.
     """
     rows = [[] for _ in range(options["num_samples"])]
 
@@ -138,6 +138,7 @@ def say(model, tokenizer, prompt, options, stops=(), echo=True):
             gap = "\n" if i > 0 else ""
             print(f"{gap}---- sample {i + 1} of {len(rows)} ----")
         ids = live if i == 0 else row
+        print(opening, end="", flush=True)
         text = stream_text(tokenizer, chain(shown, ids))
         for piece in until_stop(text, stops, begin):
             print(piece, end="", flush=True)
@@ -150,9 +151,8 @@ def say(model, tokenizer, prompt, options, stops=(), echo=True):
 def answer(model, tokenizer, prefix, messages, think, options, stops):
     """Prints the answer to the messages of a chat; returns it (the first sample) as a message without its thinking."""
     prompt = prefix + chat.prompt(tokenizer, messages, think)[1:]  # a document begins as the model's own do
-    text = tokenizer.decode(say(model, tokenizer, prompt, options, stops, echo=False))
-    if think:
-        text = f"{chat.THINK}\n{text}"  # which the prompt has begun
+    opening = f"{chat.THINK}\n" if think else ""  # what of the answer stands in the prompt
+    text = opening + tokenizer.decode(say(model, tokenizer, prompt, options, stops, echo=False, opening=opening))
     _, content = chat.split_thinking(text)
     return {"role": "assistant", "content": content}
 

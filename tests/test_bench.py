@@ -12,7 +12,18 @@ import flops
 import kernels
 import kernels_delta
 import model_mla
-from benchmarks import attention, decoding, kernel_cases, parallel, shakespeare, timing, training, variants, workload
+from benchmarks import (
+    attention,
+    decoding,
+    kernel_cases,
+    parallel,
+    rollout,
+    shakespeare,
+    timing,
+    training,
+    variants,
+    workload,
+)
 from benchmarks import kernels as bench_kernels
 from benchmarks import loader as bench_loader
 from data.shards import write_shard
@@ -422,6 +433,38 @@ def test_each_time_stands_where_it_was_measured(monkeypatch):
         [[0.0], [1.0], [2.0]],
         [[3.0], [4.0], [5.0]],
     ]
+
+
+def test_rollout_compares_the_same_tokens_from_one_prefill_and_without_a_cache(tmp_path, monkeypatch):
+    calls = []
+    real = rollout.rollout
+    monkeypatch.setattr(rollout, "SIZES", {"small": dict(
+        fields=SMALL | dict(n_kv_head=1, block_size=32, eot_id=0), rows=(8, 16), new=(3,))})  # fmt: skip
+    monkeypatch.setattr(
+        rollout, "rollout", lambda *args, **options: calls.append((args, options)) or real(*args, **options)
+    )
+    bench.main(["--out", str(tmp_path), "--device", "cpu", "rollout", "--rounds", "2"])
+    result, table = result_of(tmp_path, "rollout")
+    assert [(len(args[1]), args[3], options) for args, options in calls[-3:]] == [
+        (2, 8, {}),
+        (2, 8, {"use_cache": False}),
+        (16, 1, {"use_cache": False}),
+    ]
+    assert [(row["n_rows"], row["new"], row["same"]) for row in result["rows"]] == [(8, 3, True), (16, 3, True)]
+    for row in result["rows"]:
+        assert len(row["over_no_cache"]) == len(row["over_repeated"]) == 2 and min(row["over_no_cache"]) > 0
+        assert f"| {row['n_rows']} | 3 | {timing.median_and_range(row['over_no_cache'])} |" in table
+    assert "the same tokens are sampled" in table
+    result["rows"][1]["same"] = False
+    assert "Not all tokens are the same with the cache and without: small, 16 rows, 3 tokens." in rollout.markdown(
+        result
+    )
+
+
+def test_rollouts_ratios_say_how_many_times_as_fast_the_cache_is(monkeypatch):
+    monkeypatch.setattr(rollout, "in_turn", lambda *_, **__: [[1.0, 2.0], [5.0, 8.0], [6.0, 14.0]])
+    row = rollout.measured_row(build("baseline", eot_id=0), 8, 2, rounds=2, device="cpu")
+    assert (row["over_no_cache"], row["over_repeated"]) == ([5.0, 4.0], [6.0, 7.0])
 
 
 @pytest.mark.parametrize("name", MODELS)

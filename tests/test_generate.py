@@ -5,6 +5,7 @@ import ast
 import pytest
 import torch
 
+import generate as generate_module
 from generate import CompiledStep, ThinkBudget, draw, draws, generate, pick_token, rollout, stream
 from tests.tiny import EOT, MODELS, ROOT, build, cache_tensors, module, tokens
 
@@ -251,6 +252,18 @@ def test_a_uniform_number_chooses_the_token_in_whose_part_it_lies_and_never_an_i
     probs = torch.tensor([[0.0, 0.2, 0.5, 0.0, 0.3, 0.0]])
     for uniform, want in [(0.0, 1), (0.19, 1), (0.21, 2), (0.69, 2), (0.71, 4), (1 - 2**-53, 4)]:
         assert draw(probs, torch.tensor([uniform], dtype=torch.float64)).item() == want, uniform
+
+
+def test_a_device_without_fp64_draws_in_fp32_and_no_number_rounds_up_to_behind_the_last_token(monkeypatch):
+    model, prompts = build("baseline"), ragged_prompts()
+    uniforms = draws(1, 0, range(3), 4, 8)
+    want = rollout(model, prompts, 8, 4, uniforms)
+    dtypes = set()
+    monkeypatch.setattr(generate_module, "dtype_of_sums", lambda device: torch.float32)
+    monkeypatch.setattr(generate_module, "draw", lambda probs, u: dtypes.add(u.dtype) or draw(probs, u))
+    assert rollout(model, prompts, 8, 4, uniforms).tokens == want.tokens and dtypes == {torch.float32}
+    last = rollout(model, prompts, 8, 4, torch.full_like(uniforms, 1 - 2**-53))
+    assert all(set(row) == {model.config.vocab_size - 1} for row in last.tokens)
 
 
 def test_draws_are_a_function_of_seed_step_prompt_and_sample_and_as_even_as_chance():

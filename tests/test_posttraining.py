@@ -358,6 +358,7 @@ def spoilt(work):
     small = tiny.build("baseline", **SIZES | dict(block_size=16, vocab_size=VOCAB, eot_id=TOKENIZER.eot_id))
     save_start(work / "small", small)
     write_rows(work / "odd.jsonl", [{"foo": 1}])
+    write_rows(work / "empty.jsonl", [])
     write_rows(work / "long.jsonl", [{"question": "1+1" * 20, "answer": "2"}])
     write_rows(work / "long_pairs.jsonl", [{"prompt": "1+1" * 20, "chosen": "2", "rejected": "3"}])
 
@@ -375,6 +376,8 @@ def spoilt(work):
         ("grpo.py", GRPO | dict(data="odd.jsonl"), "odd.jsonl line 1: no conversation"),
         ("reward.py", REWARD | dict(data="odd.jsonl"), "odd.jsonl line 1: no pair"),
         ("grpo.py", GRPO | dict(data="long.jsonl"), "long.jsonl: no problem leaves room for an answer, of 1: lower"),
+        ("grpo.py", GRPO | dict(max_new_tokens=64), "tokens, and block_size less max_new_tokens is -32"),
+        ("grpo.py", GRPO | dict(data="empty.jsonl"), "empty.jsonl has no problems"),
         (
             "grpo.py",
             GRPO | dict(max_new_tokens=64),

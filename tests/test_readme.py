@@ -78,6 +78,7 @@ CHANGED = {  # how a command is made small where the general rule below does not
     "python bench.py kernels": "python bench.py kernels --help",
     "python bench.py loader": "python bench.py loader --help",
     "python bench.py parallel": "python bench.py parallel --help",
+    "python bench.py rollout": "python bench.py rollout --help",
     "python bench.py shakespeare": "python bench.py shakespeare --help",
 }
 FEW = "--seeds 1 --lrs 1 --rounds 0 --warmup_steps=0 --jobs 1"

@@ -264,8 +264,9 @@ def test_a_budget_ends_the_thinking_of_a_chat(chatty, capsys):
     arguments = (folder, "--chat", "--prompt", "hi", "--think", "--max_new_tokens", 12, "--temperature", 0)
     free = text_of(capsys, *arguments)
     limited = text_of(capsys, *arguments, "--think_budget", 1)  # the line break behind <think> is one
-    assert limited.startswith("\n</think>\n\n") and not free.startswith("\n</think>")
-    assert len(limited) > len("\n</think>\n\n\n")
+    begin = "<think>\n\n</think>\n\n"  # the first line is the prompt's, and shown
+    assert limited.startswith(begin) and free.startswith("<think>\n") and not free.startswith(begin)
+    assert len(limited) > len(f"{begin}\n")
 
 
 def test_what_is_of_a_chat_is_refused_elsewhere(run, chatty):

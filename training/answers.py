@@ -68,21 +68,25 @@ class Problems:
             raise ValueError("data is empty: give problems, a .jsonl file or a named set such as gsm8k")
         self.here = here
         self.all = []
-        too_long = 0
+        lengths = []  # of the prompts, in tokens
         digest = hashlib.sha256()
         opening = f"{chat.THINK}\n" if think else ""
         for messages, row in problems(source):
             prompt = chat.prompt(tokenizer, messages, think)
-            too_long += len(prompt) > room
+            lengths.append(len(prompt))
             if len(prompt) <= room:
                 self.all.append(Problem(len(self.all), prompt, opening, row))
                 digest.update(json.dumps([prompt, row], sort_keys=True, default=str).encode())
         self.fingerprint = digest.hexdigest()
+        if not lengths:
+            raise ValueError(f"{source} has no problems")
         if not self.all:
             raise ValueError(
-                f"{source}: no problem leaves room for an answer, of {too_long}: lower max_new_tokens, or take a model "
-                "with a larger block_size"
+                f"{source}: no problem leaves room for an answer, of {len(lengths)}: lower max_new_tokens, or take a "
+                f"model with a larger block_size; the shortest prompt has {min(lengths)} tokens, and block_size less "
+                f"max_new_tokens is {room}"
             )
+        too_long = len(lengths) - len(self.all)
         left_out = f", and {too_long:,} more leave no room for an answer" if too_long else ""
         here.say(f"{source}: {len(self.all):,} problems{left_out}")
 
