@@ -37,7 +37,7 @@ from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pairs import Pair
 from training.pictures import Curve
-from training.policy import build, fingerprint, frozen, logprobs, only_known_tokens, pad, reference_logprobs
+from training.policy import build, fingerprint, frozen, logprobs, pad, reference_logprobs
 from training.reward_model import learned_reward
 from training.run import Run
 
@@ -65,7 +65,7 @@ problems_per_round = 64  # over all devices
 group_size = 8  # answers to each, of which the best and the worst make a pair
 max_new_tokens = 256  # of an answer
 temperature = 1.0  # of sampling; the trainer's logits are divided by it, too
-rollout_rows = 512  # answers that a device samples at once: lower it if memory runs out
+rollout_rows = 512  # answers that a device samples at once, in whole groups: lower it if memory runs out
 # optimizer
 optimizer: Literal["muon", "adamw"] = "adamw"
 max_steps = 100
@@ -73,14 +73,14 @@ pairs_per_step = 32  # over all devices
 micro_batch = 16  # pairs at once on a device: lower it if memory runs out
 learning_rate = 5e-7  # for billions of parameters; 1e-4 for a third of a million
 min_lr = 0.0  # where the schedule ends
-warmup_steps = 10  # in which the learning rate rises to its value
+warmup_steps = 10  # steps in which the learning rate rises to its value
 schedule: Literal["cosine", "wsd", "constant"] = "constant"
 weight_decay = 0.0
 beta1 = 0.9  # of AdamW
 beta2 = 0.95
 grad_clip = 1.0  # 0: off
 # loop
-eval_every = 50  # steps; also at the end. The step is saved first
+eval_every = 50  # steps between evaluations, which are also at step 0 and at the end
 eval_problems = 128  # of eval_data, the first ones; 0: all
 save_every = 100  # steps; also before each evaluation and at the end
 keep_last = 3  # checkpoints, besides the best; 0: all
@@ -227,7 +227,7 @@ def main():
         reference = None if reference_free else frozen(policy)
         for each in (policy, reference):
             if each is not None:
-                only_known_tokens(each, tokenizer, temperature if online else 1.0)
+                load.hide_padding(each, tokenizer, temperature if online else 1.0)
         net = processes.averaging_gradients(policy, here.device) if here.parallel == "ddp" else policy
 
         # 2. pairs, or problems from whose answers pairs are made; problems and pairs to evaluate
@@ -264,7 +264,7 @@ def main():
                 report = evaluate_pairs(policy, reference, held_out_pairs, tokenizer.eot_id, here)
                 error = -report["eval_accuracy"]
             if held_out:
-                report |= evaluate(sampler, held_out.all[: eval_problems or None], graders, 0, here)
+                report |= evaluate(sampler, held_out.all[: eval_problems or None], graders, 0, here, run.fail)
                 error = -report["eval_reward"]
             run.note_evaluation(report, error)
         if run.is_done or run.asked_to_stop():

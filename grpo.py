@@ -9,7 +9,8 @@ Each step samples G answers to each of some problems. r is the reward of an answ
     ratio = p / p_old                                        p of a token now, and before the step's first update
     loss of a token = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + beta KL(policy, reference)
 
-The loss of a step is the sum over all tokens of its N answers, in which a token of an answer of n tokens has a weight:
+A step's loss is a weighted sum over all tokens that the policy chose in its N answers (think_budget forces others,
+mask_truncated leaves out answers that were cut). Each of the n tokens of an answer has the weight
 
     grpo      1 / (n N)         each answer alike, so that a token of a long one counts less
     dapo      1 / n_total       each token alike, of n_total in all answers (https://arxiv.org/abs/2503.14476)
@@ -17,12 +18,12 @@ The loss of a step is the sum over all tokens of its N answers, in which a token
     gspo      as grpo, and the ratio is one for the whole answer: exp(mean log ratio) (https://arxiv.org/abs/2507.18071)
     cispo     as dapo, with -min(ratio, 1 + clip_high).detach() A log p (https://arxiv.org/abs/2506.13585)
 
-Watch `reward`, not the loss, which means little: where answers have one length it is 0 by construction. And watch
-`logprob_difference`, the largest |log p by the sampler - log p by the trainer| of the tokens that are learned from:
-above 1e-3 in float32 a cache, a mask or a position is wrong; in bfloat16 some hundredths are rounding.
+Watch `reward`. The loss says little: with one update and beta=0 it is 0 for grpo and gspo, and for the others it shows
+whether long answers did better. And watch `logprob_difference`, the largest |log p by the sampler - log p by the
+trainer|: above 1e-3 in float32 a cache, a mask or a position is wrong; in bfloat16 some hundredths are rounding.
 
-With `teacher` A of a token is log p_teacher - log p_old: on-policy distillation, the reverse KL of
-https://arxiv.org/abs/2306.13649 estimated from the tokens that were sampled. Rewards are then only logged.
+With `teacher` A of a token is log p_teacher - log p_old: on-policy distillation (https://arxiv.org/abs/2306.13649, its
+reverse KL estimated from the sampled tokens). Rewards are then only logged; --rewards= leaves them out.
 """
 
 import time
@@ -41,7 +42,7 @@ from training.answers import Problems, Sampler, evaluate, nothing_to_learn, samp
 from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pictures import Curve
-from training.policy import build, fingerprint, frozen, load_like, logprobs, only_known_tokens, pad, reference_logprobs
+from training.policy import build, fingerprint, frozen, load_like, logprobs, pad, reference_logprobs
 from training.reward_model import learned_reward
 from training.run import Run
 
@@ -53,7 +54,9 @@ data = ""  # problems to answer: a .jsonl file, or a named set such as gsm8k
 eval_data = ""  # problems that are never trained on
 out_dir = "out/grpo"  # the run: config, metrics, samples, checkpoints, picture
 seed = 1  # of the order of problems and of what is sampled
-think: Literal["free", "always", "never"] = "free"  # as the model likes, begun with <think>, or without
+think: Literal["free", "always", "never"] = (
+    "free"  # free: the model decides; always: prompts open <think>; never: they hold an empty block
+)
 # rewards
 rewards = "math:1"  # name:weight,...: math, format, arithmetic, code, learned, or your own my_module:my_function
 reward_model = ""  # the run of reward.py whose score is the reward `learned`
@@ -64,36 +67,38 @@ problems_per_step = 48  # over all devices
 max_new_tokens = 256  # of an answer: longer ones are cut
 temperature = 1.0  # of sampling; the trainer's logits are divided by it, too
 think_budget = 0  # above 0: thoughts are ended after so many tokens
-rollout_rows = 512  # answers that a device samples at once: lower it if memory runs out
+rollout_rows = 512  # answers that a device samples at once, in whole groups: lower it if memory runs out
 # loss
-loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dapo"
+loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = (
+    "dapo"  # how answers of different lengths count, see the head of grpo.py
+)
 scale_rewards: Literal["group", "none"] = "group"  # divide by the (unbiased) standard deviation of the group
 clip_low = 0.2  # gspo wants 3e-4; cispo has none
 clip_high = 0.28  # gspo wants 4e-4
-beta = 0.0  # of the KL divergence to the policy of init_from; 0: that is not even loaded
+beta = 0.0  # weight of the KL divergence to the policy of init_from; 0: no copy of that is kept
 mask_truncated = False  # learn nothing from answers that were cut at max_new_tokens
-teacher = ""  # the run of a model to learn from instead of rewards, of the same vocabulary
+teacher = ""  # the run of a model to learn from instead of rewards, with the same tokenizer
 # optimizer
 optimizer: Literal["muon", "adamw"] = "adamw"
-max_steps = 100  # each with new samples
+max_steps = 100  # each samples new answers
 updates_per_batch = 1  # of the optimizer on the samples of a step; from the second on the ratio is not 1
 micro_batch = 64  # answers at once on a device: lower it if memory runs out
 learning_rate = 1e-6  # for billions of parameters; 3e-4 for a third of a million
 min_lr = 0.0  # where the schedule ends
-warmup_steps = 0  # in which the learning rate rises to its value
+warmup_steps = 0  # steps in which the learning rate rises to its value
 schedule: Literal["cosine", "wsd", "constant"] = "constant"
 weight_decay = 0.0
 beta1 = 0.9  # of AdamW
 beta2 = 0.95
 grad_clip = 1.0  # 0: off
 # loop
-eval_every = 20  # steps; also at the end. The step is saved first
+eval_every = 20  # steps between evaluations, which are also at step 0 and at the end
 eval_problems = 128  # of eval_data, the first ones; 0: all
-eval_samples = 0  # k: sample so many answers to each of them as well, for pass@1 and pass@k
+eval_samples = 0  # k: also sample so many answers to each of them, at `temperature`, for pass@1 and pass@k
 save_every = 100  # steps; also before each evaluation and at the end
 keep_last = 3  # checkpoints, besides the best; 0: all
 log_every = 1  # steps between printed lines; metrics.jsonl gets every step
-log_samples = 4  # of the answers of each step so many, the first, go to samples.jsonl, with their rewards
+log_samples = 4  # how many of each step's answers, the first ones, go to samples.jsonl with their rewards
 wandb: Literal["", "online", "offline"] = ""  # log to Weights & Biases too
 tensorboard = False  # write out_dir/tensorboard too
 # system
@@ -124,7 +129,7 @@ def advantages(rewards, scale_rewards):
 
 
 def policy_loss(logp, old_logp, advantage, is_target, loss_type, clip_low, clip_high):
-    """Returns the loss of each token (rows, T), and whether the lower and the upper bound cut off its gradient.
+    """Returns the loss of each token (rows, T), and whether the lower and the upper bound were active.
 
     logp, old_logp: log p of each token, now and before the first update. advantage: (rows, 1), or of each token.
     """
@@ -163,8 +168,8 @@ def token_weights(is_target, loss_type, max_new_tokens, n_answers, n_tokens):
 def lessons_of(answers, totals):
     """Returns the answers that teach something, each with its advantage, and whether each group is flat.
 
-    totals: their rewards. A group is flat where they are all the same: its advantages are 0, and nothing is computed
-    for it unless the KL divergence counts.
+    totals: their rewards. A group is flat where they are all the same: its advantages are 0, and it is left out unless
+    beta or a teacher gives its tokens a loss.
     """
     groups = torch.tensor(totals).view(-1, group_size)
     advantage = advantages(groups, scale_rewards).flatten().tolist()
@@ -226,7 +231,7 @@ def add_gradients(net, reference, batches, n_answers, n_tokens, n_inputs, here):
                 sums["kl"] += kl.sum().item()
             weights = token_weights(batch.is_target, loss_type, max_new_tokens, n_answers, n_tokens)
             loss = (losses * weights).sum() + auxiliary * batch.n_inputs / n_inputs
-            # Gradients are averaged over processes; times their number they add up, as the weights want it.
+            # DDP averages gradients over processes; times their number they are the sum that the weights expect.
             (loss * here.world_size).backward()
         sums["loss"] += loss.item()
         sums["clipped_low"] += is_low.sum().item()
@@ -247,10 +252,6 @@ def main():
     try:
         config = configure(globals(), starting_from=start.knobs_of)
         check_run(config)
-        if teacher and (beta or loss_type == "gspo"):
-            raise ValueError("with teacher each token has an A of its own, and no reference: no beta, no gspo")
-        if not (rewards or teacher):
-            raise ValueError("rewards is empty: give some, such as math:1, or a teacher")
         here = machine.join(device, dtype, timeout, deterministic=deterministic)
 
         # 1. models
@@ -260,9 +261,9 @@ def main():
             reference = load_like(teacher, tokenizer, policy.config.block_size, here.device)
         elif beta:
             reference = frozen(policy)
-        for each in (policy, reference):
+        for each in (policy, reference):  # which are copies by now: what is set here would call the policy's own
             if each is not None:
-                only_known_tokens(each, tokenizer, temperature)
+                load.hide_padding(each, tokenizer, temperature)
         net = processes.averaging_gradients(policy, here.device) if here.parallel == "ddp" else policy
 
         # 2. problems and rewards
@@ -289,7 +290,7 @@ def main():
     while True:
         run.save_if_due()
         if run.evaluation_is_due:
-            report = evaluate(sampler, held_out.all[: eval_problems or None], graders, eval_samples, here)
+            report = evaluate(sampler, held_out.all[: eval_problems or None], graders, eval_samples, here, run.fail)
             run.note_evaluation(report, error=-report["eval_reward"])
         if run.is_done or run.asked_to_stop():
             run.save_if_due(now=True)
@@ -307,15 +308,15 @@ def main():
         # 2. what is learned from
         lessons, is_flat = lessons_of(answers, scores.totals)
         own = [
-            sum(any(answer.is_target) for answer in answers),
-            sum(sum(answer.is_target) for answer in answers),
+            sum(any(answer.is_target) for answer in answers),  # N
+            sum(sum(answer.is_target) for answer in answers),  # n_total
             sum(answer.n_inputs for answer, _ in lessons),
             len(lessons),
             sum(len(answer.ids) for answer in answers),
             sum(is_flat),
         ]
         n_answers, n_tokens, n_inputs, n_lessons, n_sampled, n_flat = processes.all_sum(own, here.device)
-        if not lessons:  # DDP waits for the gradients of every process, and be they 0
+        if not lessons:  # DDP waits for gradients from every process, even if they are 0
             lessons = [(nothing_to_learn(tokenizer.eot_id), 0.0)]
         lessons.sort(key=lambda lesson: -lesson[0].n_inputs)  # rows of like lengths together, the longest first
         batches = []
@@ -331,14 +332,14 @@ def main():
             lr, norm = run.update()
         seconds_training = time.perf_counter() - begin
 
-        # 4. log
+        # 4. log; what follows of the loss is of the last update
         loss, kl, low, high = processes.all_sum([sums[name] for name in OF_TOKENS], here.device)
         row = summary(answers, scores) | {"loss": loss, "lr": lr, "grad_norm": norm}
         row["flat_groups"] = n_flat / problems_per_step
         row["logprob_difference"] = max(processes.gather(logprob_difference(batches))) if n_lessons else 0.0
-        row["kl"] = kl / max(n_tokens, 1)  # these three of the last update
-        row["clipped_low"] = low / max(n_tokens, 1)
-        row["clipped_high"] = high / max(n_tokens, 1)
+        if beta:
+            row["kl"] = kl / max(n_tokens, 1)
+        row |= {"clipped_low": low / max(n_tokens, 1), "clipped_high": high / max(n_tokens, 1)}
         row["sampled_per_second"] = n_sampled / seconds_sampling
         row["trained_per_second"] = n_inputs * updates_per_batch / seconds_training
         run.note_samples(samples_of(answers[:log_samples], scores, tokenizer))

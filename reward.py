@@ -31,7 +31,7 @@ from training.answers import Problems, Sampler, score
 from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pictures import Curve
-from training.policy import build, frozen, only_known_tokens
+from training.policy import build, frozen
 from training.reward_model import RewardModel, scores_of, side_by_side
 from training.run import Run
 
@@ -61,14 +61,14 @@ pairs_per_step = 64  # over all devices
 micro_batch = 16  # pairs at once on a device: lower it if memory runs out
 learning_rate = 1e-5  # for billions of parameters; 3e-4 for a third of a million
 min_lr = 0.0  # where the schedule ends
-warmup_steps = 20  # in which the learning rate rises to its value
+warmup_steps = 20  # steps in which the learning rate rises to its value
 schedule: Literal["cosine", "wsd", "constant"] = "cosine"
 weight_decay = 0.01
 beta1 = 0.9  # of AdamW
 beta2 = 0.95
 grad_clip = 1.0  # 0: off
 # loop
-eval_every = 100  # steps; also at the end. The step is saved first
+eval_every = 100  # steps between evaluations, which are also at step 0 and at the end
 save_every = 500  # steps; also before each evaluation and at the end
 keep_last = 3  # checkpoints, besides the best; 0: all
 log_every = 10  # steps between printed lines; metrics.jsonl gets every step
@@ -163,7 +163,7 @@ def main():
         sampler = None
         if best_of:
             policy = frozen(backbone)
-            only_known_tokens(policy, tokenizer)
+            load.hide_padding(policy, tokenizer)
             sampler = Sampler(
                 policy, tokenizer, load.stop_tokens(tokenizer, Path(init_from)), max_new_tokens=max_new_tokens,
                 seed=seed, autocast=here.autocast(), rows=rollout_rows,

@@ -86,7 +86,7 @@ def measure(args: Namespace) -> Iterator[dict]:
 
 
 def prepare_data() -> float:
-    """Makes what all stages read, where it is not there; returns the CPU seconds that took."""
+    """Makes what all stages read; returns the CPU seconds that took."""
     begin = cpu_seconds()
     prepare = ["data/prepare.py", "--tokenizer", f"{DATA}/tokenizer.json"]
     run(["data/arithmetic.py", "--out", str(DATA)], OUT / "data.log")
@@ -173,7 +173,7 @@ def run(words: list[str], log: Path) -> None:
     """Runs one of our commands; what it prints goes to a file. Where it fails or is stopped this process ends, too."""
     log = ROOT / log
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
+    with log.open("a") as file:
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=file, stderr=file)
         try:
             code = process.wait()
@@ -199,7 +199,7 @@ def examine(name: str, folder: Path, device: str) -> dict:
     rows = list(arithmetic.held_out_rows())
     if name == "pretrain":
         prompts = [prefix + tokenizer.encode(row["question"] + "\n") for row in rows]
-        texts = write(model, tokenizer, prompts, stop_tokens(tokenizer), 0.0)
+        texts, _ = write(model, tokenizer, prompts, 0.0)
         right = [text.split("=")[-1] == row["answer"] for text, row in zip(texts, rows)]
         return {"worked": statistics.mean(right)}
     return {"answers": {how: ask(model, tokenizer, rows, *ASKED[how]) for how in ASKED}}
@@ -215,7 +215,7 @@ def ask(model, tokenizer, rows, switch, think, temperature):
             messages = chat.switched(messages, switch)
         asked.append(messages[0]["content"])
         prompts.append(chat.prompt(tokenizer, messages, think))
-    texts = write(model, tokenizer, prompts, stop_tokens(tokenizer), temperature)
+    texts, tokens = write(model, tokenizer, prompts, temperature)
 
     right = []
     thinks = []
@@ -227,7 +227,6 @@ def ask(model, tokenizer, rows, switch, think, temperature):
         right.append(answer.strip() == row["answer"])
         thinks.append(bool(thinking))
         obeys.append(arithmetic.obeys_switch(text, question))
-    tokens = [len(tokenizer.encode(text, special=True)) + 1 for text in texts]  # with the one that ends the turn
     return {
         "accuracy": statistics.mean(right),
         "thinks": statistics.mean(thinks),
@@ -237,11 +236,14 @@ def ask(model, tokenizer, rows, switch, think, temperature):
     }
 
 
-def write(model, tokenizer, prompts, stop, temperature):
-    """Returns the text that the model writes behind each prompt; what is drawn depends on the model alone."""
+def write(model, tokenizer, prompts, temperature):
+    """Returns what the model writes behind each prompt, and how many tokens that is, with the one that ends it.
+
+    What is drawn depends on the model alone.
+    """
     draws = torch.Generator(next(model.parameters()).device).manual_seed(0)
-    rows = generate(model, prompts, MOST, temperature=temperature, stop=stop, generator=draws)
-    return [tokenizer.decode(row) for row in rows]
+    rows = generate(model, prompts, MOST, temperature=temperature, stop=stop_tokens(tokenizer), generator=draws)
+    return [tokenizer.decode(row) for row in rows], [min(len(row) + 1, MOST) for row in rows]
 
 
 def one_line(record):
@@ -333,16 +335,20 @@ def interpretation(result) -> list[str]:
         "right. The rest adds little to that: it is about when the model makes use of it.",
         f"- GRPO lifts greedy answers from {percent('sft', 'greedy')} to {percent('grpo', 'greedy')}, and of these "
         f"{100 * gain:.1f} points {100 * mode:.1f} are the choice to think: forced to, the model of SFT was right in "
-        f"{percent('sft', 'forced to think')}. What is beyond that is little more than chance.",
-        f"- To answer at once is not rewarded, and gets no better: made to, the model is right in "
-        f"{percent('sft', at_once)} before GRPO and in {percent('grpo', at_once)} after it; and a switch means nothing "
-        f"yet. Fusion teaches both ways: {percent('fusion', '/think')} are right after /think, "
-        f"{percent('fusion', '/no_think')} after /no_think, and {percent('fusion', 'switch', 'obeys')} obey.",
+        f"{percent('sft', 'forced to think')}.",
+        f"- Made to answer at once, which nothing rewards, the model is right in {percent('sft', at_once)} before "
+        f"GRPO and in {percent('grpo', at_once)} after it; a switch is obeyed in "
+        f"{percent('grpo', 'switch', 'obeys')}. After the fusion of both ways {percent('fusion', '/think')} are right "
+        f"after /think, {percent('fusion', '/no_think')} after /no_think, and "
+        f"{percent('fusion', 'switch', 'obeys')} obey.",
         f"- The last model is right in {percent(LAST, '/think')} after /think, in {percent(LAST, '/no_think')} after "
         f"/no_think, and obeys in {percent(LAST, 'switch', 'obeys')}.",
         warning_line(result),
         "- The check of all that GRPO stands on: the log-probability of a sampled token by the sampler and by the "
         f"trainer never differed by more than {largest_difference(result):.1e}, in float32.",
+        "- No stage trains on these questions, but the settings were chosen by looking at them. With Muon at a "
+        "learning rate of 3e-3 instead of AdamW the model of SFT answered 59 % of them rightly at once, which leaves "
+        "GRPO less to find.",
     ]
 
 
@@ -361,7 +367,8 @@ def warning_line(result):
     return (
         f"- Plain DPO on pairs sampled once is the warning: at the end it prefers the better answer of "
         f"{100 * accuracy:.0f} % of its pairs, and its own answers fall from {before:.1f} % right to {after:.1f} %. "
-        "A margin is not quality; nll_coef=1, pairs that are sampled anew and small steps keep the last stage from it."
+        "A margin is not quality. The last stage differs in three ways, which were not tried apart: nll_coef=1, pairs "
+        "that are sampled anew, smaller steps."
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.chat import check_messages, exchange, instruction_of, listed, messages_of
+from data.chat import check_messages, exchange, instruction_of, listed
 from data.sources import find_rows
 from data.text import Unreadable, boxed, stop, text_field
 
@@ -40,7 +40,8 @@ def question_of(row: Any, where: str) -> list[dict]:
     else:
         fields = [field for field in ("question", "problem", "prompt") if row.get(field) is not None]
         if not fields:
-            messages = messages_of(row, where)  # which says what it needs
+            known = "question, problem, prompt, instruction or messages"
+            raise Unreadable(f"{where}: no problem: its fields are {', '.join(row) or 'none'}, and it needs {known}")
         messages = exchange(text_field(row, where, fields[0]), "")
     check_messages(messages, where)
     return up_to_question(messages, where)
@@ -55,7 +56,7 @@ def up_to_question(messages, where):
 
 def gold_of(row: dict) -> str | None:
     r"""Returns the result of a row's problem: what it names so, what is behind ####, or what is in \boxed{...}."""
-    for field in ("expected_answer", "answer"):
+    for field in ("gold", "expected_answer", "answer"):
         if row.get(field) is not None:
             return str(row[field]).rpartition("####")[2].strip()
     if isinstance(row.get("solution"), str):

@@ -938,14 +938,14 @@ MUTANTS = [
     ),
     Mutant(
         "the trainer without the sampler's temperature",
-        "training/policy.py",
+        "training/load.py",
         ": tokenizer.vocab_size] / temperature",
         ": tokenizer.vocab_size]",
         "test_policy.py -k of_the_temperature",
     ),
     Mutant(
         "ids without a text behind them are likely",
-        "training/policy.py",
+        "training/load.py",
         "logits(x)[..., : tokenizer.vocab_size]",
         "logits(x)",
         "test_policy.py -k of_the_temperature",
@@ -1251,8 +1251,8 @@ MUTANTS = [
     Mutant(
         "sampled at temperature 1",
         "grpo.py",
-        "only_known_tokens(each, tokenizer, temperature)",
-        "only_known_tokens(each, tokenizer)",
+        "load.hide_padding(each, tokenizer, temperature)",
+        "load.hide_padding(each, tokenizer)",
         "test_policy.py -k knobs_say",
     ),
     Mutant(

@@ -477,7 +477,7 @@ def test_problems_of_a_file_may_have_several_turns_and_no_answer(tmp_path):
     found = list(problems(path, bad.append))
     assert [messages for messages, _ in found] == [rows[0]["messages"], [user("5")], [user("7")]]
     assert [row["gold"] for _, row in found] == ["4", None, "8"] and found[1][1]["tests"] == "x"
-    assert "problems.jsonl line 4: no conversation" in str(bad[0]) and len(bad) == 1
+    assert "problems.jsonl line 4: no problem" in str(bad[0]) and len(bad) == 1
     with pytest.raises(ValueError, match="problems.jsonl line 4"):
         list(problems(path))
 

@@ -18,10 +18,10 @@ from tests import tiny
 from tests.test_posttraining import execute, refusal, rows_of, run, save_start, words
 from training import pairs
 from training.answers import Answer, Problem, Problems, Sampler, evaluate, score
-from training.load import stop_tokens
+from training.load import hide_padding, stop_tokens
 from training.machine import Machine
 from training.pairs import Pair
-from training.policy import build, frozen, load_like, logprobs, only_known_tokens, pad
+from training.policy import build, frozen, load_like, logprobs, pad
 from training.reward_model import RewardModel, scores_of
 from training.signals import DIVERGED
 
@@ -41,7 +41,7 @@ HERE = machine()
 def policy_of(temperature=1.0, name="baseline", **options):
     """A tiny model that writes what TOKENIZER knows."""
     model = tiny.build(name, vocab_size=VOCAB, eot_id=EOT, **options)
-    only_known_tokens(model, TOKENIZER, temperature)
+    hide_padding(model, TOKENIZER, temperature)
     return model
 
 
@@ -94,7 +94,7 @@ def test_a_reference_stays_what_the_policy_was():
     x, y = pad([[EOT, 5, 6]], [[1, 2]], [[True, True]], EOT, "cpu")
     before, _ = logprobs(reference, x, y)
     for model in (policy, reference):
-        only_known_tokens(model, TOKENIZER, 0.7)
+        hide_padding(model, TOKENIZER, 0.7)
     sharper, _ = logprobs(reference, x, y)
     with torch.no_grad():
         for p in policy.parameters():
@@ -486,14 +486,14 @@ def test_a_policy_has_documents_and_nothing_that_depends_on_chance_or_on_what_el
     assert policy.config.eot_id == EOT
     teacher = load_like(str(start / "start"), TOKENIZER, 64, "cpu")
     assert (teacher.config.dropout, teacher.config.router_jitter, teacher.config.capacity_factor) == (0, 0, 0)
-    only_known_tokens(policy, TOKENIZER)
+    hide_padding(policy, TOKENIZER)
     policy.train()
     rows = [[1, 2], [3, 4, 8, 9, 1, 2, 3], [5, 6, 7]]
     prompts = [[EOT, 5, 6], [EOT, 7], [EOT, 8]]
     x, y = pad(prompts, rows, [[True] * len(row) for row in rows], EOT, "cpu")
     together, _ = logprobs(policy, x, y)
     expected = tiny.build("switch", vocab_size=VOCAB, eot_id=EOT, capacity_factor=0.0)
-    only_known_tokens(expected, TOKENIZER)
+    hide_padding(expected, TOKENIZER)
     for i, row in enumerate(rows):
         alone, _ = logprobs(expected, *pad(prompts[i : i + 1], [row], [[True] * len(row)], EOT, "cpu"))
         torch.testing.assert_close(together[i, : alone.size(1)], alone[0], rtol=1e-4, atol=1e-4)
@@ -641,7 +641,7 @@ def test_a_run_ends_after_ten_steps_whose_gradients_are_not_finite(work):
     """A first step of 1e30 leaves weights of which all losses are NaN."""
     knobs = COMMON | dict(data="pairs.jsonl", rewards=None, max_new_tokens=None, learning_rate=1e30, max_steps=30)
     result = execute(work, "dpo.py", words("wild", [], knobs | dict(warmup_steps=0, save_every=100)))
-    assert result.code == DIVERGED and "10 steps in a row without a finite gradient" in result.err
+    assert result.code == DIVERGED and "10 updates in a row without a finite gradient" in result.err
     steps = rows_of(work / "wild" / "metrics.jsonl")
     assert [row["skipped"] for row in steps] == list(range(11))
     assert json.loads((work / "wild" / "state.json").read_text())["state"] == "diverged"

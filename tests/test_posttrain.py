@@ -109,9 +109,9 @@ def asked(monkeypatch, completions, how):
     """Returns the scores of a model that writes these completions, and the prompts that it was given."""
     given = []
 
-    def write(model, tokenizer, prompts, stop, temperature):
+    def write(model, tokenizer, prompts, temperature):
         given.extend(tokenizer.decode(prompt) for prompt in prompts)
-        return completions
+        return completions, [13, 7]
 
     monkeypatch.setattr(posttrain, "write", write)
     rows = [{"question": "10+20+30", "answer": "60"}, {"question": "11+20+30", "answer": "61"}]
@@ -122,7 +122,7 @@ def test_answers_are_right_think_and_obey_or_not(monkeypatch):
     texts = [RIGHT["thinks"].format(60), RIGHT["direct"].format(60)]
     scores, given = asked(monkeypatch, texts, "greedy")
     assert (scores["accuracy"], scores["thinks"], scores["obeys"]) == (0.5, 0.5, 0.5)
-    assert scores["tokens"] == (13 + 7) / 2  # <think> \n 1+1=2 \n </think> \n\n 60 <|im_end|>
+    assert scores["tokens"] == (13 + 7) / 2
     assert given[0] == "<|endoftext|><|im_start|>user\n10+20+30<|im_end|>\n<|im_start|>assistant\n"
 
     scores, given = asked(monkeypatch, texts, "/no_think")

@@ -373,7 +373,7 @@ def spoilt(work):
         ("grpo.py", GRPO | dict(data=None), "data is empty: give problems"),
         ("dpo.py", DPO | dict(data=None), "data is empty: give pairs"),
         ("grpo.py", GRPO | dict(data="nowhere.jsonl"), "nowhere.jsonl: there is no such file"),
-        ("grpo.py", GRPO | dict(data="odd.jsonl"), "odd.jsonl line 1: no conversation"),
+        ("grpo.py", GRPO | dict(data="odd.jsonl"), "odd.jsonl line 1: no problem"),
         ("reward.py", REWARD | dict(data="odd.jsonl"), "odd.jsonl line 1: no pair"),
         ("grpo.py", GRPO | dict(data="long.jsonl"), "long.jsonl: no problem leaves room for an answer, of 1: lower"),
         ("grpo.py", GRPO | dict(max_new_tokens=64), "tokens, and block_size less max_new_tokens is -32"),
@@ -448,7 +448,7 @@ def test_a_reward_that_fails_now_and_then_is_counted_and_one_that_breaks_ends_th
     knobs = GRPO | dict(rewards="my_rewards:breaks", eval_data=None, save_every=100)  # and so eval_every means nothing
     message = refusal(work, "grpo.py", "broken", **knobs)
     assert "the reward my_rewards:breaks failed for all 16 answers" in message and "no connection" in message
-    assert "stopped after step 3, and mended it goes on with  python" in message
+    assert "stopped after step 3: mend it, and go on with  python" in message
     assert [path.name for path in checkpoint.folders(work / "broken")] == ["step-00000003"]
 
 

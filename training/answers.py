@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     ids: list[int]  # with the token that ended it
     logprobs: list[float]  # of each, as it was sampled
     entropies: list[float]  # of the distribution that each was sampled from
-    is_target: list[bool]  # for each, whether it was chosen: the end of thoughts may have been forced
+    is_target: list[bool]  # for each, False where think_budget forced it: the two before are 0 there
     is_truncated: bool  # at max_new_tokens
     text: str  # with the opening that stands in the prompt
 
@@ -50,7 +50,7 @@ class Answer(NamedTuple):
 
     @property
     def n_inputs(self) -> int:
-        """Returns how many tokens of it and its prompt a model reads: of the last it reads nothing off."""
+        """Returns how many tokens of it and its prompt a model reads: all but the last, which is only predicted."""
         return len(self.problem.prompt) + len(self.ids) - 1
 
 
@@ -185,18 +185,21 @@ def summary(answers: list[Answer], scores: Scores) -> dict:
     return found
 
 
-def evaluate(sampler: Sampler, some: list[Problem], graders: list, samples: int, here) -> dict:
+def evaluate(
+    sampler: Sampler, some: list[Problem], graders: list, samples: int, here: Machine, fail: Callable = processes.fail
+) -> dict:
     """Returns what greedy answers to problems are worth: their summary, each name with eval_ before it.
 
     samples: above 0, so many answers are sampled to each problem, too: pass_at_1 is the share of those that the first
     of the rewards gives 1 or more, pass_at_<samples> the share of the problems with one or more of these.
+    fail: as for score.
     """
     own = here.share(some)
     answers = sampler.sample(own, step=0, n=1, temperature=0.0)
-    report = {f"eval_{name}": value for name, value in summary(answers, score(graders, answers)).items()}
+    report = {f"eval_{name}": value for name, value in summary(answers, score(graders, answers, fail)).items()}
     if samples:
         answers = sampler.sample(own, step=0, n=samples)
-        first, *_ = score(graders, answers).parts.values()
+        first, *_ = score(graders, answers, fail).parts.values()
         passed = np.array(sum(processes.gather(first), [])).reshape(-1, samples) >= 1
         report["pass_at_1"] = float(passed.mean())
         report[f"pass_at_{samples}"] = float(passed.any(axis=1).mean())

@@ -17,6 +17,8 @@ DEAD_WITHOUT = (
     ("rope_original", 0, "rope_scaling", "none"),
     ("shared_gate", False, "n_shared_expert", 0),
     ("eval_samples", 0, "rewards", ""),
+    ("eval_samples", 0, "eval_data", ""),
+    ("reward_model", "", "rewards", ""),
 )
 
 
@@ -35,6 +37,10 @@ def check_run(config: dict) -> None:
     for knob in ("problems_per_step", "problems_per_round", "pairs_per_step"):
         if config.get(knob, math.inf) < processes.launched()[1]:
             raise ValueError(f"{knob}={config[knob]} gives some processes nothing to do: raise it")
+    if config.get("teacher") and (config["beta"] or config["loss_type"] == "gspo"):
+        raise ValueError("with teacher each token has an A of its own, and no reference: no beta, no gspo")
+    if config.get("rewards") == "" and not config.get("teacher"):
+        raise ValueError("rewards is empty: give some, such as math:1, or a teacher")
     if config["overwrite"] and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise ValueError("--overwrite would delete the run at each restart of --max-restarts: try --resume=auto")
 

@@ -99,10 +99,13 @@ def known_tokenizer(path: str | Path) -> Tokenizer | None:
         return None
 
 
-def hide_padding(model, tokenizer) -> None:
-    """Leaves out the logits of what only pads the vocabulary: no text stands behind those ids."""
+def hide_padding(model, tokenizer, temperature: float = 1.0) -> None:
+    """Leaves out the logits of what only pads the vocabulary, as no text stands behind those ids; divides the others.
+
+    What is trained so has the distribution that it is sampled from.
+    """
     logits = model.logits
-    model.logits = lambda x: logits(x)[..., : tokenizer.vocab_size]
+    model.logits = lambda x: logits(x)[..., : tokenizer.vocab_size] / temperature
 
 
 def stop_tokens(tokenizer, path: Path | None = None) -> set[int]:

@@ -67,7 +67,7 @@ def join(
     timeout: float,
     parallel: str = "auto",
     compile: bool | str = False,
-    tf32: bool = True,
+    tf32: bool = False,
     deterministic: bool = False,
 ) -> Machine:
     """Finds this process's device, and meets the others that torchrun started. The arguments are train.py's knobs.

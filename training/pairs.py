@@ -21,7 +21,7 @@ class Pair(NamedTuple):
 
     @property
     def n_inputs(self) -> int:
-        """Returns how many tokens a model reads: of the last of each answer it reads nothing off."""
+        """Returns how many tokens a model reads: all but the last of each answer, which is only predicted."""
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected) - 2
 
 

@@ -17,7 +17,7 @@ OFF = {"dropout": 0.0, "router_jitter": 0.0, "capacity_factor": 0.0}
 
 
 def build(config: dict, here: Machine) -> tuple[torch.nn.Module, Tokenizer]:
-    """Returns the model of init_from, with the fields that knobs changed, and its tokenizer. ValueError without them.
+    """Returns the model of init_from, with the fields that knobs changed, and its tokenizer.
 
     Documents begin with the tokenizer's eot_id: what fills up a row behind its text is no part of it.
     """
@@ -77,15 +77,6 @@ def load_like(path: str, tokenizer: Tokenizer, block_size: int, device: str) -> 
         if hasattr(model.config, name):
             setattr(model.config, name, off)
     return model.requires_grad_(False)
-
-
-def only_known_tokens(model: torch.nn.Module, tokenizer: Tokenizer, temperature: float = 1.0) -> None:
-    """Makes the model's distribution the one that it is sampled from, in training, too.
-
-    Logits of ids that only pad the vocabulary are left out, and the others divided by the temperature.
-    """
-    logits = model.logits
-    model.logits = lambda x: logits(x)[..., : tokenizer.vocab_size] / temperature
 
 
 def pad(

@@ -21,11 +21,11 @@ from training.schedule import learning_rate as learning_rate_at
 from training.signals import DIVERGED, StopSignals
 from training.update import update
 
-MAX_SKIPPED = 10  # a run ends after so many steps in a row with a gradient that is not finite
+MAX_SKIPPED = 10  # a run ends after so many updates in a row with a gradient that is not finite
 
 
 class Run:
-    """A run, begun or gone on with as the knobs say. ValueError, OSError and CheckpointError say why it cannot be.
+    """A run, which it begins or resumes as the knobs say. ValueError, OSError and CheckpointError say why it cannot be.
 
     step: how many are done. state: what a script wants to find again where the run goes on, as JSON has it.
     config: the knobs and the model's fields, as configure returns them.
@@ -192,7 +192,7 @@ class Run:
                 self.write_state("diverged")
             good = checkpoint.newest(self.out, self.here.say)
             processes.fail(
-                f"{MAX_SKIPPED} steps in a row without a finite gradient: stopped. The last good checkpoint is {good}: "
+                f"{MAX_SKIPPED} updates in a row without a finite gradient: stopped. Last good checkpoint is {good}: "
                 "try a lower learning_rate",
                 DIVERGED,
             )
@@ -204,7 +204,7 @@ class Run:
             self.log.close()
             self.samples.close()
             self.write_state("stopped")
-        processes.fail(f"{message}; stopped after step {self.step}, and mended it goes on with  {self.command}")
+        processes.fail(f"{message}; stopped after step {self.step}: mend it, and go on with  {self.command}")
 
     def finish(self, next_command: str = "") -> None:
         """Ends the run and the process, with what there is to say, such as what to do with the weights."""
