@@ -133,6 +133,7 @@ def test_a_budget_ends_thinking_as_conversations_do(bytes_and_chat):
         ("2 and 3\n</think>\n\n5", ("2 and 3", "5")),
         ("<think>\n\n</think>\n\n5<|im_end|>\n", (None, "5")),
         ("<think>\n2 and", ("2 and", "")),
+        ("2 and 3\n</think>\n\n4, or\n</think>\n\n5", ("2 and 3", "5")),
         ("5<|im_end|>", (None, "5")),
     ],
 )

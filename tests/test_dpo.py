@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import dpo
 from dpo import best_against_worst, preference_loss
 from training.answers import Answer, Problem
 
@@ -81,3 +82,32 @@ def test_pairs_are_the_best_and_the_worst_of_each_group_and_of_equals_there_is_n
     pairs = best_against_worst(answers, [0.2, 1.0, 0.0, 0.5, 0.5, 0.5], group_size=3)
     assert len(pairs) == 1
     assert pairs[0].chosen == answers[1].ids and pairs[0].rejected == answers[2].ids and pairs[0].prompt == [1, 2]
+
+
+def said_by_watch(rows):
+    said = []
+    watch = dpo.Watch(said.append)
+    for row in rows:
+        watch.look(row)
+    return said
+
+
+def test_a_loss_that_does_not_move_is_said_once():
+    still = {"loss": math.log(2), "gain_chosen": 0.0}
+    moved = {"loss": 0.6, "gain_chosen": 0.0}
+    assert said_by_watch([still] * 49 + [moved] + [still] * 49) == []
+    (warning,) = said_by_watch([still] * 200)
+    assert "still ln 2 after 50 steps" in warning and "learning_rate=5e-07" in warning
+
+
+def test_chosen_answers_that_become_unlikely_are_said_once_unless_a_gain_is_no_difference(monkeypatch):
+    rows = [
+        {"loss": 0.1, "gain_chosen": -9.0},
+        {"loss": 0.1, "gain_chosen": -11.0},
+        {"loss": 0.1, "gain_chosen": -12.0},
+    ]
+    assert said_by_watch(rows[:1]) == []
+    (warning,) = said_by_watch(rows)
+    assert "10 nats less likely" in warning and "nll_coef=1" in warning
+    monkeypatch.setattr(dpo, "reference_free", True)
+    assert said_by_watch(rows) == []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import asdict
 
 import pytest
@@ -14,7 +15,7 @@ from data import arithmetic, chat
 from data.tokenizers import tokenizer_from_dict
 from evals.rewards import Reward
 from tests import tiny
-from tests.test_posttraining import refusal, rows_of, run, save_start
+from tests.test_posttraining import execute, refusal, rows_of, run, save_start, words
 from training import pairs
 from training.answers import Answer, Problem, Problems, Sampler, evaluate, score
 from training.load import stop_tokens
@@ -22,6 +23,7 @@ from training.machine import Machine
 from training.pairs import Pair
 from training.policy import build, frozen, load_like, logprobs, only_known_tokens, pad
 from training.reward_model import RewardModel, scores_of
+from training.signals import DIVERGED
 
 TOKENIZER = tokenizer_from_dict(arithmetic.tokenizer_fields())
 EOT = TOKENIZER.eot_id
@@ -215,12 +217,12 @@ def knobs(monkeypatch):
     return set_knobs
 
 
-def answers_with(totals, lengths, prompt=(EOT, 5, 6)):
-    """One answer of such a length for each reward."""
+def answers_of(*lengths):
+    """Answers of so many tokens, to prompts of two and of three."""
     found = []
     for i, n in enumerate(lengths):
         ids = [(3 * i + j) % 20 for j in range(n)]
-        problem = Problem(i, list(prompt)[: 2 + i % 2], "", {})
+        problem = Problem(i, [EOT, 5, 6][: 2 + i % 2], "", {})
         found.append(Answer(problem, ids, [-2.0] * n, [1.0] * n, [True] * n, False, ""))
     return found
 
@@ -228,7 +230,7 @@ def answers_with(totals, lengths, prompt=(EOT, 5, 6)):
 def test_groups_whose_rewards_are_all_the_same_teach_nothing_but_the_kl_divergence(knobs):
     knobs(grpo, group_size=2)
     totals = [1.0, 1.0, 0.0, 1.0, 0.3, 0.3]
-    answers = answers_with(totals, [2] * 6)
+    answers = answers_of(2, 2, 2, 2, 2, 2)
     answers[3] = answers[3].without_targets()
     lessons, is_flat = grpo.lessons_of(answers, totals)
     assert is_flat == [True, False, True]
@@ -254,40 +256,41 @@ def test_what_the_sampler_noted_stands_where_the_trainer_computes_it(source):
         assert grpo.logprob_difference([batch]) == pytest.approx(1, abs=1e-4)
 
 
-LESSONS = list(zip(answers_with([0.0] * 8, [6, 1, 3, 5, 2, 4, 7, 2]), [1.2, -0.7, 0.4, -1.1, 0.9, -0.3, 0.5, -0.9]))
+ADVANTAGES = [1.2, -0.7, 0.4, -1.1, 0.9, -0.3, 0.5, -0.9]
+LESSONS = list(zip(answers_of(6, 1, 3, 5, 2, 4, 7, 2), ADVANTAGES))
 N_ANSWERS = 8
 N_TOKENS = sum(len(answer.ids) for answer, _ in LESSONS)
 N_INPUTS = sum(answer.n_inputs for answer, _ in LESSONS)
 
 
-def grpo_gradients(rows, world_size=1, beta=0.0):
-    """The gradients of two updates on LESSONS in batches of so many rows, and of what is as an auxiliary loss.
+def grpo_gradients(rows, world_size=1):
+    """The gradients of two updates on LESSONS in batches of so many rows, each with the sums that are logged.
 
-    Before the second update the policy moves, by the same step for all.
+    The last of them is that of an auxiliary loss. Before the second update the policy moves, by the same step for all.
     """
     policy = policy_of(n_layer=1).double()
-    reference = None
-    if beta:
-        reference = policy_of(n_layer=1, seed=3).double()
+    reference = policy_of(n_layer=1, seed=3).double()
     auxiliary = torch.zeros(1, dtype=torch.float64, requires_grad=True)
 
     def net(x, y, per_token):
         losses, _ = policy(x, y, per_token=True)
         return losses, 3 * auxiliary.sum()
 
-    shares = [machine(rank, world_size).share(LESSONS) for rank in range(world_size)]
-    batches = [[grpo.Batch(own[i : i + rows], EOT, "cpu") for i in range(0, len(own), rows)] for own in shares]
+    batches = []  # of each process
+    for rank in range(world_size):
+        own = machine(rank, world_size).share(LESSONS)
+        batches.append([grpo.Batch(own[i : i + rows], EOT, "cpu") for i in range(0, len(own), rows)])
+    learned = [*policy.parameters(), auxiliary]
     found = []
     for _ in range(2):
-        sums = {}
+        sums = Counter()
         for rank, own in enumerate(batches):
             here = machine(rank, world_size)
             own_sums = grpo.add_gradients(net, reference, own, N_ANSWERS, N_TOKENS, N_INPUTS, here)
             for name, value in own_sums.items():
-                sums[name] = sums.get(name, 0) + value
-        gradients = [p.grad.clone() / world_size for p in [*policy.parameters(), auxiliary]]  # as DDP averages them
-        found.append((gradients, sums))
-        for p in [*policy.parameters(), auxiliary]:
+                sums[name] += value
+        found.append(([p.grad / world_size for p in learned], sums))  # as DDP averages them
+        for p in learned:
             p.grad = None
         with torch.no_grad():
             generator = torch.Generator().manual_seed(1)
@@ -299,10 +302,10 @@ def grpo_gradients(rows, world_size=1, beta=0.0):
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
 def test_grpos_gradient_is_the_same_in_any_micro_batches_and_processes(knobs, loss_type):
     knobs(grpo, loss_type=loss_type, beta=0.05, max_new_tokens=8)
-    expected = grpo_gradients(rows=8, beta=0.05)
+    expected = grpo_gradients(rows=8)
     assert expected[0][1]["clipped_high"] == 0 < expected[1][1]["clipped_high"]
     for rows, world_size in ((1, 1), (3, 1), (2, 2), (8, 3)):
-        for (gradients, sums), (wanted, wanted_sums) in zip(grpo_gradients(rows, world_size, 0.05), expected):
+        for (gradients, sums), (wanted, wanted_sums) in zip(grpo_gradients(rows, world_size), expected):
             for gradient, want in zip(gradients, wanted):
                 torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5)
             assert gradients[-1].item() == pytest.approx(3.0)  # of an auxiliary loss: once a step
@@ -388,9 +391,8 @@ def test_a_gain_is_the_sum_over_an_answer_and_its_mean_with_ipo(knobs):
             torch.testing.assert_close(gains[i], gain / len(answer) if loss_type == "ipo" else gain)
 
 
-def pair_gradients(script, rows, world_size, monkeypatch):
-    """The gradients on PAIRS in micro-batches of so many, on so many processes, and the sums that are logged."""
-    monkeypatch.setattr(script, "micro_batch", rows)
+def pair_gradients(script, world_size):
+    """The gradients on PAIRS on so many processes, the last that of an auxiliary loss, and the sums that are logged."""
     policy = policy_of(n_layer=1).double()
     reference = frozen(policy_of(n_layer=1, seed=3).double())
     auxiliary = torch.zeros(1, dtype=torch.float64, requires_grad=True)
@@ -401,7 +403,7 @@ def pair_gradients(script, rows, world_size, monkeypatch):
         losses, _ = policy(x, y, per_token=True)
         return losses, 3 * auxiliary.sum()
 
-    sums = {}
+    sums = Counter()
     for rank in range(world_size):
         here = machine(rank, world_size)
         own = here.share(PAIRS)
@@ -412,23 +414,38 @@ def pair_gradients(script, rows, world_size, monkeypatch):
         else:
             own_sums = reward.add_gradients(scorer, own, len(PAIRS), EOT, here)
         for name, value in own_sums.items():
-            sums[name] = sums.get(name, 0) + value
+            sums[name] += value
     learned = [*policy.parameters(), auxiliary] if script is dpo else list(scorer.parameters())
     return [p.grad / world_size for p in learned], sums
 
 
 @pytest.mark.parametrize("script", [dpo, reward], ids=["dpo", "reward"])
-def test_the_gradient_of_pairs_is_the_same_in_any_micro_batches_and_processes(knobs, monkeypatch, script):
-    if script is dpo:
-        knobs(dpo, nll_coef=0.5)
-    expected, expected_sums = pair_gradients(script, 5, 1, monkeypatch)
+def test_the_gradient_of_pairs_is_the_same_in_any_micro_batches_and_processes(knobs, script):
+    knobs(dpo, nll_coef=0.5)
+    knobs(script, micro_batch=5)
+    expected, expected_sums = pair_gradients(script, 1)
     for rows, world_size in ((1, 1), (2, 1), (2, 2), (1, 3)):
-        gradients, sums = pair_gradients(script, rows, world_size, monkeypatch)
+        knobs(script, micro_batch=rows)
+        gradients, sums = pair_gradients(script, world_size)
         for gradient, want in zip(gradients, expected):
             torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5)
         assert sums == pytest.approx(expected_sums)
     if script is dpo:
-        assert expected[-1].item() == pytest.approx(3.0)
+        assert expected[-1].item() == pytest.approx(3.0)  # of an auxiliary loss: once a step
+
+
+def test_a_new_reward_model_tells_no_pair_apart():
+    scorer = RewardModel(tiny.build("baseline", vocab_size=VOCAB, eot_id=EOT))
+    sums = reward.add_gradients(scorer, PAIRS, len(PAIRS), EOT, HERE)
+    assert sums["accuracy"] == sums["margin"] == 0
+
+
+def test_pairs_that_a_policy_is_evaluated_on_enter_no_count_of_its_experts():
+    policy = policy_of(name="moe", bias_rate=0.01)
+    policy.train()
+    dpo.evaluate_pairs(policy, frozen(policy), PAIRS, EOT, HERE)
+    counts = [x for name, x in policy.named_buffers() if name.endswith("step_load")]
+    assert policy.training and counts and not any(x.any() for x in counts)
 
 
 def test_the_best_of_n_is_the_answer_that_the_reward_model_likes_best(source, knobs):
@@ -618,3 +635,13 @@ def test_a_student_without_rewards_has_no_samples_that_pass(work):
     knobs = GRPO | dict(teacher="start", eval_samples=2, eval_data="problems.jsonl", eval_problems=2)
     message = refusal(work, "grpo.py", "taught", "--rewards=", **knobs | dict(rewards=None))
     assert "eval_samples=2 does nothing while rewards=: set that, too" in message
+
+
+def test_a_run_ends_after_ten_steps_whose_gradients_are_not_finite(work):
+    """A first step of 1e30 leaves weights of which all losses are NaN."""
+    knobs = COMMON | dict(data="pairs.jsonl", rewards=None, max_new_tokens=None, learning_rate=1e30, max_steps=30)
+    result = execute(work, "dpo.py", words("wild", [], knobs | dict(warmup_steps=0, save_every=100)))
+    assert result.code == DIVERGED and "10 steps in a row without a finite gradient" in result.err
+    steps = rows_of(work / "wild" / "metrics.jsonl")
+    assert [row["skipped"] for row in steps] == list(range(11))
+    assert json.loads((work / "wild" / "state.json").read_text())["state"] == "diverged"
