@@ -115,8 +115,8 @@ def until_stop(pieces, stops, begin):
 def say(model, tokenizer, prompt, options, stops=(), echo=True, opening=""):
     """Prints the continuations of a prompt up to a text of stops, the first as it comes; returns the ids of the first.
 
-    options: those of generate.stream. echo: print the prompt before each. opening: what of the
-    text stands in the prompt.
+    options: those of generate.stream. echo: print the prompt before each. opening: print this before each; it is what
+    of an answer stands in the prompt.
     """
     rows = [[] for _ in range(options["num_samples"])]
 
