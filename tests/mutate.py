@@ -2,7 +2,7 @@
 
 Each mutant is a mistake that someone could make: a text of one file that is replaced in a copy of the project, and the
 few tests that must fail for it. A mutant that survives is a promise that no test keeps. Without names all are tried,
-which takes ten minutes, and docs/mutations.md is written.
+which takes twenty minutes, and docs/mutations.md is written.
 """
 
 import shlex
