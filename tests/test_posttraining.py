@@ -272,7 +272,7 @@ def test_a_run_that_a_signal_stopped_goes_on_to_the_same_bits(work):
 
 
 def test_the_reference_is_the_model_that_the_run_began_with(work):
-    knobs = GRPO | dict(beta=0.05, max_steps=3, eval_data=None, save_every=100)
+    knobs = GRPO | dict(beta=0.05, max_steps=3, eval_data=None, eval_samples=0, save_every=100)
     kl = [row["kl"] for row in run(work, "grpo.py", "near", **knobs).steps]
     assert kl[0] == 0 < kl[1] < kl[2]
 
@@ -316,7 +316,7 @@ def test_two_processes_learn_from_pairs_as_one(work, script, knobs):
 
 
 # ---- every model file ------------------------------------------------------------------------------------------------
-BRIEF = GRPO | dict(max_steps=2, eval_data=None, save_every=100, problems_per_step=2, max_new_tokens=16)
+BRIEF = GRPO | dict(max_steps=2, eval_data=None, eval_samples=0, save_every=100, problems_per_step=2, max_new_tokens=16)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -445,7 +445,9 @@ def test_a_reward_that_fails_now_and_then_is_counted_and_one_that_breaks_ends_th
     warnings = result.err.count("WARNING: the reward my_rewards:fussy counts as 0 of completion")
     assert result.code == 0 and sum(row["failures"] for row in rows) == warnings > 0
 
-    knobs = GRPO | dict(rewards="my_rewards:breaks", eval_data=None, save_every=100)  # and so eval_every means nothing
+    knobs = GRPO | dict(
+        rewards="my_rewards:breaks", eval_data=None, eval_samples=0, save_every=100
+    )  # and so eval_every means nothing
     message = refusal(work, "grpo.py", "broken", **knobs)
     assert "the reward my_rewards:breaks failed for all 16 answers" in message and "no connection" in message
     assert "stopped after step 3: mend it, and go on with  python" in message
