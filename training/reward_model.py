@@ -14,7 +14,10 @@ from training.stored import Stored
 
 
 class RewardModel(nn.Module):
-    """Scores texts: a linear head on what the backbone makes of a text's last token. It begins with 0 for all."""
+    """Scores texts: a linear head on what the backbone makes of a text's last token. It begins with 0 for all.
+
+    There are no targets, so a mixture of experts trains without its balance and z-losses.
+    """
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
