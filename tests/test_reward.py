@@ -20,6 +20,14 @@ def test_the_formula_by_hand():
         assert loss == pytest.approx(expected)
 
 
+def test_the_loss_and_its_gradient_are_those_of_trl():
+    """The mean over three pairs and the norm of its gradient: RewardTrainer's with a margin, of TRL 1.16."""
+    scores = (1.3 * torch.sin(1.7 * torch.arange(6, dtype=torch.float64))).requires_grad_()
+    loss = bradley_terry(scores[:3], scores[3:], margin=0.2, centering=0.01).mean()
+    loss.backward()
+    assert (loss.item(), scores.grad.norm().item()) == pytest.approx((0.8742565233, 0.4501106983), abs=1e-9)
+
+
 def test_it_begins_at_ln_2_and_only_differences_count_but_for_the_centering():
     assert bradley_terry(torch.zeros(2), torch.zeros(2), 0.0, 0.01).tolist() == pytest.approx([math.log(2)] * 2)
     torch.testing.assert_close(
