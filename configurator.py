@@ -15,6 +15,7 @@ import __future__
 import ast
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
@@ -137,17 +138,23 @@ def model_files():
 
 
 def config_class(name):
-    """Returns GPTConfig of model_<name>.py, and that file's path.
-
-    The file is run as far as there, and not what it imports of torch, which takes seconds: a GPTConfig is plain numbers
-    and text.
-    """
+    """Returns GPTConfig of model_<name>.py, and that file's path."""
     variants = model_files()
     if name not in variants:
         known = ", ".join(sorted(variants)) or "none"
         fail(f"unknown model {name!r}; the model_*.py files here give: {known}")
 
     path = variants[name]
+    return run_config_class(path, path.stat().st_mtime_ns), path
+
+
+@functools.cache  # a comparison asks for all files, once for each of its runs
+def run_config_class(path, changed):
+    """Returns GPTConfig of a file, as it is since it was changed last.
+
+    The file is run as far as there, and not what it imports of torch, which takes seconds: a GPTConfig is plain numbers
+    and text.
+    """
     statements = []
     for statement in ast.parse(path.read_bytes()).body:
         if not re.match(r"(import|from) torch\b", ast.unparse(statement)):
@@ -156,7 +163,7 @@ def config_class(name):
             break
     found = {"__name__": __name__}
     exec(compile(ast.Module(statements, []), str(path), "exec"), found)
-    return found["GPTConfig"], path
+    return found["GPTConfig"]
 
 
 def is_field_of_some_model(key):
