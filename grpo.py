@@ -110,7 +110,6 @@ timeout = 600  # seconds that a process waits for another: samples end at differ
 resume: bool | Literal["auto"] = False  # go on from the newest whole checkpoint of the run in out_dir; auto: or begin
 overwrite = False  # delete the run that is in out_dir
 
-
 OF_TOKENS = ("loss", "kl", "clipped_low", "clipped_high")
 THINK = {"free": None, "always": True, "never": False}
 LINE = (
