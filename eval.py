@@ -28,7 +28,7 @@ from evals.judge import judge
 from evals.scorer import ChatOptions, Scorer, evaluate_harness, evaluate_task
 from evals.tasks import find, load_task
 from training.checkpoint import CheckpointError
-from training.load import hide_padding, load, stop_tokens, think_budget
+from training.load import add_thinking, hide_padding, load, stop_tokens, think_budget
 from training.loss import bytes_of_tokens, loss_report, loss_sums
 
 
@@ -46,14 +46,7 @@ def parse_arguments(argv):
     add("--limit", type=int, default=0, help="questions of each task; 0: all")
     add("--max_new_tokens", type=int, default=0, help="of an answer that is written; 0: as the task says")
     add("--chat", action="store_true", help="ask as a chat's user, and score what follows the thinking")
-    add("--think", action="store_true", default=None, help="begin each answer of a chat with thinking")
-    add("--no_think", action="store_false", dest="think", help="answer without (default: as the model likes)")
-    add(
-        "--think_budget",
-        type=int,
-        metavar="N",
-        help="end thinking that has come to N tokens, and go on with the answer",
-    )
+    add_thinking(parser)
     add("--allow_code_execution", action="store_true", help="run what the model writes (humaneval), within limits")
     add("--sandbox", default="full", choices=["full", "weak"], help="weak: with what this system has of it, if not all")
     add("--harness", type=lambda s: s.split(","), default=[], metavar="NAME,...", help="tasks of the package lm_eval")

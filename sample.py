@@ -21,7 +21,7 @@ from data import chat
 from data.text import print_any_text, read_text
 from data.tokenizers import stream_text
 from training.checkpoint import CheckpointError
-from training.load import hide_padding, load, stop_tokens, think_budget
+from training.load import add_thinking, hide_padding, load, stop_tokens, think_budget
 from training.run_folder import is_from_hugging_face
 
 LIMITS = {
@@ -60,14 +60,7 @@ def parse_arguments(argv):
     add("--interactive", action="store_true", help="chat (a continuation of each line where there are no chat tokens)")
     add("--chat", action="store_true", help="ask the prompt as a chat's question")
     add("--system", metavar="TEXT", help="what a chat begins with: how to answer")
-    add("--think", action="store_true", default=None, help="begin each answer of a chat with thinking")
-    add("--no_think", action="store_false", dest="think", help="answer without (default: as the model likes)")
-    add(
-        "--think_budget",
-        type=int,
-        metavar="N",
-        help="end thinking that has come to N tokens, and go on with the answer",
-    )
+    add_thinking(parser)
     add("--save_pretrained", metavar="FOLDER", help="write the model there for transformers, and end")
     args = parser.parse_args(argv)
     for name, (low, high) in LIMITS.items():
@@ -152,7 +145,7 @@ def say(model, tokenizer, prompt, options, stops=(), echo=True, opening=""):
 def answer(model, tokenizer, prefix, messages, think, options, stops):
     """Prints the answer to the messages of a chat; returns it (the first sample) as a message without its thinking."""
     prompt = prefix + chat.prompt(tokenizer, messages, think)[1:]  # a document begins as the model's own do
-    opening = f"{chat.THINK}\n" if think else ""  # what of the answer stands in the prompt
+    opening = chat.opening(think)
     text = opening + tokenizer.decode(say(model, tokenizer, prompt, options, stops, echo=False, opening=opening))
     _, content = chat.split_thinking(text)
     return {"role": "assistant", "content": content}

@@ -11,7 +11,6 @@ router_jitter draw. `--help` lists all the knobs.
 
 import importlib
 import math
-import shlex
 import sys
 import time
 from collections import deque
@@ -250,9 +249,7 @@ skipped = 0  # steps whose gradient was not finite
 skipped_in_a_row = 0
 recent_losses = deque(maxlen=100)  # by which spikes are known
 recent_norms = deque(maxlen=100)
-launcher = "python" if parallel == "none" else "torchrun ..."
-arguments = [word for word in sys.argv if word.split("=")[0] not in ("--resume", "--overwrite")]
-go_on = f"{launcher} {shlex.join([*arguments, '--resume'])}"
+go_on = run_folder.resume_command(parallel)
 try:
     lock, already_there = run_folder.claim(out, resume, overwrite)
     if minutes and resume and already_there:
@@ -269,8 +266,7 @@ try:
         say(f"minutes={minutes:g}: max_steps={max_steps} on this machine")
     if minutes:
         plan.lay_out(max_steps, rank, world_size, device)
-    knobs = {key: value for key, value in config.items() if key not in (*stage.fields, "model", *run_folder.NOT_SAVED)}
-    saved_config = {"model": model, "model_config": stage.fields, "knobs": knobs}
+    saved_config = run_folder.to_save(model, stage.fields, config)
 
     path = checkpoint.newest(out, say) if resume else None
     if path:

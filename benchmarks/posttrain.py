@@ -221,8 +221,7 @@ def ask(model, tokenizer, rows, switch, think, temperature):
     thinks = []
     obeys = []
     for text, row, question in zip(texts, rows, asked):
-        if think:
-            text = "<think>\n" + text
+        text = chat.opening(think) + text
         thinking, answer = chat.split_thinking(text)
         right.append(answer.strip() == row["answer"])
         thinks.append(bool(thinking))

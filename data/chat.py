@@ -81,6 +81,11 @@ def prompt(tokenizer: Tokenizer, messages: list[dict], think: bool | None = None
     return ids
 
 
+def opening(think: bool | None) -> str:
+    """Returns what of an answer's text stands in its prompt."""
+    return f"{THINK}\n" if think else ""
+
+
 def rendered(messages, turns="all"):
     r"""Yields the parts of a conversation.
 

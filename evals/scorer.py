@@ -190,8 +190,8 @@ def written_answers(scorer, task, questions, max_new_tokens):
         return scorer.generate_until([Request((q.contexts[0], options)) for q in questions])
     options["until"] = []  # a turn has an end of its own, and thinking may say what ends other texts
     texts = scorer.generate_until([Request((q.asked, options)) for q in questions])
-    if scorer.chat_options.think:
-        texts = [chat.THINK + text for text in texts]  # which the prompt has begun
+    opening = chat.opening(scorer.chat_options.think)
+    texts = [opening + text for text in texts]
     return [answer_part(text) for text in texts]
 
 

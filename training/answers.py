@@ -70,12 +70,11 @@ class Problems:
         self.all = []
         lengths = []  # of the prompts, in tokens
         digest = hashlib.sha256()
-        opening = f"{chat.THINK}\n" if think else ""
         for messages, row in problems(source):
             prompt = chat.prompt(tokenizer, messages, think)
             lengths.append(len(prompt))
             if len(prompt) <= room:
-                self.all.append(Problem(len(self.all), prompt, opening, row))
+                self.all.append(Problem(len(self.all), prompt, chat.opening(think), row))
                 digest.update(json.dumps([prompt, row], sort_keys=True, default=str).encode())
         self.fingerprint = digest.hexdigest()
         if not lengths:

@@ -119,6 +119,15 @@ def stop_tokens(tokenizer, path: Path | None = None) -> set[int]:
     return ids
 
 
+def add_thinking(parser) -> None:
+    """Adds to a command the arguments that say how the answers of a chat think."""
+    add = parser.add_argument
+    add("--think", action="store_true", default=None, help="begin each answer of a chat with thinking")
+    add("--no_think", action="store_false", dest="think", help="answer without (default: as the model likes)")
+    about_budget = "end thinking that has come to N tokens, and go on with the answer"
+    add("--think_budget", type=int, metavar="N", help=about_budget)
+
+
 def think_budget(tokenizer: Tokenizer, n: int) -> ThinkBudget:
     """Returns what ends a model's thinking after n tokens: the end of a block of thinking, as a chat has it."""
     chat.check(tokenizer)

@@ -4,7 +4,6 @@ Its folder is that of a run of train.py (run_folder.py): checkpoints and exact r
 """
 
 import math
-import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -55,10 +54,8 @@ class Run:
         # 1. the folder, and what is in it
         resume = config["resume"]
         lock, already_there = run_folder.claim(self.out, resume, config["overwrite"])
-        fields = asdict(model.config)
-        knobs = {key: x for key, x in config.items() if key not in (*fields, "model", *run_folder.NOT_SAVED)}
         script = Path(sys.argv[0]).name
-        saved_config = {"model": config["model"], "model_config": fields, "knobs": knobs, "script": script}
+        saved_config = run_folder.to_save(config["model"], asdict(model.config), config) | {"script": script}
         path = checkpoint.newest(self.out, here.say) if resume else None
         if path:
             before = checkpoint.load_config(path).get("script", "train.py")
@@ -78,9 +75,7 @@ class Run:
         self.saver = saving.Saver(
             self.out, lock, model, self.optimizer, saved_config, config["keep_last"], keep_every=0, say=here.say
         )
-        words = [word for word in sys.argv if word.split("=")[0] not in ("--resume", "--overwrite")]
-        launcher = "python" if here.parallel == "none" else "torchrun ..."
-        self.command = f"{launcher} {shlex.join([*words, '--resume'])}"
+        self.command = run_folder.resume_command(here.parallel)
         processes.barrier()  # nobody writes before all have read
         if here.rank == 0:
             if already_there and not resume:

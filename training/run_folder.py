@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -141,6 +142,19 @@ def git_commit():
         return None
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+
+
+def to_save(model: str, fields: dict, config: dict) -> dict:
+    """Returns the config of a run as checkpoint.save takes it. fields: of the model; config: these, and the knobs."""
+    knobs = {key: value for key, value in config.items() if key not in (*fields, "model", *NOT_SAVED)}
+    return {"model": model, "model_config": fields, "knobs": knobs}
+
+
+def resume_command(parallel: str) -> str:
+    """Returns the command that goes on with the run of this one."""
+    launcher = "python" if parallel == "none" else "torchrun ..."
+    words = [word for word in sys.argv if word.split("=")[0] not in ("--resume", "--overwrite")]
+    return f"{launcher} {shlex.join([*words, '--resume'])}"
 
 
 def describe(out: Path, config: dict, meta: dict, facts: dict) -> None:
