@@ -465,6 +465,12 @@ def test_problems_are_questions_with_their_result_and_all_fields(hub, name, ques
     assert row == original | {"gold": gold}
 
 
+def test_a_result_that_a_row_names_gold_stays(tmp_path):
+    (tmp_path / "problems.jsonl").write_text('{"question": "2+3?", "gold": "5", "answer": "a guess: 6"}\n')
+    ((_, row),) = problems(tmp_path / "problems.jsonl")
+    assert row["gold"] == "5"
+
+
 def test_problems_of_a_file_may_have_several_turns_and_no_answer(tmp_path):
     rows = [
         {"messages": [system("s"), user("1"), assistant("2", "t"), user("3")], "answer": 4},
