@@ -1236,7 +1236,7 @@ PROVED = {
     "moe": {
         "RMSNorm": "085bf01a", "rope_cos_sin": "b3103f9a", "yarn": "9d35e18a", "llama3": "e180a3c7",
         "apply_rope": "3e7688fa", "Attention": "17aff4d6", "MLP": "0a66f93c", "Router": "b115b1c1",
-        "has_grouped_mm": "d1b99fcc", "grouped_matmul": "646c32e2", "ExpertLinear": "a80b6ddc", "MoE": "21ecf76e",
+        "has_grouped_mm": "d2acf5ae", "grouped_matmul": "1c4afea0", "ExpertLinear": "a80b6ddc", "MoE": "37489911",
         "Block": "161b27fd", "GPT": "4acd9451", "GPT.__init__": "3f5a8680", "GPT.forward": "24810dc6",
         "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985", "GPT.padding": "fbef2115",
     },
