@@ -357,7 +357,7 @@ def check_asynchronous(out, layout, rank):
         save(out, 6, model, optimizer, wait=False)
         message = error_of(lambda: save(out, 7, model, optimizer))
         assert message.startswith("checkpoint at step 6 failed: No space left on device (need")
-        assert message.endswith("previous checkpoint step-00000005 is still there") and names(out) == listing
+        assert message.endswith("; checkpoint step-00000005 is still there") and names(out) == listing
         save(out, 6, model, optimizer, wait=False)
         error_of(checkpoint.finish)
         patch.undo()

@@ -18,7 +18,7 @@ from tests.test_checkpoint import CONFIG, Toy, adamw, names, small_run
 from tests.test_reliability import last_step
 from tests.test_train import KNOBS, altered, fail, finish, finished, start, train, until, write_data, wrote
 from tests.tiny import ROOT
-from training import atomic, checkpoint, disk, metrics, pictures, run_folder, signals
+from training import atomic, checkpoint, disk, metrics, pictures, run_folder, saving, signals
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -99,6 +99,7 @@ def test_a_checkpoint_that_was_being_replaced_and_is_the_only_whole_one_stays(wo
     (step / "model.safetensors").write_bytes(b"damaged")
     again = train(work, "replaced", "--resume", max_steps=7, save_every=3, keep_last=0)
     assert "resuming from replaced/step-00000006.old" in again.out
+    assert "step      6 | validation loss" in run.out and "step      6 | validation loss" not in again.out
     assert [path.name for path in checkpoint.folders(run.folder)] == ["step-00000007", "step-00000006"]
     assert checkpoint.verify(step) == "" and not (run.folder / "step-00000006.old").exists()
 
@@ -221,6 +222,100 @@ def test_a_text_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").resolve()))
     disk.write_text(tmp_path / "evaluation.json", "new")
     assert [re.fullmatch(disk.TEMPORARY, path.name) is not None for path in flushed] == [True]
+
+
+# ---- a disk that fails for a while -----------------------------------------------------------------------------------
+@pytest.fixture
+def saver(tmp_path):
+    """A Saver of a small run that has saved step 1."""
+    model = Toy()
+    saver = saving.Saver(tmp_path, run_folder.lock(tmp_path), model, adamw(model), CONFIG, 1, 0, say=print)
+    saver.save(1, {}, wait=True, must=False)
+    return saver
+
+
+def full_disk(*args, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_step_whose_save_failed_is_not_taken_for_saved(saver, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full_disk)
+        saver.save(2, {}, wait=True, must=False)
+    assert saver.saved_at is None and saver.in_place.name == "step-00000001"
+    assert "WARNING: checkpoint at step 2 failed: No space left" in capsys.readouterr().err
+    saver.save(2, {}, wait=True, must=True)
+    assert saver.saved_at == 2 and saver.in_place.name == "step-00000002"
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_save_is_tried_though_the_one_before_it_failed_in_its_thread(saver, monkeypatch, wait):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full_disk)
+        saver.save(2, {}, wait=False, must=False)
+        checkpoint.in_flight[0][0].exception()  # waits for the thread
+    assert saver.saved_at == 2  # on its way, as far as anybody knows
+    saver.save(3, {}, wait=wait, must=True)
+    saver.finish(must=True)
+    assert saver.saved_at == 3 and saver.in_place.name == "step-00000003"
+
+
+def test_an_evaluation_and_a_state_that_find_no_room_cost_a_warning(saver, monkeypatch, capsys):
+    monkeypatch.setattr(atomic, "write_text", full_disk)
+    saver.note_evaluation(1, 2.0, tokens=5)
+    assert "step-00000001 is not noted: No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(run_folder, "write_text", full_disk)
+    run_folder.write_state(saver.out, "diverged", 1, 2, "python train.py --resume")
+    assert "state.json does not say that the run is diverged: No space left" in capsys.readouterr().err
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_costs_a_warning_and_the_new_one_is_there(saver, monkeypatch, capsys):
+    monkeypatch.setattr(atomic, "remove", full_disk)
+    saver.save(2, {}, wait=True, must=True)
+    saver.note_evaluation(2, 2.0, tokens=5)
+    assert saver.in_place.name == "step-00000002" and atomic.best(saver.out) == saver.in_place
+    assert "step-00000001.old, which is not needed, cannot be deleted: No space left" in capsys.readouterr().err
+
+
+def test_a_disk_that_does_not_answer_whose_the_folder_is_fails_a_save_and_no_run(saver, monkeypatch, capsys):
+    monkeypatch.setattr(run_folder, "check_ours", full_disk)
+    saver.save(2, {}, wait=True, must=False)
+    assert saver.saved_at == 1 and "WARNING: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        saver.save(2, {}, wait=True, must=True)
+
+
+def test_an_evaluation_is_not_written_through_a_link(saver, tmp_path, capsys):
+    shutil.move(saver.in_place, tmp_path / "elsewhere")
+    saver.in_place.symlink_to("elsewhere")
+    saver.note_evaluation(1, 2.0, tokens=5)
+    assert not (tmp_path / "elsewhere" / "evaluation.json").exists()
+    assert "step-00000001 is a link, and a run writes through none" in capsys.readouterr().err
+
+
+def test_a_failed_save_names_the_checkpoint_that_is_left_also_where_that_was_being_replaced(saver, monkeypatch, capsys):
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: full_disk() if path.suffix == ".tmp" else rename(path, to))
+    saver.save(1, {}, wait=True, must=False)
+    assert "; checkpoint step-00000001.old is still there" in capsys.readouterr().err
+
+
+def test_a_run_that_stops_after_a_failed_save_saves_its_step_again(work):
+    code = """
+import os
+import signal
+import training.checkpoint
+save_file = training.checkpoint.save_file
+def fail_once(*args):
+    training.checkpoint.save_file = save_file
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise OSError(28, "No space left on device")
+training.checkpoint.save_file = fail_once
+"""
+    (work / "model_unlucky.py").write_text((ROOT / "model_baseline.py").read_text() + code)
+    result = finish(*start(work, out_dir="unlucky", model="unlucky", save_every=2))
+    assert result.code == 0 and "WARNING: checkpoint at step 2 failed" in result.err
+    assert "stopped after step 2" in result.out and checkpoint.newest(work / "unlucky").name == "step-00000002"
 
 
 # ---- what is beside training -----------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import hf
 from configurator import config_source
 from distributed import processes
 from training.atomic import STEP, folders
-from training.disk import read_json, remove, write_text
+from training.disk import read_json, remove, warn_once, write_text
 
 try:
     import fcntl
@@ -184,7 +184,10 @@ def describe(out: Path, config: dict, meta: dict, facts: dict) -> None:
 def write_state(out: Path, state: str, step: int, max_steps: int, command: str) -> None:
     """Notes for scripts how a run stands. One that died is still "running", and nobody holds its .lock."""
     text = {"state": state, "step": step, "max_steps": max_steps, "command": command}
-    write_text(out / "state.json", json.dumps(text) + "\n")
+    try:
+        write_text(out / "state.json", json.dumps(text) + "\n")
+    except OSError as error:
+        warn_once(f"{out / 'state.json'} does not say that the run is {state}: {error.strerror}")
 
 
 # ---- whose it is ----------------------------------------------------------------------------------------------------
