@@ -93,11 +93,11 @@ def test_a_run_whose_folder_was_deleted_writes_nothing_into_the_next_one_s(work)
 
 # ---- links -----------------------------------------------------------------------------------------------------------
 def test_a_checkpoint_that_was_being_replaced_and_is_the_only_whole_one_stays(work):
-    run = train(work, "replaced", save_every=3, keep_last=1)
+    run = train(work, "replaced", eval_every=3, save_every=3, keep_last=1)
     step = run.folder / "step-00000006"
     shutil.copytree(step, run.folder / "step-00000006.old")
     (step / "model.safetensors").write_bytes(b"damaged")
-    again = train(work, "replaced", "--resume", max_steps=7, save_every=3, keep_last=0)
+    again = train(work, "replaced", "--resume", max_steps=7, eval_every=3, save_every=3, keep_last=0)
     assert "resuming from replaced/step-00000006.old" in again.out
     assert "step      6 | validation loss" in run.out and "step      6 | validation loss" not in again.out
     assert [path.name for path in checkpoint.folders(run.folder)] == ["step-00000007", "step-00000006"]
