@@ -306,7 +306,7 @@ try:
         run_folder.describe(out, saved_config, meta, facts)
         album = pictures.Album(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters",
                                [each.first for each in plan.stages[1:]])  # fmt: skip
-        log = metrics.Log(out, step, config, wandb, tensorboard, album)
+        log = metrics.Log(out, step, config, wandb, tensorboard, album, evaluated=evaluated_at == step)
         run_folder.write_state(out, "running", step, max_steps, go_on)
 except (OSError, ValueError, checkpoint.CheckpointError) as error:
     processes.fail(error)

@@ -454,7 +454,11 @@ def check_one_choice(out, rank):
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:  # it sees another disk, or none
             patch.setattr(atomic, "verify", lambda path: pytest.fail("looked"))
+            patch.setattr(atomic, "folders", lambda *_: pytest.fail("looked"))
         assert everywhere(str(newest(out, log.append))) == [str(out / "step-00000002")] * 2
+        assert (
+            everywhere(str(checkpoint.resolve(out / "latest", lambda line: None))) == [str(out / "step-00000002")] * 2
+        )
         reason = "step-00000003: model-00002-of-00002.safetensors: sha256 mismatch (corrupted)"
         assert log == ([f"skipping {reason}"] if rank == 0 else [])
         assert error_of(lambda: checkpoint.resolve(out / "step-00000003")).endswith(reason)

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -367,6 +368,37 @@ def test_rows_that_found_no_room_are_written_when_there_is_some(tmp_path, capsys
     assert capsys.readouterr().err.count("rows wait in memory for room") == 1
 
 
+def test_rows_that_wait_are_tried_once_more_at_the_end(tmp_path, capsys):
+    rows = metrics.Rows(tmp_path / "metrics.jsonl", 0)
+    rows.file.close()
+    rows.file = FullDisk()
+    rows.write({"step": 1})
+    rows.file.room = True
+    rows.close()
+    assert rows.file.bytes == b'{"step": 1}\n' and "lacks its last" not in capsys.readouterr().err
+
+
+def test_what_is_not_finite_is_null_also_within_a_table(tmp_path):
+    log = metrics.Log(tmp_path, 0, {})
+    log.write({"step": 1, "loss": math.nan, "load": [[math.inf, 1.0]]})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None, "load": [[None, 1.0]]}
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_the_row_of_an_evaluation_that_will_be_done_again_is_dropped(tmp_path, evaluated):
+    rows = [{"step": 1, "val_loss": 2.0}, {"step": 2, "ms": 9.0}, {"step": 2, "val_loss": 1.0}, {"step": 3, "ms": 9.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics.Log(tmp_path, 2, {}, evaluated=evaluated).close()
+    assert run_folder.read_metrics(tmp_path) == rows[: 3 if evaluated else 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_the_memory_of_a_process_is_counted_in_units_of_1024_bytes():
+    peak = 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+    assert metrics.peak_gb("cpu") == pytest.approx(peak / 1e9, rel=0.01)
+
+
 def test_a_service_that_fails_costs_a_warning(tmp_path, capsys):
     log = metrics.Log(tmp_path, 0, {})
     log.services.append(lambda step, numbers: 1 / 0)
@@ -413,6 +445,18 @@ def test_data_are_known_by_what_they_hold_and_not_by_how_their_path_is_written(w
     assert len(train(work, "path", "--resume", max_steps=8, data=work / "moved data").steps) == 8
 
 
+def test_a_checkpoint_that_knows_more_of_its_machine_goes_on_and_says_so(tmp_path, monkeypatch):
+    config = {"model": "baseline", "model_config": {}, "knobs": {"optimizer": "muon"}}
+    identity = {"data": "data", "tokenizer": None}
+    state = dict(step=1, tokens=2, skipped=0, identity=identity, scaler={}, machine={"device": "cpu", "driver": "5"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "trainer.json").write_text(json.dumps(state))
+    monkeypatch.setattr(checkpoint, "restore", lambda *_: None)
+    said = []
+    assert saving.go_on_from(tmp_path, None, None, None, config, identity, {"device": "cpu"}, said.append) == state
+    assert said[0].startswith("changed since the checkpoint: driver: 5 -> None")
+
+
 # ---- the launcher ----------------------------------------------------------------------------------------------------
 def test_a_launcher_that_is_gone_asks_once_to_stop(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -425,6 +469,23 @@ def test_a_launcher_that_is_gone_asks_once_to_stop(monkeypatch):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "parallel, environment, command",
+    [
+        ("none", {}, "python train.py 'a b.py' --resume"),
+        ("ddp", {"WORLD_SIZE": "4"}, "torchrun --standalone --nproc_per_node=4 train.py 'a b.py' --resume"),
+        ("fsdp", {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, "torchrun, with the options that each node was started "
+         "with, train.py 'a b.py' --resume"),
+    ],
+)  # fmt: skip
+def test_the_command_that_goes_on_is_that_of_as_many_processes(monkeypatch, parallel, environment, command):
+    monkeypatch.setattr(sys, "argv", ["train.py", "a b.py", "--resume=auto", "--overwrite"])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run_folder.resume_command(parallel) == command
 
 
 @pytest.mark.parametrize(

@@ -270,3 +270,23 @@ def find(out_dir, log):
             f"no valid checkpoint in {out_dir} ({len(found)} found, all rejected); pass --overwrite to discard them"
         )
     return None
+
+
+def resolve(path: Path, log) -> Path:
+    """Returns the whole checkpoint that a path stands for; CheckpointError where there is none.
+
+    It is a checkpoint's folder, or a run's, which stands for its newest whole one. The names `latest` and `best` in a
+    run's folder follow from the checkpoints: a link may be old or missing, and a copied one may be a folder.
+    """
+    in_a_run = len(folders(path.parent)) > 0
+    if in_a_run and path.name == "latest":
+        path = path.parent
+    if in_a_run and path.name == "best":
+        path = best(path.parent) or path
+    found = find(path, log)
+    if found:
+        return found
+    reason = verify(path)
+    if reason:
+        raise CheckpointError(f"no checkpoint in {path}: {reason}")
+    return path.resolve()

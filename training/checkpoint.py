@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from distributed.processes import all_done, gather, on_first, results, start, start_on_first
 from training import atomic
-from training.atomic import entries, folders, verify
+from training.atomic import entries, folders, verify  # noqa: F401  the last two are for our callers
 from training.disk import CheckpointError, fsync, read_json
 from training.stored import Stored, own_files
 
@@ -180,23 +180,11 @@ def newest(out_dir: str | Path, log: Callable = print) -> Path | None:
 
 
 def resolve(path: str | Path, log: Callable = print) -> Path:
-    """Returns the folder, verified, of a checkpoint; of a run's folder its newest whole one.
+    """Returns the folder, verified, of a checkpoint; of a run's folder, and of out/run/latest, its newest whole one.
 
-    out/run/best and out/run/latest follow from the checkpoints themselves, where there are no such links, too.
+    Process 0 looks, and tells the others: a run that is at work may save meanwhile.
     """
-    path = Path(path)
-    there = folders(path.parent)
-    if there and path.name == "latest":  # a link may be old, and a copied one may be a folder
-        path = there[0]
-    elif there and path.name == "best":
-        path = on_first(atomic.best, path.parent) or path
-    found = newest(path, log)
-    if found:
-        return found
-    reason = on_first(verify, path)
-    if reason:
-        raise CheckpointError(f"no checkpoint in {path}: {reason}")
-    return path.resolve()
+    return on_first(atomic.resolve, Path(path), log)
 
 
 # ---- restoring ------------------------------------------------------------------------------------------------------
@@ -270,6 +258,12 @@ def restore_optimizer(path, model, optimizer, numbers):
     moments = Stored(path, "trainer")
     parameters = {plain(name): p for name, p in model.named_parameters()}
     step_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    for stored_name in moments.parts:
+        name = stored_name.rpartition(".")[0]
+        empty = moments.like(stored_name)
+        if name not in parameters or not broadcasts(empty.shape, parameters[name].shape):
+            raise CheckpointError(f"{path}: the optimizer's {stored_name}, {dtype_and_shape(empty)}, fits no parameter")
+
     optimizer.state.clear()
     for stored_name in moments.parts:
         name, _, key = stored_name.rpartition(".")
@@ -283,6 +277,14 @@ def restore_optimizer(path, model, optimizer, numbers):
     for stored_name, number in numbers.items():
         name, _, key = stored_name.rpartition(".")
         optimizer.state[parameters[name]][key] = number
+
+
+def broadcasts(shape, to):
+    """Returns whether a tensor of one shape may be a moment of a parameter of the other: whole, by row or by column."""
+    try:
+        return torch.broadcast_shapes(shape, to) == to
+    except RuntimeError:
+        return False
 
 
 def load_model(path: str | Path, device: str = "cpu", average: bool = True) -> tuple[torch.nn.Module, dict]:

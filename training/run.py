@@ -85,7 +85,10 @@ class Run:
             facts = {"seed": config["seed"], **identity, "hardware": here.described()}
             run_folder.describe(self.out, saved_config, meta, facts)
             self.album = pictures.Album(self.out, f"{self.out}: {config['model']}", curve=curve)
-            self.log = metrics.Log(self.out, self.step, config, config["wandb"], config["tensorboard"], self.album)
+            self.log = metrics.Log(
+                self.out, self.step, config, config["wandb"], config["tensorboard"], self.album,
+                evaluated=self.evaluated_at == self.step,
+            )  # fmt: skip
             self.samples = metrics.Rows(self.out / "samples.jsonl", self.step)
             self.write_state("running")
         if path:

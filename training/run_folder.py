@@ -151,10 +151,16 @@ def to_save(model: str, fields: dict, config: dict) -> dict:
 
 
 def resume_command(parallel: str) -> str:
-    """Returns the command that goes on with the run of this one."""
-    launcher = "python" if parallel == "none" else "torchrun ..."
+    """Returns the command that goes on with the run of this one. Of several nodes each has its own options."""
     words = [word for word in sys.argv if word.split("=")[0] not in ("--resume", "--overwrite")]
-    return f"{launcher} {shlex.join([*words, '--resume'])}"
+    script = shlex.join([*words, "--resume"])
+    if parallel == "none":
+        return f"python {script}"
+    n_processes = processes.launched()[1]
+    on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", n_processes))
+    if on_this_node < n_processes:
+        return f"torchrun, with the options that each node was started with, {script}"
+    return f"torchrun --standalone --nproc_per_node={n_processes} {script}"
 
 
 def describe(out: Path, config: dict, meta: dict, facts: dict) -> None:

@@ -142,8 +142,10 @@ def go_on_from(path: Path, model, optimizer, scaler, config: dict, identity: dic
         )
     checkpoint.restore(path, model, optimizer)
     for key, value in state.get("machine", {}).items():
-        if value != machine[key]:
-            say(f"changed since the checkpoint: {key}: {value} -> {machine[key]}: equal to rounding, not to the bit")
+        if value != machine.get(key):
+            say(
+                f"changed since the checkpoint: {key}: {value} -> {machine.get(key)}: equal to rounding, not to the bit"
+            )
     if state["scaler"]:  # it is empty where dtype was not float16
         scaler.load_state_dict(state["scaler"])
     say(f"resuming from {path}")
