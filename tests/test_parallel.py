@@ -310,6 +310,17 @@ def test_a_start_in_shares_has_the_weights_of_one_process_bit_for_bit(world_size
         torch.testing.assert_close(result, one, atol=0, rtol=0, equal_nan=False)
 
 
+def test_a_buffer_that_shares_would_leave_without_values_is_refused():
+    class GPT(module("baseline").GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.blocks[0].register_buffer("scale", torch.ones(3))
+
+    config = module("baseline").GPTConfig(vocab_size=VOCAB, block_size=BLOCK, **TINY["baseline"])
+    with pytest.raises(ValueError, match="does not know what is in the buffer blocks.0.scale: set it in _apply"):
+        fsdp.empty(GPT, config)
+
+
 def memory_of_a_start():
     """Bytes in use whenever a whole weight is, beyond those before, and the bytes of all weights."""
 
