@@ -221,6 +221,12 @@ def backward_of(model: torch.nn.Module, last: bool, reshard: bool = True):
     return nullcontext()
 
 
+# ---- shares ----------------------------------------------------------------------------------------------------------
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Returns whether it is a DTensor, of which each process holds a share."""
+    return hasattr(tensor, "placements")  # to import the class doubles the time that sample.py takes to start
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Returns a tensor of which each process may hold a share as one that each holds whole."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor

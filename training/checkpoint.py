@@ -11,7 +11,8 @@
 
 Of sharded parameters each process writes its rows, to model-00001-of-00004.safetensors and so on (stored.py); any
 layout restores what any other saved. How folders come and go: atomic.py.
-With many processes all of them call save, finish, newest, resolve and restore, and an error on one is raised on all.
+Where there are many processes, all of them call save, finish, note_evaluation, newest, resolve and restore. What goes
+wrong on one is raised on all, but for restore: there each process reads for itself, and raises what it met itself.
 """
 
 import dataclasses
@@ -124,7 +125,10 @@ def save(
             raise CheckpointError(on_first(atomic.give_up, folder, step, need, error)) from error
 
     def stages():
-        """Yields futures, each of which has to be done on all processes before the next is asked for."""
+        """Yields the future of each stage: all write, process 0 puts it in place, process 0 deletes old ones.
+
+        A stage has to be done on all processes before the next one is asked for. Returns the folder.
+        """
         writing = start(write, Path(f"{folder}.tmp"), files)
         yield writing
         listed = merged(attempt(writing))
@@ -143,9 +147,9 @@ def save(
 
 
 def finish(wait: bool = True) -> Path | None:
-    """Takes the save in flight as far as it gets, with wait to its end; returns its folder when it is in place.
+    """Advances the save in flight as far as it has got, or with wait to its end; returns its folder when it is done.
 
-    None before, and where none is in flight. CheckpointError if it failed. For the time between steps, and the end.
+    None where it is not done, or none is in flight. CheckpointError if it failed. It is to be called between steps.
     """
     while in_flight and (wait or all_done(in_flight[0][0])):
         _, saving = in_flight.pop()
@@ -349,5 +353,6 @@ def changed_keys(old: dict, new: dict) -> list[str]:
     return lines
 
 
-def flat(config):
+def flat(config: dict) -> dict:
+    """Returns a config in the form that save takes as one dictionary of knobs."""
     return {"model": config["model"], **config["knobs"], **config["model_config"]}
