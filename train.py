@@ -382,7 +382,7 @@ while True:
         processes.fail(error)
     own_targets = 0
     own_text = []  # of each micro-batch, the tokens that its auxiliary losses are means over
-    if stage.ignores_targets:
+    if stage.is_uneven:
         own_targets = sum((y >= 0).sum().item() for _, y in batches)
         own_text = [text_tokens(raw_model, x) for x, _ in batches]
     targets, text, stop = processes.all_sum([own_targets, sum(own_text), signals.count()], device)
@@ -404,7 +404,7 @@ while True:
         # Gradients go between processes in the last backward alone: before it they only add up.
         with processes.backward_of(net, is_last, reshard):
             with autocast:
-                if stage.ignores_targets:  # a loss for each token, at the price of computing the logits twice
+                if stage.is_uneven:  # a loss for each token, at the price of computing the logits twice
                     losses, auxiliary = net(x, y, per_token=True)
                     share = own_text[i] * world_size / max(text, 1)
                     loss = losses.sum() * world_size / max(targets, 1) + auxiliary * share
