@@ -5,8 +5,8 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_baseline.py
 
 Read from top to bottom: knobs, devices, data, model, optimizer, run folder, loop. The batch is given in tokens;
-the number of devices and micro_batch change how it is computed, and not the result, but for what dropout and
-router_jitter draw. `--help` lists all the knobs.
+the number of devices and micro_batch change how it is computed, and not the result. Exceptions are what dropout and
+router_jitter draw, and balance_over=batch, which evens each micro-batch. `--help` lists all the knobs.
 """
 
 import importlib
@@ -395,7 +395,7 @@ while True:
     # micro-batches' means would favour windows with few targets. Auxiliary losses are means over all tokens instead,
     # but for padding where the model knows it.
     # Dropout and router_jitter are drawn from (seed, step, process), with nothing to store for a resume. What they draw
-    # is all that depends on micro_batch.
+    # depends on micro_batch.
     torch.manual_seed((((seed << 24) + step) * 4096 + rank) % 2**64)  # room for 2^24 steps and 4096 processes
     total_loss = torch.zeros((), device=device)
     for i, (x, y) in enumerate(batches):
