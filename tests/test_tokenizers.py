@@ -195,6 +195,16 @@ def test_token_bytes_add_up_to_the_bytes_of_the_text(tok):
     assert n_bytes[tok.encode(MIXED)].sum() == len(MIXED.encode()) + extra
 
 
+def test_the_token_of_what_is_unknown_stands_for_text_although_it_is_special(tmp_path):
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "[BOS]": 1, "cat": 2}, unk_token="[UNK]"))
+    words.add_special_tokens(["[UNK]", "[BOS]"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    tok = load_tokenizer(str(tmp_path / "tokenizer.json"), eot="[BOS]")
+    assert tok.encode("dog") == [0] and tok.token_bytes().tolist() == [5, 0, 3]
+
+
 def test_ids_that_stand_for_nothing_are_an_error(tok):
     with pytest.raises(ValueError, match=f"id {tok.vocab_size} stands for nothing"):
         tok.decode([tok.vocab_size])
