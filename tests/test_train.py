@@ -26,12 +26,14 @@ import torch.nn.functional as F
 
 import hf
 import model_baseline
+from configurator import resolve
 from data.loader import Loader
 from data.shards import Shards, write_shard
 from data.tokenizers import load_tokenizer
 from tests.tiny import ROOT, TINY
 from training import checkpoint, pictures, signals
 from training.signals import DIVERGED
+from training.stages import Plan
 from training.stored import Stored
 
 FORK = get_context("forkserver")  # forks of a process that has imported all this: a run starts in a tenth of the time
@@ -937,11 +939,22 @@ def test_a_run_that_goes_on_with_another_batch_says_so_and_sees_the_windows_that
     copy_until(base, work / "rebatched", 10)
     run = train(work, "rebatched", "--resume", **LONG | dict(batch_tokens=512, max_steps=12))
     assert "10 steps had 2,560 tokens, and the batch is another now: 2 steps are left" in run.out
-    shards = Shards(work / "data", "train")
-    loader = Loader(shards, 32, 8, seed=1)
-    resumed = Loader(shards, 32, 16, seed=1)
-    resumed.go_on(10, 80)
-    assert resumed.windows(10) == loader.windows(10) + loader.windows(11)
+    assert run.steps[-1]["tokens"] == 2560 + 2 * 512
+    begun, resumed = (plan_of(work, batch_tokens=n) for n in (256, 512))
+    resumed.go_on(10, 2560)
+    assert pieces_of(resumed, 10) == pieces_of(begun, 10) + pieces_of(begun, 11)
+
+
+def plan_of(work, **knobs):
+    knobs = KNOBS | dict(data=work / "data") | knobs
+    config = resolve(ROOT / "train.py", [f"--{key}={value}" for key, value in knobs.items()])
+    plan = Plan(config, ROOT / "train.py", model_baseline.GPTConfig)
+    plan.lay_out(config["max_steps"], rank=0, world_size=1, device="cpu")
+    return plan
+
+
+def pieces_of(plan, step):
+    return [window.pieces for window in plan.at(step).loader.windows(step)]
 
 
 @pytest.mark.parametrize(
@@ -954,7 +967,7 @@ def test_a_run_that_goes_on_with_another_batch_says_so_and_sees_the_windows_that
     ],
 )
 def test_auxiliary_losses_do_not_depend_on_micro_batch(work, model, knobs):
-    """Windows may have unequal numbers of targets, and of padding; balance and z-loss are means over all other tokens."""
+    """Windows may have unequal numbers of targets, and of padding: balance and z-loss are means over all else."""
     sizes = dict.fromkeys(SIZES) | TINY[model] | dict(block_size=32, vocab_size=0, balance_loss=0.5, z_loss=0.1)
     knobs = sizes | dict(model=model, max_steps=4) | knobs
     whole, parts = (train(work, f"auxiliary {n}", "--overwrite", micro_batch=n, **knobs) for n in (8, 1))

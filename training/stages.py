@@ -233,7 +233,8 @@ class Plan:
         if len(self.stages) > 1:
             planned = self.tokens_before(step)
             raise ValueError(
-                f"step {step} of these stages has {planned:,} tokens before it, and the run had {tokens:,}"
+                f"step {step} of these stages has {planned:,} tokens before it, and the run had {tokens:,}: "
+                "go on with its stages and its batch_tokens"
             )
         stage = self.stages[0]
         stage.loader.go_on(step, tokens // stage.block_size)
