@@ -836,8 +836,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(work, base):
 
 def test_a_finished_run_resumed_does_nothing_and_with_more_steps_goes_on(work, base):
     copy_until(base, work / "longer", 30)
-    assert same(train(work, "longer", "--resume", **LONG), base, 30)
-    longer = train(work, "longer", "--resume", **LONG | dict(max_steps=32, learning_rate=1e-3))
+    again = train(work, "longer", "--resume", **LONG)
+    assert same(again, base, 30) and "another order" not in again.out
+    longer = train(work, "longer", "--resume", **LONG | dict(max_steps=32, learning_rate=1e-3, seed=2))
+    assert "so the text comes in another order" in longer.out
     assert [row["step"] for row in longer.steps] == list(range(1, 33))
     assert "changed since the checkpoint: learning_rate: 0.005 -> 0.001" in longer.out
     assert abs(longer.steps[-1]["lr"] - 5e-4 * (1 + math.cos(math.pi * 28 / 29))) < 1e-12
