@@ -804,12 +804,13 @@ def show(found, T):
 
 
 def gpu_here():
-    """Returns the name of the GPU of this machine, "" where there is none that the table knows."""
+    """Returns the name of the GPU of this machine, "" where the table does not know it, or where it is in slices."""
     if not shutil.which("nvidia-smi"):
         return ""
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    name = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
-    return name if known_gpu(name) else ""
+    query = ["nvidia-smi", "--query-gpu=name,mig.mode.current", "--format=csv,noheader"]
+    first = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
+    name, _, slices = first.partition(", ")
+    return name if known_gpu(name) and slices != "Enabled" else ""
 
 
 def main(argv=None):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import re
 import shlex
@@ -402,6 +403,19 @@ def test_a_peak_belongs_to_no_device_of_another_name():
     others += ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA H100 96GB HBM3"]
     for device in others:
         assert flops.peak_flops(device, "bfloat16") is None, device
+
+
+@pytest.mark.parametrize(
+    ("printed", "found"),
+    [("NVIDIA H200, Disabled", "NVIDIA H200"), ("NVIDIA GeForce RTX 4090, [N/A]", "NVIDIA GeForce RTX 4090"),
+     ("NVIDIA H200, Enabled", ""), ("NVIDIA GeForce RTX 4090 Laptop GPU, [N/A]", ""), ("", "")],
+)  # fmt: skip
+def test_the_gpu_here_counts_where_it_is_known_and_not_cut_into_slices(printed, found, tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\necho '{printed}'\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert flops.gpu_here() == found
 
 
 def test_the_name_of_the_cpu_is_cpu():
