@@ -660,6 +660,13 @@ MUTANTS = [
         "test_train.py -k auxiliary_losses_do_not",
     ),
     Mutant(
+        "auxiliary losses by the text of one process",
+        "train.py",
+        "share = own_text[i] * world_size / max(text, 1)",
+        "share = own_text[i] / max(sum(own_text), 1)",
+        "test_train.py -k two_processes_train_experts",
+    ),
+    Mutant(
         "padding is where targets are ignored",
         "training/stages.py",
         "stage.is_uneven = True",

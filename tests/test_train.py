@@ -392,8 +392,9 @@ def test_losses_do_not_depend_on_micro_batch_or_the_number_of_processes(work, ma
 
 @pytest.mark.xdist_group("processes")
 def test_two_processes_train_experts_like_one(work):
-    """The loads that balance loss and biases go by are those of all processes."""
+    """The loads that balance loss and biases go by are those of all processes, and so are targets and padding."""
     knobs = dict.fromkeys(SIZES) | TINY["moe"] | dict(block_size=32, vocab_size=0, bias_rate=0.01, micro_batch=8)
+    knobs |= dict(document_mask=True, mask_document_crossing=True, z_loss=0.1)
     config = ROOT / "config" / "train_moe.py"
     one = train(work, "experts1", config, **knobs)
     results = [finish(*run) for run in together(work, 2, config, out_dir="experts2", **knobs)]
