@@ -31,13 +31,8 @@ import torch
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """Returns the model of a folder in eval mode; the model_type in its config.json says which file computes it."""
     folder = Path(folder)
-    architecture, fields, header = read_folder(folder)
-    variant = importlib.import_module(f"model_{architecture.variant}")
-    config = variant.GPTConfig(**fields)
-    with torch.device("meta"):  # draws no initial weights, which would all be overwritten
-        model = variant.GPT(config).to(dtype)
-    places_of(header, model, architecture)  # what does not fit is said before memory is taken for it
-    model = model.to_empty(device=device)
+    model, architecture, header = empty_model(folder)
+    model = model.to(dtype).to_empty(device=device)
     places = places_of(header, model, architecture)
     for file in weight_files(folder):
         for name, tensor in read_safetensors(file):
@@ -49,11 +44,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 @torch.no_grad()
 def weights_of(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, tensor) of our model's parameters as load would fill them; holds those of one block at a time."""
-    architecture, fields, header = read_folder(Path(folder))
-    variant = importlib.import_module(f"model_{architecture.variant}")
-    with torch.device("meta"):
-        model = variant.GPT(variant.GPTConfig(**fields))
-    places_of(header, model, architecture)  # raises where a weight is missing or does not fit
+    model, architecture, header = empty_model(Path(folder))
     groups = {}
     for name, parameter in model.named_parameters():
         group = name
@@ -99,6 +90,20 @@ def token_ids(folder, key):
 
 
 # ---- a folder --------------------------------------------------------------------------------------------------------
+
+
+def empty_model(folder):
+    """Returns a folder's model without memory for its weights, which fit it; its architecture, and their header."""
+    architecture, fields, header = read_folder(folder)
+    variant = importlib.import_module(f"model_{architecture.variant}")
+    try:
+        config = variant.GPTConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+    with torch.device("meta"):
+        model = variant.GPT(config)
+    places_of(header, model, architecture)  # raises where a weight is missing or does not fit
+    return model, architecture, header
 
 
 def read_folder(folder):
@@ -222,9 +227,10 @@ def weight_files(folder):
         return [folder / name for name in names]
     pickled = sorted(folder.glob("pytorch_model*.bin"))
     if pickled:
+        convert = f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}')"
         raise ValueError(
-            f"{folder} has its weights in {pickled[0].name} alone, which is a pickle and never read here: save it as "
-            "safetensors, for example with transformers' save_pretrained"
+            f"{folder} has its weights in {pickled[0].name} alone, which is a pickle and never read here, since one can "
+            f'run anything. Where you trust it, convert it:  python -c "from transformers import {convert}"'
         )
     raise ValueError(f"{folder} has neither model.safetensors nor an index of its parts: fetch them")
 

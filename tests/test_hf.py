@@ -322,6 +322,7 @@ ALTERED = {  # what a config.json says, and the words of the refusal
             "rope_scaling, and rope_parameters that differ from it",
         ),
         (dict(rope_theta=1), "rope_theta=1 must be a number above 1"),
+        (dict(num_key_value_heads=3), "config.json: n_head=4 is not divisible by n_kv_head=3"),
     ],
     "llama": [
         (dict(attention_bias=True), "attention_bias=True"),
@@ -720,6 +721,17 @@ def test_pickled_weights_and_paths_that_lead_out_of_a_folder_are_not_read(model_
     (folder / "b.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "is a pointer of git LFS" in refused(hf.load, folder)
     assert not (tmp_path / "mark").exists()
+
+
+def test_pickled_weights_become_safetensors_by_the_command_that_the_refusal_names(tmp_path):
+    pytest.importorskip("transformers")
+    model = build("gpt2")
+    folder, _, weights = saved(model, tmp_path / "a")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    command = refused(hf.load, folder).split("convert it:  python -c ")[1]
+    exec(command.strip('"'))
+    assert torch.equal(hf.load(folder)(tokens(2, 12)), model(tokens(2, 12)))
 
 
 WRONG = ("64", -1, 0.5, True, [[]], {"a": 1}, 10**400)  # what no key of KINDS may be, but for those in MAY_BE

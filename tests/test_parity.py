@@ -306,11 +306,16 @@ def test_a_config_without_key_heads_has_as_many_as_query_heads(tmp_path):
     torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 50)), theirs(tokens(1, 50)).logits, atol=1e-4, rtol=0)
 
 
-def test_files_of_many_shards_load_like_one(tmp_path):
+def test_the_weights_of_many_files_are_those_that_transformers_reads(tmp_path):
     torch.manual_seed(0)
     theirs = qwen3(rope="yarn")
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 50)), theirs(tokens(1, 50)).logits, atol=1e-4, rtol=0)
+
+    qwen3(rope="yarn").save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "model.safetensors").rename(tmp_path / "model.safetensors")  # beside an index without it
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 50)), theirs(tokens(1, 50)).logits, atol=1e-4, rtol=0)
 
 
