@@ -229,8 +229,8 @@ def weight_files(folder):
     if pickled:
         convert = f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}')"
         raise ValueError(
-            f"{folder} has its weights in {pickled[0].name} alone, which is a pickle and never read here, since one can "
-            f'run anything. Where you trust it, convert it:  python -c "from transformers import {convert}"'
+            f"{folder} has its weights in {pickled[0].name} alone, which is a pickle and never read here: it can run "
+            f'anything. Where you trust it, convert it:  python -c "from transformers import {convert}"'
         )
     raise ValueError(f"{folder} has neither model.safetensors nor an index of its parts: fetch them")
 

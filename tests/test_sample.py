@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import generate
+import hf
 import sample
 from data import tokenizer_json
 from data.bpe import CHAT_TOKENS
 from data.tokenizers import PATTERNS, load_tokenizer
 from tests.test_tokenizers import save_hugging_face
-from tests.tiny import module
+from tests.tiny import build, module
 from training import checkpoint
 from training import load as load_module
 from training.load import load
@@ -466,4 +467,14 @@ def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     folder, _, _ = make_run(tmp_path, [f"<{i}>" for i in range(100)])
-    assert "357 tokens, and the model 320" in error_of(folder)
+    assert "357 tokens, and the model 320: they do not belong together" in error_of(folder)
+
+
+def test_a_vocabulary_without_room_for_a_token_that_begins_documents_is_said_to_have_none(tmp_path):
+    hf.save(build("baseline", vocab_size=602), tmp_path / "hf")
+    save_hugging_face(tmp_path / "hf", "gpt2", added=["<begin>", "<end>"])
+    assert "no room for <|endoftext|>: give config.json the eos_token_id" in error_of(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | dict(eos_token_id=601)))
+    _, tokenizer, _ = load(tmp_path / "hf")
+    assert tokenizer.eot == "<end>" and tokenizer.vocab_size == 602

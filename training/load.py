@@ -54,9 +54,14 @@ def load(
         if for_text:
             raise
         return model, None, []
-    if found.vocab_size > model.config.vocab_size:
-        sizes = f"{found.vocab_size} tokens, and the model {model.config.vocab_size}"
-        raise ValueError(f"the tokenizer {found.name} has {sizes}: they do not belong together")
+    n = model.config.vocab_size
+    if found.vocab_size > n:
+        advice = "they do not belong together"
+        if found.eot_id == n == found.vocab_size - 1:
+            advice = (
+                f"there is no room for {found.eot}: give config.json the eos_token_id of the token that ends a text"
+            )
+        raise ValueError(f"the tokenizer {found.name} has {found.vocab_size} tokens, and the model {n}: {advice}")
     return model, found, prefix
 
 
