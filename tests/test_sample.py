@@ -260,6 +260,21 @@ def test_what_was_thought_of_earlier_answers_is_left_out(chatty, monkeypatch, ca
     assert asked[2].startswith(f"<|endoftext|>{turns}<|im_start|>user\nthree<|im_end|>\n")
 
 
+@pytest.mark.parametrize("name, warned", [("baseline", False), ("sliding", True)])  # a Qwen3 and a SmolLM3
+def test_the_template_of_another_model_is_said_not_to_be_read(name, warned, tmp_path, capsys):
+    tokenizer = load_tokenizer("byte", CHAT_TOKENS)
+    model = build(name, vocab_size=tokenizer.vocab_size, qk_norm=name == "baseline")
+    files = tokenizer.to_hf()
+    hf.save(model, tmp_path / "a", files)
+    files["tokenizer_config.json"]["chat_template"] = "{{ messages }}"
+    hf.save(model, tmp_path / "b", files)
+    hf.save(model, tmp_path / "c", files | {"chat_template.jinja": b"{{ messages }}"})
+    for folder, has_template in (("a", False), ("b", True), ("c", True)):
+        sample.main([str(tmp_path / folder), "--chat", "--prompt", "a", "--max_new_tokens", "1"])
+        said = f"warning: chats are asked in the form of Qwen3's, and not by the template of {tmp_path / folder}\n"
+        assert capsys.readouterr().err == (said if warned and has_template else "")
+
+
 def test_a_budget_ends_the_thinking_of_a_chat(chatty, capsys):
     folder, _, _ = chatty
     arguments = (folder, "--chat", "--prompt", "hi", "--think", "--max_new_tokens", 12, "--temperature", 0)
@@ -452,7 +467,8 @@ def test_a_folder_of_2019_without_a_model_type_is_named(tmp_path):
 
 def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
     folder, _, _ = run
-    assert "not found" in error_of(tmp_path / "nowhere")
+    assert "nowhere is no folder: give a run's" in error_of(tmp_path / "nowhere")
+    assert "data.json is no folder" in error_of(folder / "data.json")
     assert "no checkpoint in" in error_of(tmp_path)
     assert "not among" in error_of(folder, "--tokenizer", "char") or "alphabet" in error_of(
         folder, "--tokenizer", "char"

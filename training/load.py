@@ -1,5 +1,6 @@
 """A trained model and its tokenizer, from a run's folder, a checkpoint's, or a Hugging Face folder."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ import torch
 import hf
 from data import chat
 from data.shards import PUBLISHED, read_meta
-from data.tokenizer_json import begin_ids
+from data.tokenizer_json import begin_ids, read_object
 from data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_dict
 from generate import ThinkBudget
 from training import checkpoint
@@ -39,8 +40,8 @@ def load(
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     weights_in = getattr(torch, dtype)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} not found: give a run's folder, a checkpoint's, or a Hugging Face model's")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder: give a run's, a checkpoint's, or a Hugging Face model's")
     if is_from_hugging_face(path):
         model = hf.load(path, device, weights_in)
     else:
@@ -122,6 +123,15 @@ def stop_tokens(tokenizer, path: Path | None = None) -> set[int]:
     if path is not None and is_from_hugging_face(path):
         ids |= set(hf.end_ids(path))
     return ids
+
+
+def warn_of_template(path: Path) -> None:
+    """Says that chats have Qwen3's form where a Hugging Face folder of another model has a template of its own."""
+    if not is_from_hugging_face(path) or hf.read_config(path)["model_type"].startswith("qwen3"):
+        return
+    file = path / "tokenizer_config.json"
+    if (path / "chat_template.jinja").exists() or file.exists() and "chat_template" in read_object(file):
+        print(f"warning: chats are asked in the form of Qwen3's, and not by the template of {path}", file=sys.stderr)
 
 
 def add_thinking(parser) -> None:
