@@ -164,7 +164,10 @@ def read_json(file):
 
 def name_in(header, name, architecture):
     """Returns the name by which a file has a weight, with the prefix or without it; None if it has none."""
-    for spelled in (name, name.removeprefix(architecture.prefix)):
+    spellings = [name, name.removeprefix(architecture.prefix)]
+    if name == architecture.names["embed"] + ".weight":
+        spellings.append("lm_head.weight")  # of two names for one tensor safetensors' save_model keeps the first
+    for spelled in spellings:
         if spelled in header:
             return spelled
     return None
@@ -184,10 +187,13 @@ def has_own_head(header, architecture):
 def places_of(header, model, architecture):
     """Returns {name in the file: StoredWeight}; raises unless each weight of a folder has exactly one place."""
     missing = stored_weights(model, architecture)
+    embed = architecture.names["embed"] + ".weight"
     places = {}
     for name, (file, shape, dtype) in header.items():
         key = name
-        if key not in missing:
+        if key not in missing and name == name_in(header, embed, architecture):
+            key = embed
+        elif key not in missing:
             key = architecture.prefix + name
         if key in missing:
             places[name] = missing.pop(key)

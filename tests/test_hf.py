@@ -126,7 +126,7 @@ num_experts_per_tok norm_topk_prob decoder_sparse_step first_k_dense_replace q_l
 partial_rotary_factor bos_token_id eos_token_id scale_attn_weights scale_attn_by_inverse_layer_idx architectures
 """
 AT_DEFAULTS = {
-    "qwen3": dict(head_dim=128, n_head=32, n_kv_head=32, tie_embeddings=False, block_size=32768),
+    "qwen3": dict(head_dim=128, n_head=64, n_kv_head=32, tie_embeddings=False, block_size=32768),
     "llama": dict(tie_embeddings=False, block_size=2048, n_kv_head=4),
     "gpt2": dict(block_size=1024),
     "deepseek_v3": dict(n_layer=3, q_rank=1536, tie_embeddings=False, block_size=4096),
@@ -144,6 +144,7 @@ AT_DEFAULTS = {
 
 
 @each_architecture
+@pytest.mark.filterwarnings("error")
 def test_keys_that_a_config_leaves_out_have_the_values_that_transformers_takes(model_type, tmp_path):
     model = tiny(model_type, **AT_DEFAULTS[model_type])
     folder, config, _ = saved(model, tmp_path / "a")
@@ -848,6 +849,22 @@ def test_a_head_of_its_own_is_read_whatever_config_json_says_and_one_of_gpt2_is_
     hf.load(folder)
     save_file(weights | {"lm_head.weight": torch.ones(97, 64)}, folder / "model.safetensors")
     assert "lm_head.weight is not the embedding" in refused(hf.load, folder)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt2"])
+def test_an_embedding_that_is_stored_as_the_head_alone_is_read_as_both(model_type, tmp_path):
+    model = tiny(model_type)
+    folder, _, weights = saved(model, tmp_path / "a")
+    embed = hf.ARCHITECTURES[model_type].names["embed"] + ".weight"
+    weights["lm_head.weight"] = weights.pop(embed)  # as safetensors.torch.save_model leaves it
+    save_file(weights, folder / "model.safetensors")
+    assert torch.equal(hf.load(folder)(tokens(2, 12)), model(tokens(2, 12)))
+    assert torch.equal(dict(hf.weights_of(folder))["embed.weight"], model.embed.weight)
+
+    if model_type == "qwen3":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | dict(tie_word_embeddings=False)))
+        assert f"lack 1 weights: {embed}" in refused(hf.load, folder)
 
 
 def test_end_tokens_are_those_of_generation_config_or_else_of_config_or_else_of_the_model_type(tmp_path):
