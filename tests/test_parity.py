@@ -306,6 +306,77 @@ def test_a_config_without_key_heads_has_as_many_as_query_heads(tmp_path):
     torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 50)), theirs(tokens(1, 50)).logits, atol=1e-4, rtol=0)
 
 
+SIZES = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+    max_position_embeddings=256, initializer_range=0.2, hidden_act="silu", rms_norm_eps=1e-05, use_cache=True,
+    torch_dtype="bfloat16",
+)  # fmt: skip
+QWEN = SIZES | dict(
+    rope_theta=1000000, max_window_layers=28, sliding_window=None, use_sliding_window=False, attention_dropout=0.0,
+    num_key_value_heads=2, bos_token_id=0, eos_token_id=1,
+)  # fmt: skip
+EXPERTS = dict(
+    moe_intermediate_size=24, num_experts=8, num_experts_per_tok=3, decoder_sparse_step=1, router_aux_loss_coef=0.001,
+    output_router_logits=False,
+)  # fmt: skip
+PUBLISHED = {  # the keys that config.json has on the Hub, with small sizes
+    "gpt2": dict(
+        model_type="gpt2", activation_function="gelu_new", attn_pdrop=0.1, bos_token_id=50256, embd_pdrop=0.1,
+        eos_token_id=50256, initializer_range=0.2, layer_norm_epsilon=1e-05, n_ctx=64, n_embd=32, n_head=4, n_layer=2,
+        n_positions=64, resid_pdrop=0.1, summary_activation=None, summary_first_dropout=0.1, vocab_size=97,
+        summary_proj_to_labels=True, summary_type="cls_index", summary_use_proj=True,
+        task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}},
+    ),
+    "Llama-2-7b": SIZES | dict(
+        model_type="llama", pad_token_id=0, pretraining_tp=1, rope_scaling=None, tie_word_embeddings=False,
+        num_key_value_heads=4, bos_token_id=1, eos_token_id=2,
+    ),
+    "llama-7b": SIZES | dict(model_type="llama", bos_token_id=1, eos_token_id=2, pad_token_id=-1),
+    "SmolLM2-135M": SIZES | dict(
+        model_type="llama", attention_bias=False, is_llama_config=True, mlp_bias=False, num_key_value_heads=2,
+        pretraining_tp=1, rope_interleaved=False, rope_scaling=None, rope_theta=100000, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=0,
+    ),
+    "Mistral-7B-v0.3": SIZES | dict(
+        model_type="mistral", num_key_value_heads=2, rope_theta=1000000.0, sliding_window=None,
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    ),
+    "Mistral-7B-v0.1": SIZES | dict(
+        model_type="mistral", num_key_value_heads=2, rope_theta=10000.0, sliding_window=64, tie_word_embeddings=False,
+    ),
+    "Qwen3-0.6B": QWEN | dict(
+        model_type="qwen3", attention_bias=False, head_dim=16, rope_scaling=None, tie_word_embeddings=True,
+    ),
+    "Qwen3-30B-A3B": QWEN | EXPERTS | dict(
+        model_type="qwen3_moe", attention_bias=False, head_dim=16, rope_scaling=None, tie_word_embeddings=False,
+        norm_topk_prob=True, mlp_only_layers=[],
+    ),
+    "Qwen2-57B-A14B without biases": QWEN | EXPERTS | dict(
+        model_type="qwen2_moe", shared_expert_intermediate_size=48, sliding_window=128, qkv_bias=False,
+        norm_topk_prob=False, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_folder_as_the_hub_has_it_has_the_logits_of_transformers(name, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(PUBLISHED[name]))
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(tmp_path), dtype=torch.float32, attn_implementation="eager"
+    )
+    theirs.eval().save_pretrained(tmp_path, max_shard_size="40KB")
+    config.write_text(json.dumps(PUBLISHED[name]))
+    for beside in ("adapter_model.safetensors", "consolidated.safetensors", "model-00009-of-00009.safetensors"):
+        (tmp_path / beside).write_bytes(b"none of the weights")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"none that is read")
+    x = tokens(2, 64)
+    want = theirs(x).logits
+    assert (tmp_path / "model.safetensors.index.json").exists() and want.std() > 0.5
+    torch.testing.assert_close(hf.load(tmp_path)(x), want, atol=1e-4, rtol=0)
+
+
 def test_the_weights_of_many_files_are_those_that_transformers_reads(tmp_path):
     torch.manual_seed(0)
     theirs = qwen3(rope="yarn")
