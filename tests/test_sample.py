@@ -460,6 +460,21 @@ def test_a_published_llama_says_what_it_says_in_transformers(kind, vocab_size, b
     torch.testing.assert_close(again(prompt).logits, theirs(prompt).logits)
 
 
+def test_a_vocabulary_and_merges_become_a_tokenizer_by_the_command_that_the_refusal_names(tmp_path):
+    pytest.importorskip("transformers")
+    folder = tmp_path / "a"
+    hf.save(build("gpt2", vocab_size=601), folder)
+    whole = json.loads(save_hugging_face(tmp_path, "gpt2", added=["<|endoftext|>"]).read_text())
+    vocabulary = whole["model"]["vocab"] | {"<|endoftext|>": 600}
+    merges = [" ".join(pair) for pair in whole["model"]["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    exec(error_of(folder).split("python -c ")[1].strip().strip('"'))
+    tokenizer = load(folder)[1]
+    assert tokenizer.encode("def test it") == load_tokenizer(str(tmp_path / "tokenizer.json")).encode("def test it")
+    assert tokenizer.eot_id == 600
+
+
 def test_a_folder_of_2019_without_a_model_type_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dict(n_ctx=64, n_embd=32, n_head=2, n_layer=2, vocab_size=320)))
     assert "model_type=None; these can be read: " in error_of(tmp_path)

@@ -94,6 +94,10 @@ def find_tokenizer(path: Path, name: str | None) -> tuple:
             what = f"{meta['vocab_size']:,} tokens and no tokenizer"
             raise NoTokenizer(f"the data of {path} has {what}: name its own with --tokenizer, such as a tokenizer.json")
         return tokenizer, [tokenizer.eot_id]
+    if (path / "vocab.json").exists():
+        convert = f"AutoTokenizer as T; T.from_pretrained('{path}').save_pretrained('{path}')"
+        what = f"{path} has a vocab.json and no tokenizer.json, which transformers makes of it"
+        raise NoTokenizer(f'{what}:  python -c "from transformers import {convert}"')
     raise NoTokenizer(f"{path} has no tokenizer: name one with --tokenizer, for example --tokenizer gpt2")
 
 
