@@ -292,6 +292,7 @@ def test_a_mistral_with_a_window_is_read_and_saved_as_a_smollm3_of_local_layers(
 def test_a_window_as_long_as_the_longest_text_hides_nothing(tmp_path):
     torch.manual_seed(0)
     mistral(window=256).save_pretrained(tmp_path)
+    assert hf.config_of(tmp_path)[0] == "baseline"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 256)), theirs(tokens(1, 256)).logits, atol=1e-4, rtol=0)
 

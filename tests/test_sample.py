@@ -460,6 +460,14 @@ def test_a_published_llama_says_what_it_says_in_transformers(kind, vocab_size, b
     torch.testing.assert_close(again(prompt).logits, theirs(prompt).logits)
 
 
+def test_a_prompt_for_a_sentencepiece_model_alone_begins_with_its_own_token_unless_the_config_says_no(tmp_path):
+    as_llama2(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    for config, prefix in (({}, [1]), (dict(add_bos_token=True), [1]), (dict(add_bos_token=False), [])):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert load_module.find_tokenizer(tmp_path, None)[1] == prefix
+
+
 def test_a_vocabulary_and_merges_become_a_tokenizer_by_the_command_that_the_refusal_names(tmp_path):
     pytest.importorskip("transformers")
     folder = tmp_path / "a"
