@@ -28,7 +28,7 @@ from evals.judge import judge
 from evals.scorer import ChatOptions, Scorer, evaluate_harness, evaluate_task
 from evals.tasks import find, load_task
 from training.checkpoint import CheckpointError
-from training.load import add_thinking, hide_padding, load, stop_tokens, think_budget
+from training.load import add_thinking, hide_padding, load, stop_tokens, think_budget, warn_of_template
 from training.loss import bytes_of_tokens, loss_report, loss_sums
 
 
@@ -185,6 +185,7 @@ def chat_options(args, tokenizer):
     if not args.chat:
         return None
     chat.check(tokenizer)
+    warn_of_template(args.path)
     budget = None
     if args.think_budget is not None:
         budget = think_budget(tokenizer, args.think_budget)

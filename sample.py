@@ -21,7 +21,7 @@ from data import chat
 from data.text import print_any_text, read_text
 from data.tokenizers import stream_text
 from training.checkpoint import CheckpointError
-from training.load import add_thinking, hide_padding, load, stop_tokens, think_budget
+from training.load import add_thinking, hide_padding, load, stop_tokens, think_budget, warn_of_template
 from training.run_folder import is_from_hugging_face
 
 LIMITS = {
@@ -206,6 +206,9 @@ def run(args):
     hide_padding(model, tokenizer)
     if args.chat or is_about_chat(args):
         chat.check(tokenizer)
+    is_chat = args.chat or (args.interactive and knows_chats(tokenizer))
+    if is_chat:
+        warn_of_template(args.path)
 
     # 3. the text
     options = dict(
@@ -227,7 +230,7 @@ def run(args):
     messages = []
     if args.system is not None:
         messages.append({"role": "system", "content": args.system})
-    if args.interactive and (is_about_chat(args) or knows_chats(tokenizer)):
+    if args.interactive and is_chat:
         interact(model, tokenizer, prefix, messages, args.think, options, args.stop)
         return
     if args.interactive:
