@@ -445,7 +445,7 @@ def test_pysource_without_torch_is_a_clear_error(monkeypatch, tmp_path):
         ("a.png", b"PNG", r"a.png: can read .txt, .md, .*, .parquet and .gz or .zst of them: call it .txt"),
         ("a.csv", b"id,body\n1,x\n", r"a.csv line 2: needs a field \"text\", found \['body', 'id'\]"),
         ("a.csv", b"id,text\n1,x\n2\n", r"a.csv line 3: the first row has 2 columns, and this one 1"),
-        ("a.csv", b'text\n"a"b\n', r"a.csv line 2: no CSV"),
+        ("a.csv", b'text\n"a"b\n', r"a.csv, after line 1: no CSV"),
         ("a.csv", b"text\nfine\xe4", r"a.csv: not UTF-8 text: byte 0xe4 at offset 9"),
         ("a.html", b"<![foo]>", r"a.html: no HTML: unknown status keyword 'foo'"),
     ],
@@ -707,7 +707,7 @@ def test_pages_and_tables_in_a_folder_are_documents(tmp_path):
     (source / "b.htm.gz").write_bytes(gzip.compress(b"<p>another</p>"))
     (source / "c.csv").write_text('id,text\n1,"one, and\n""two"""\n\n2,three\n')
     (source / "d.tsv").write_text("text\tid\nfour, five\t4\n")
-    (source / "e.csv").write_text("id;text\n6;six\n")
+    (source / "e.csv").write_text("\n;\nid;text\n6;six\n;\n\n", encoding="utf-8-sig")  # as Excel saves empty rows
     assert documents_of(tmp_path, source) == ["a page", "another", "four, five", 'one, and\n"two"', "six", "three"]
 
 

@@ -463,6 +463,7 @@ MMLU_PROMPT = "Which of these, if any, is right?\nA. one\nB. two\nC. three\nD. f
         MMLU_ROW.encode("utf-8-sig"),  # as Excel saves
         MMLU_ROW.encode("utf-16"),
         (MMLU_ROW + "\r\n").encode(),
+        ("\r\n" + MMLU_ROW + ",,,,,\r\n").encode(),
         b"Which of these, if any, is right?;one;two;three;four;C\n",  # Excel where the comma is decimal
         b"Which of these, if any, is right?\tone\ttwo\tthree\tfour\tC\n",
     ],
@@ -480,7 +481,7 @@ def test_a_table_of_mmlu_is_read_as_it_was_saved(tmp_path, table):
         ("q,one,two,three,four, C", "the answer ' C' is none of"),
         ("q,one,two,three,four,CD", "the answer 'CD' is none of"),
         ("q,one,two,three,four,", "the answer '' is none of"),
-        ("q,one,two,three,C", "a row has 6 columns, and this one 5"),
+        ("q,one,two,three,C", "the first row has 6 columns, and this one 5"),
         ('"q,one,two,three,four,C', "no CSV: unexpected end of data"),
     ],
 )
@@ -533,6 +534,22 @@ def test_answers_of_triviaqa_are_compared_as_the_harness_compares_them(tmp_path)
     task, (question,) = load_task("triviaqa", jsonl(tmp_path / "t.jsonl", [row]))
     answers = {"  the v": True, "THE V": True, "The V ": False, "usa": False, " u.s a": False, "u S a ": True}
     assert {text: task.grade(text, question)["exact_match"] for text in answers} == answers
+
+
+def test_of_a_folder_as_it_is_downloaded_the_files_of_rows_are_read_and_the_others_counted(tmp_path, capsys):
+    rows = [choice_rows("hellaswag", i) for i in range(20)]
+    (tmp_path / ".cache").mkdir()
+    jsonl(tmp_path / ".cache" / "old.jsonl", rows[:1])
+    (tmp_path / "README.md").write_text("about it")
+    jsonl(tmp_path / "a.jsonl", rows[:10])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(tmp_path / "b", rows[10:]).read_bytes()))
+    (tmp_path / "b").unlink()
+    assert len(load_task("hellaswag", tmp_path)[1]) == 20
+    left_out = f"left out of {tmp_path}: 1 hidden folder, 1 .md (read are .jsonl, .json, .csv, .parquet and"
+    assert left_out in capsys.readouterr().err
+    (tmp_path / "notes.docx").touch()
+    with pytest.raises(ValueError, match="notes.docx: can read .jsonl, .json, .csv, .parquet and .gz or .zst of them"):
+        load_task("hellaswag", tmp_path / "notes.docx")
 
 
 def test_parquet_files_are_read(tmp_path):
