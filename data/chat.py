@@ -361,6 +361,8 @@ def main() -> None:
     add("--switches", action="store_true")
     add("--turns", choices=["all", "last"], default="all")
     args = parser.parse_args()
+    if args.show < 0:
+        parser.error(f"--show {args.show}: give a number from 0")
     print_any_text()
     try:
         tokenizer = load_tokenizer(args.tokenizer, CHAT_TOKENS)

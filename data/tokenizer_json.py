@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.bpe import BYTE_OF, EOT, MAX_ID, PATTERNS, SPELLING, TURN_ENDS, format_ranks, parse_ranks
+from data.text import read_json
 
 END_OF_TEXT = (EOT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")  # as it is known by name
 
@@ -71,10 +72,7 @@ NAMES = {
 
 def read_object(path: Path) -> dict:
     """Returns the object that a JSON file holds; raises ValueError, with the file's name, if it holds none."""
-    try:
-        d = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is no JSON ({e}): was it cut short?") from None
+    d = read_json(path)
     check(d, {}, path)
     return d
 

@@ -37,7 +37,7 @@ import regex
 from data import sentencepiece_model, sources, tokenizer_json, tokenizer_package
 from data.bpe import EOT, PATTERNS, TURN_ENDS, alternatives, format_ranks, parse_ranks
 from data.bpe_training import chunks, chunks_of_text, count_words, merge_words, write_sample
-from data.text import read_text
+from data.text import print_any_text, read_text
 
 MAX_PATTERN = 4096  # characters; those that are known have up to 600
 
@@ -384,6 +384,10 @@ def main() -> None:
     for key in meaningless:
         if getattr(args, key) is not None:
             parser.error(f"--{key} means nothing to --kind {args.kind}: leave it out")
+    for key in ("vocab_size", "workers"):
+        if getattr(args, key) < 1:
+            parser.error(f"--{key} {getattr(args, key)}: give a number from 1")
+    print_any_text()
     train_one = command_bpe if args.kind == "bpe" else command_sentencepiece
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -402,10 +406,8 @@ def training_files(names: list[str], folder: Path) -> list[Path]:
                 raise ValueError(f"{name} is no text: name another set, or files")
             files.append(folder / f"{name}.jsonl")
             write_sample(files[-1], chain.from_iterable(map(chunks_of_text, text.documents())))
-        elif Path(name).is_dir():
-            files += sources.find_files([name], sources.KINDS, sources.NAMED)
         else:
-            files.append(Path(name))
+            files += sources.find_files([name], sources.KINDS, sources.NAMED)
     return files
 
 

@@ -530,3 +530,7 @@ def test_the_command_shows_tokens_with_what_is_learned_in_brackets(tmp_path, mon
     assert shown.startswith("<|endoftext|>|<|im_start|>|u|s|e|r|\n|0|+|1|?|<|im_end|>|")
     assert "|a|n|t|\n|[<think>]|[\n]|[0]|" in shown and "[#]|[ ]|[1]|[<|im_end|>]|\n" in shown
     assert shown.count("tokens are learned)") == 2
+    monkeypatch.setattr(sys, "argv", ["chat.py", str(path), "--tokenizer", "byte", "--show", "-1"])
+    with pytest.raises(SystemExit):
+        chat.main()
+    assert "--show -1: give a number from 0" in capsys.readouterr().err
