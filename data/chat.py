@@ -259,7 +259,8 @@ def listed(row, where):
     messages = []
     for turn in turns:
         role = turn.get("role", turn.get("from"))
-        role = ROLES.get(role, role)
+        if isinstance(role, str):
+            role = ROLES.get(role, role)
         content = turn.get("content", turn.get("value"))
         thinking = turn.get("thinking") or turn.get("reasoning_content")
         if thinking:

@@ -24,7 +24,7 @@ import data.prepare as prepare_module
 import data.sources as sources_module
 import data.successor as successor_module
 import data.text as text_module
-from data import bpe_training
+from data import bpe_training, token_files
 from data.bpe_training import count_words
 from data.html_text import text_of_html
 from data.prepare import main as prepare
@@ -1107,7 +1107,7 @@ def test_no_worker_outlives_a_run_that_is_ended_by_a_signal(tmp_path, number, to
             os.kill(int(pid), signal.SIGKILL)
 
 
-def test_data_that_other_text_made_is_never_replaced_without_being_named(tmp_path, monkeypatch, capsys):
+def test_data_that_other_text_made_is_never_replaced_without_being_named(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "__file__", str(tmp_path / "data" / "prepare.py"))
     for folder, name in (("a", "wiki.en.txt"), ("a", "wiki.de.txt"), ("b", "wiki.en.txt")):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -1119,10 +1119,17 @@ def test_data_that_other_text_made_is_never_replaced_without_being_named(tmp_pat
     with pytest.raises(SystemExit, match="wiki.en was made of .*/a/wiki.en.txt: choose another folder with --out"):
         prepare_module.main(other)
     prepare_module.main([*other, "--out", str(tmp_path / "data" / "wiki.en")])  # which names it
-    for number in ("--max_doc_tokens=-1", "--max_tokens=0", "--shard_tokens=0", "--workers=0"):
-        with pytest.raises(SystemExit):
-            prepare_module.main([*other, number])
-        assert "is not 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["max_doc_tokens", "max_tokens", "max_documents", "shard_tokens", "workers"])
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_number_below_1_is_refused_by_the_command_and_by_the_function(tmp_path, option, number):
+    source = write_documents(tmp_path / "a.jsonl", 30)
+    message = f"--{option}={number} is not 1 or more"
+    with pytest.raises(ValueError, match=message):
+        prepare_module.prepare(source, out=str(tmp_path / "out"), tokenizer="byte", **{option: number})
+    with pytest.raises(SystemExit, match=message):
+        prepare([source, "--out", str(tmp_path / "out"), "--tokenizer", "byte", f"--{option}={number}"])
 
 
 def test_a_file_is_of_the_split_whose_name_is_a_word_of_its_own(tmp_path):
@@ -1336,6 +1343,13 @@ def test_token_files_of_nanogpt_and_build_nanogpt_become_shards_by_one_command(t
         assert np.array_equal(train.read(0, 4000), tokens[:4000]) and np.array_equal(val.read(0, 1000), tokens[4000:])
         assert (train.vocab_size, train.eot_id, train.meta["tokenizer"]) == (50257, EOT, None)
         assert train.meta["documents"] == {"train": 40, "val": 10}
+    for path in (tmp_path / "nano").glob("*.bin"):  # as of a larger vocabulary, which does not fit into 16 bits
+        np.fromfile(path, np.uint16).astype(np.uint32).tofile(path)
+    prepare([str(tmp_path / "nano"), "--out", str(tmp_path / "out")])
+    assert np.array_equal(Shards(tmp_path / "out", "train").read(0, 4000), tokens[:4000])
+    larger = [i for i in range(3, 300, 7)] + [70_000, 128_000]
+    np.array(larger, np.uint32).tofile(tmp_path / "nano" / "train.bin")
+    assert np.concatenate(list(token_files.read(tmp_path / "nano" / "train.bin", 128_256))).tolist() == larger
     with pytest.raises(
         SystemExit, match=r"train.bin: tokens from \d+ to \d+, and a vocabulary of 257: name its tokenizer"
     ):

@@ -14,8 +14,9 @@ import torch
 import eval as evaluation
 import generate as generate_module
 import hf
+import training.load as load_module
 from data.bpe import CHAT_TOKENS
-from data.shards import write_shard
+from data.shards import PUBLISHED, write_shard
 from data.tokenizers import load_tokenizer
 from evals.scorer import Request, Scorer, evaluate_task, windows
 from evals.tasks import TASKS, Question, accuracies, boxed, final_answer, load_task, plain_math
@@ -189,7 +190,7 @@ def test_bits_per_byte_are_of_the_text_where_a_tokenizer_lost_some(run, data, tm
     assert rows[-1]["val_bits_per_byte"] == pytest.approx(trained["bits_per_byte"], rel=1e-4)
 
 
-def test_a_run_on_shards_without_a_tokenizer_has_a_loss_and_no_text(run, tmp_path, capsys):
+def test_a_run_on_shards_without_a_tokenizer_has_a_loss_and_no_text(run, tmp_path, capsys, monkeypatch):
     """As on the shards of Llama 3's tokens that are published: no file says which tokenizer they are of."""
     folder, model, _ = make_run(tmp_path / "run")
     (tmp_path / "data").mkdir()
@@ -211,6 +212,16 @@ def test_a_run_on_shards_without_a_tokenizer_has_a_loss_and_no_text(run, tmp_pat
     assert "300 tokens and no tokenizer: name its own with --tokenizer" in error_of(
         capsys, folder, "--tasks", f"m={task}"
     )
+
+    def download(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(load_module, "load_tokenizer", download)
+    monkeypatch.setitem(PUBLISHED, 2, (300, 0))  # as if they were GPT-2's, whose tokenizer is downloaded
+    got = results_of(tmp_path, folder, "--data", tmp_path / "data", "--split", "val")["loss"]["val"]
+    assert got["tokens"] == 199 and got["bits_per_byte"] is None
+    for option in (["--tokenizer", "gpt2"], ["--tasks", f"m={task}"]):
+        assert "no network" in error_of(capsys, folder, "--data", tmp_path / "data", *option)
     (tmp_path / "data" / "meta.json").unlink()  # then they are Llama 3's
     assert "128256 tokens, and the model 320" in error_of(capsys, folder, "--data", tmp_path / "data", "--split", "val")
 
