@@ -22,7 +22,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":  # this folder on the path would shadow the installed package `tokenizers`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import numpy as np
+
+from data.text import print_any_text
 
 HELD_OUT = 400
 THINKING_SHARE = 0.25  # of the first conversations
@@ -173,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, number in (sizes | {"seed": args.seed}).items():
         if number < 0:
             parser.error(f"--{name} {number}: give a number from 0")
+    print_any_text()
     try:
         write_all(args.out, args.seed, sizes)
     except OSError as error:

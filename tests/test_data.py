@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1119,6 +1120,10 @@ def test_data_that_other_text_made_is_never_replaced_without_being_named(tmp_pat
     with pytest.raises(SystemExit, match="wiki.en was made of .*/a/wiki.en.txt: choose another folder with --out"):
         prepare_module.main(other)
     prepare_module.main([*other, "--out", str(tmp_path / "data" / "wiki.en")])  # which names it
+    (tmp_path / "a" / "mqar.txt").write_text("called like a named set " * 99)
+    prepare_module.main([str(tmp_path / "a" / "mqar.txt"), "--tokenizer", "byte"])
+    with pytest.raises(SystemExit, match="mqar was made of .*/a/mqar.txt: choose another folder with --out"):
+        prepare_module.main(["mqar"])
 
 
 @pytest.mark.parametrize("option", ["max_doc_tokens", "max_tokens", "max_documents", "shard_tokens", "workers"])
@@ -1235,7 +1240,9 @@ def test_an_end_of_text_that_is_spelled_out_splits_documents_on_request_and_is_s
     text = "\n<|endoftext|>\n".join(documents)
     run = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--val_fraction", "0.5"]
     (tmp_path / "a.txt").write_text(text)
-    prepare(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(text_module, "parts", partial(text_module.parts, size=10))  # none of them has a whole marker
+        prepare(run)
     assert "a.txt spells out <|endoftext|>, which stays text: --split_at_eot begins" in capsys.readouterr().err
     assert "".join(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == text
     for source in (run[0], "-"):
