@@ -237,7 +237,7 @@ def read_bpe(d, path, added):
         check(pair, [str], f"{path}: model: merges[{i}]")
         merged.append("".join(pair))
     made = set(merged)
-    plain = {token: i for token, i in vocab.items() if token in made or added.get(token) != i}
+    plain = {token: i for token, i in vocab.items() if token in made or len(token) == 1 or added.get(token) != i}
     if any(len(token) > 1 and token not in made or not BYTE_OF.keys() >= set(token) for token in plain):
         return None  # a token that no merge of bytes makes
     spacing = ("lstrip", "rstrip", "single_word")  # tokens that take the spaces around them or want a word of their own

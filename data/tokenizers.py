@@ -57,8 +57,11 @@ class Tokenizer:
         self.kind = kind
         self.name = name
         self.special_tokens = dict(special_tokens)
-        self._normalized_tokens = data.get("added_normalized", {})
-        self.added_tokens = data.get("added", {}) | self._normalized_tokens
+        normalized = data.get("added_normalized", {})
+        self.added_tokens = data.get("added", {}) | normalized
+        self._normalized_tokens = normalized  # as they look in normalized text
+        if data.get("nfc"):
+            self._normalized_tokens = {unicodedata.normalize("NFC", token): i for token, i in normalized.items()}
         self._data = data
         self._adds_space = False
         if kind == "byte":
@@ -101,7 +104,7 @@ class Tokenizer:
                 )
             self._bytes[i] = token.encode()
         self._special_ids = set(self.special_tokens.values())
-        self._regex = _regex_of(tokens.keys() - self._normalized_tokens.keys())
+        self._regex = _regex_of(tokens.keys() - normalized.keys())
         self._normalized_regex = _regex_of(self._normalized_tokens)
         self.vocab_size = max(self._bytes) + 1
         eot = data.get("eot", EOT)

@@ -545,6 +545,8 @@ ADDED = {
     "words of a fine-tuned GPT-2": [("<gene>", False, True), ("COVID-19", False, True), ("\u00e9t\u00e9", False, True)],
     "thoughts of Qwen3": [("<think>", False, False), ("<|im_end|>", True, False), ("<|im_end|> ", False, False)],
     "a word that merges make": [("self", False, False)],
+    "letters, which are bytes too": [("b", False, False), ("x", False, True)],
+    "letters that NFC composes": [("e\u0301te\u0301", False, True)],
 }
 
 
