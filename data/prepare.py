@@ -49,6 +49,7 @@ TEXT_OPTIONS += ["skip_bad", "input", "workers"]
 CHAT_OPTIONS = "think", "switches", "turns"
 MQAR_OPTIONS = *MQAR._fields, "documents", "seed"
 FROM_1 = "shard_tokens", "max_documents", "max_doc_tokens", "max_tokens", "workers"
+MOST = 10**13  # tokens, of which no data has more
 worker = {}  # a worker process's settings
 
 
@@ -818,8 +819,8 @@ def check_options(args, parser) -> None:
     """Finds out if it is text, conversations, another tool's token files, or mqar; refuses options of the others."""
     for key in FROM_1:
         number = getattr(args, key)
-        if number is not None and number < 1:
-            raise ValueError(f"--{key}={number} is not 1 or more")
+        if number is not None and not 1 <= number <= MOST:
+            raise ValueError(f"--{key}={number} is not from 1 to {MOST:,}")
     args.token_files = None
     meaningless = [*MQAR_OPTIONS, *CHAT_OPTIONS]
     if args.chat:
@@ -858,7 +859,7 @@ def main(argv: list[str] | None = None) -> None:
         make_folder(args)
     except KeyboardInterrupt:
         sys.exit("prepare.py: interrupted: nothing was changed")
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError, OverflowError) as error:
         sys.exit(f"prepare.py: {error}")
 
 

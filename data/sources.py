@@ -311,7 +311,7 @@ def read(
             if skipped is not None:
                 for _ in text.parts(path):  # an error in the middle would come too late to leave it out
                     pass
-            yield File(path, path, with_marker)
+            yield File(path, path, with_marker if name.endswith(".txt") else set())  # only a .txt can be split there
     except Unreadable as error:
         bad(error)
 

@@ -1127,14 +1127,23 @@ def test_data_that_other_text_made_is_never_replaced_without_being_named(tmp_pat
 
 
 @pytest.mark.parametrize("option", ["max_doc_tokens", "max_tokens", "max_documents", "shard_tokens", "workers"])
-@pytest.mark.parametrize("number", [0, -1])
-def test_a_number_below_1_is_refused_by_the_command_and_by_the_function(tmp_path, option, number):
+@pytest.mark.parametrize("number", [0, -1, 10**30])
+def test_a_number_that_cannot_be_meant_is_refused_by_the_command_and_by_the_function(tmp_path, option, number):
     source = write_documents(tmp_path / "a.jsonl", 30)
-    message = f"--{option}={number} is not 1 or more"
+    message = f"--{option}={number} is not from 1 to 10,000,000,000,000"
     with pytest.raises(ValueError, match=message):
         prepare_module.prepare(source, out=str(tmp_path / "out"), tokenizer="byte", **{option: number})
     with pytest.raises(SystemExit, match=message):
         prepare([source, "--out", str(tmp_path / "out"), "--tokenizer", "byte", f"--{option}={number}"])
+
+
+def test_what_does_not_fit_the_memory_is_an_error_of_one_line(tmp_path, monkeypatch):
+    def allocate(*_, **__):
+        raise MemoryError("Unable to allocate 2.98 TiB for an array")
+
+    monkeypatch.setattr(prepare_module, "write_mqar", allocate)
+    with pytest.raises(SystemExit, match="prepare.py: Unable to allocate 2.98 TiB"):
+        prepare(["mqar", "--keys", "100_000_000", "--out", str(tmp_path / "out")])
 
 
 def test_a_file_is_of_the_split_whose_name_is_a_word_of_its_own(tmp_path):
@@ -1252,7 +1261,8 @@ def test_an_end_of_text_that_is_spelled_out_splits_documents_on_request_and_is_s
         texts = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")
         assert sorted(texts) == sorted(documents)
     (tmp_path / "a.txt").write_text("no marker " * 9)
-    prepare(run)
+    (tmp_path / "b.md").write_text(text)  # which is a document whatever is in it
+    prepare([str(tmp_path / "b.md"), *run])
     assert "spells out" not in capsys.readouterr().err
 
 
