@@ -48,8 +48,9 @@ TEXT_OPTIONS = "tokenizer add_tokens eot field max_doc_tokens max_documents max_
 TEXT_OPTIONS += ["skip_bad", "input", "workers"]
 CHAT_OPTIONS = "think", "switches", "turns"
 MQAR_OPTIONS = *MQAR._fields, "documents", "seed"
-FROM_1 = "shard_tokens", "max_documents", "max_doc_tokens", "max_tokens", "workers"
 MOST = 10**13  # tokens, of which no data has more
+LARGEST = {"max_documents": MOST, "max_doc_tokens": MOST, "max_tokens": MOST, "workers": 1000}  # the smallest is 1
+LARGEST["shard_tokens"] = 2**31 - 1  # which a header of a shard can count
 worker = {}  # a worker process's settings
 
 
@@ -817,10 +818,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check_options(args, parser) -> None:
     """Finds out if it is text, conversations, another tool's token files, or mqar; refuses options of the others."""
-    for key in FROM_1:
+    for key, largest in LARGEST.items():
         number = getattr(args, key)
-        if number is not None and not 1 <= number <= MOST:
-            raise ValueError(f"--{key}={number} is not from 1 to {MOST:,}")
+        if number is not None and not 1 <= number <= largest:
+            raise ValueError(f"--{key}={number} is not from 1 to {largest:,}")
     args.token_files = None
     meaningless = [*MQAR_OPTIONS, *CHAT_OPTIONS]
     if args.chat:

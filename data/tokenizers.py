@@ -120,7 +120,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as e:
             why = f"the lone surrogate {text[e.start]!r} at character {e.start} is no valid Unicode"
-            raise ValueError(f"{why}: read files as UTF-8 with errors='strict'") from None
+            raise ValueError(f"{why}: it is of bytes that are not UTF-8, or half of a pair: leave it out") from None
         if self.kind == "huggingface":
             return tokenizer_package.encode(self._core, text, special, self.name)
         tokens = dict(self.added_tokens)

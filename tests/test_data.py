@@ -1130,11 +1130,16 @@ def test_data_that_other_text_made_is_never_replaced_without_being_named(tmp_pat
 @pytest.mark.parametrize("number", [0, -1, 10**30])
 def test_a_number_that_cannot_be_meant_is_refused_by_the_command_and_by_the_function(tmp_path, option, number):
     source = write_documents(tmp_path / "a.jsonl", 30)
-    message = f"--{option}={number} is not from 1 to 10,000,000,000,000"
+    message = f"--{option}={number} is not from 1 to [0-9,]+$"
     with pytest.raises(ValueError, match=message):
         prepare_module.prepare(source, out=str(tmp_path / "out"), tokenizer="byte", **{option: number})
     with pytest.raises(SystemExit, match=message):
         prepare([source, "--out", str(tmp_path / "out"), "--tokenizer", "byte", f"--{option}={number}"])
+
+
+def test_a_shard_has_no_more_tokens_than_its_header_can_count(tmp_path):
+    with pytest.raises(ValueError, match="--shard_tokens=2147483648 is not from 1 to 2,147,483,647"):
+        prepare_module.prepare("mqar", out=str(tmp_path / "out"), shard_tokens=2**31)
 
 
 def test_what_does_not_fit_the_memory_is_an_error_of_one_line(tmp_path, monkeypatch):
