@@ -49,8 +49,13 @@ TEXT_OPTIONS += ["skip_bad", "input", "workers"]
 CHAT_OPTIONS = "think", "switches", "turns"
 MQAR_OPTIONS = *MQAR._fields, "documents", "seed"
 MOST = 10**13  # tokens, of which no data has more
-LARGEST = {"max_documents": MOST, "max_doc_tokens": MOST, "max_tokens": MOST, "workers": 1000}  # the smallest is 1
-LARGEST["shard_tokens"] = 2**31 - 1  # which a header of a shard can count
+LARGEST = {  # of the numbers that begin at 1
+    "shard_tokens": 2**31 - 1,  # which the header of a shard can count
+    "max_documents": MOST,
+    "max_doc_tokens": MOST,
+    "max_tokens": MOST,
+    "workers": 1000,
+}
 worker = {}  # a worker process's settings
 
 
