@@ -592,6 +592,14 @@ def test_vocab_size_0_is_that_of_the_data_or_said_to_be_guessed(report, tmp_path
     assert lines[0] == f"{tmp_path}/none/meta.json is not here: vocab_size is taken to be 50,304"
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"vocab_size": "many"}'])
+def test_a_meta_json_without_a_vocabulary_is_an_error_of_one_line(report, tmp_path, capsys, text):
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(SystemExit):
+        report(f"--data={tmp_path}")
+    assert "meta.json does not say how large the vocabulary is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("knob", ["n_expert_inner", "max_steps"])
 def test_a_matched_run_is_printed_as_a_command_that_costs_the_same(report, knob):
     other = ROOT / "config" / "train_mla.py"
