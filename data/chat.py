@@ -24,9 +24,10 @@ if __name__ == "__main__":  # this folder on the path would shadow the installed
 
 import regex
 
+from configurator import fail
 from data.bpe import CHAT_TOKENS, alternatives
 from data.sources import find_rows
-from data.text import Unreadable, boxed, print_any_text, stop, text_field
+from data.text import Unreadable, boxed, end_with_reader, print_any_text, stop, text_field
 from data.tokenizers import Tokenizer, load_tokenizer
 
 START, END, THINK, END_THINK = CHAT_TOKENS
@@ -370,8 +371,9 @@ def main() -> None:
             print(coloured(tokenizer, ids, mask, sys.stdout.isatty()))
             print(f"({sum(mask)} of {len(ids)} tokens are learned)")
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"chat.py: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":
+    end_with_reader()
     main()

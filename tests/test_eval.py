@@ -319,6 +319,21 @@ def test_answers_equal_generate_in_every_batch_size_and_end_before_a_stop(name):
     assert alone == [free[0].partition(stops[0])[0]] and alone[0].startswith(free[0][:2])
 
 
+def test_an_answer_ends_where_it_does_alone_however_long_the_others_of_its_batch_are(monkeypatch):
+    texts = ["xabcd", "12345"]
+
+    def stream(model, prompts, n, **options):
+        for i in range(5):
+            yield torch.tensor([ord(texts[int(chr(prompt[-1]))][i]) for prompt in prompts])
+
+    monkeypatch.setattr(generate_module, "stream", stream)
+    requests = [Request((number, {"until": ["abcd", "b"]})) for number in "01"]
+    for rows in (1, 2):  # alone the first ends with its b; together abcd, which begins before that, is written, too
+        scorer = scorer_of(build("baseline", vocab_size=257), rows)
+        scorer.tokenizer = ByIds()
+        assert scorer.generate_until(requests) == ["xa", "12345"]
+
+
 def test_an_answer_gets_at_most_half_of_the_window_and_sampling_is_refused():
     scorer = scorer_of(build("baseline", vocab_size=257))
     scorer.tokenizer, scorer.stop = ByIds(), set()
