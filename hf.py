@@ -1236,22 +1236,22 @@ PROVED = {
     "moe": {
         "RMSNorm": "085bf01a", "rope_cos_sin": "b3103f9a", "yarn": "9d35e18a", "llama3": "e180a3c7",
         "apply_rope": "3e7688fa", "Attention": "17aff4d6", "MLP": "0a66f93c", "Router": "b115b1c1",
-        "has_grouped_mm": "d1b99fcc", "grouped_matmul": "646c32e2", "ExpertLinear": "a80b6ddc", "MoE": "21ecf76e",
+        "has_grouped_mm": "d2acf5ae", "grouped_matmul": "1c4afea0", "ExpertLinear": "a80b6ddc", "MoE": "37489911",
         "Block": "161b27fd", "GPT": "4acd9451", "GPT.__init__": "3f5a8680", "GPT.forward": "24810dc6",
         "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985", "GPT.padding": "fbef2115",
     },
     "hybrid": {
         "RMSNorm": "1e4ee690", "rope_cos_sin": "37e2e754", "yarn": "9d35e18a", "llama3": "e180a3c7",
         "apply_rope": "b12c079b", "Attention": "8b8d03cc", "recurrent_delta_rule": "b40bb6ce",
-        "chunked_delta_rule": "2694dc38", "GatedDelta": "25225dae", "unit": "1d84f0a6", "MLP": "0a66f93c",
+        "chunked_delta_rule": "2694dc38", "GatedDelta": "7fe6d1cf", "unit": "1d84f0a6", "MLP": "0a66f93c",
         "Block": "15a28f55", "GPT": "4acd9451", "GPT.__init__": "d3993ff1", "GPT.forward": "310d397b",
         "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985",
     },
     "sliding": {
         "RMSNorm": "085bf01a", "rope_cos_sin": "f74705c1", "yarn": "9d35e18a", "llama3": "e180a3c7",
         "apply_rope": "3e7688fa", "near_or_global": "5df5cbf7", "Attention": "ec30f574", "MLP": "0a66f93c",
-        "Block": "e7decd53", "mask_of_each_letter": "59eec78f", "GPT": "4acd9451", "GPT.__init__": "d3993ff1",
-        "GPT.forward": "a9fa2b56", "GPT.positions_and_mask": "ec2990b8", "GPT.logits": "7bf98985",
+        "Block": "e7decd53", "mask_of_each_letter": "c36d7035", "GPT": "4acd9451", "GPT.__init__": "d3993ff1",
+        "GPT.forward": "a9fa2b56", "GPT.positions_and_mask": "55ef6350", "GPT.logits": "7bf98985",
     },
 }
 # fmt: on
