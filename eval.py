@@ -127,6 +127,8 @@ def load_tasks(args) -> dict:
     tasks = {}
     for spec in args.tasks:
         name, path = find(spec, args.task_dir)
+        if name in tasks:
+            raise ValueError(f"--tasks {','.join(args.tasks)} asks {name} twice: give each a name of its own")
         task, questions = load_task(name, path, args.num_fewshot or 0, args.limit)
         if args.chat and not questions[0].asked:
             raise ValueError(f"{name} is no question of a chat: evaluate it without --chat")

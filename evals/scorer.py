@@ -198,7 +198,7 @@ def evaluate_task(scorer: Scorer, task, questions: list, weak_sandbox: bool = Fa
     before = scorer.cut
     results = {"questions": len(questions)}
     if questions[0].continuations:
-        pairs = [Request(pair) for q in questions for pair in zip(q.contexts, q.continuations)]
+        pairs = [Request(pair) for q in questions for pair in zip(q.contexts, q.continuations, strict=True)]
         scores = iter([score for score, _ in scorer.loglikelihood(pairs)])
         graded = [task.grade([next(scores) for _ in q.contexts], q) for q in questions]
     else:
