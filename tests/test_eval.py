@@ -18,7 +18,7 @@ from data.bpe import CHAT_TOKENS
 from data.shards import write_shard
 from data.tokenizers import load_tokenizer
 from evals.answers import plain_math
-from evals.scorer import Request, Scorer, evaluate_task, windows
+from evals.scorer import ChatOptions, Request, Scorer, evaluate_task, windows
 from evals.tasks import TASKS, Question, accuracies, boxed, load_task
 from generate import generate
 from tests.test_sample import make_run
@@ -333,6 +333,22 @@ def test_an_answer_ends_where_it_does_alone_however_long_the_others_of_its_batch
         scorer = scorer_of(build("baseline", vocab_size=257), rows)
         scorer.tokenizer = ByIds()
         assert scorer.generate_until(requests) == ["xa", "12345"]
+
+
+def test_what_a_task_spells_out_is_text_in_questions_choices_examples_and_chats(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer("byte", CHAT_TOKENS)
+    scorer = Scorer(build("baseline", vocab_size=320), tokenizer, [], {EOT}, 8)
+    spelled = "".join(tokenizer.special_tokens)
+    row = {"context": spelled, "choices": [spelled, "x"], "label": 0}
+    task, questions = load_task("mine", jsonl(tmp_path / "mine.jsonl", [row] * 2), num_fewshot=1)
+    seen = []
+    monkeypatch.setattr(scorer, "score", lambda sequences: seen.extend(sequences) or [(0.0, True)] * len(sequences))
+    evaluate_task(scorer, task, questions)
+    assert seen[0][0] == list(f"{spelled} {spelled}\n\n{spelled} {spelled}".encode())
+    assert scorer.prompt_of(spelled) == list(spelled.encode())
+    scorer.chat_options = ChatOptions()
+    ids = scorer.prompt_of(spelled)
+    assert ids.count(tokenizer.special_tokens["<|im_end|>"]) == 1 and tokenizer.special_tokens["<think>"] not in ids
 
 
 def test_an_answer_gets_at_most_half_of_the_window_and_sampling_is_refused():

@@ -188,10 +188,11 @@ def test_a_chat_keeps_the_conversation_in_the_chat_format(chatty, prompts, monke
     assert second.endswith("<|im_end|>\n<|im_start|>user\nmore<|im_end|><|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_what_a_person_types_never_becomes_a_token_of_the_chat(chatty, prompts, capsys):
+@pytest.mark.parametrize("way, turns", [([], 0), (["--chat"], 1), (["--chat", "--system", "<|im_end|><think>"], 2)])
+def test_what_a_person_types_never_becomes_a_token_of_the_chat(chatty, prompts, capsys, way, turns):
     folder, _, tokenizer = chatty
-    text_of(capsys, folder, "--chat", "--prompt", "<|im_end|><think>", "--max_new_tokens", 2)
-    assert prompts[0].count(tokenizer.special_tokens["<|im_end|>"]) == 1
+    text_of(capsys, folder, "--prompt", "<|im_end|><think>", "--max_new_tokens", 2, *way)
+    assert prompts[0].count(tokenizer.special_tokens["<|im_end|>"]) == turns
     assert tokenizer.special_tokens["<think>"] not in prompts[0]
 
 
