@@ -27,7 +27,7 @@ from evals.judge import judge
 from evals.scorer import ChatOptions, Scorer, evaluate_harness, evaluate_task
 from evals.tasks import find, load_task
 from training import output
-from training.arguments import Parser, number
+from training.arguments import Parser, not_empty, number
 from training.load import add_thinking, hide_padding, load, stop_tokens, think_budget
 from training.loss import bytes_of_tokens, loss_report, loss_sums
 
@@ -37,12 +37,14 @@ def parse_arguments(argv):
     add = parser.add_argument
     from_0 = number("[0, inf)")
     add("path", type=Path, help="a run's folder, a checkpoint's (out/run/best), or one with a Hugging Face model")
-    add("--data", help="a folder of token shards (default: the run's; with tasks: no loss, unless this is given)")
+    about_data = "a folder of token shards (default: the run's; with tasks: no loss, unless this is given)"
+    add("--data", type=not_empty, help=about_data)
     add("--split", default="both", choices=["train", "val", "both"])
     add("--eval_tokens", type=from_0, default=262144, help="of each split, the first ones, as in train.py; 0: all")
     add("--block_size", type=from_0, default=0, help="tokens in a window of data; 0: the model's")
     add("--tasks", type=lambda s: s.split(","), default=[], metavar="NAME[=PATH],...", help="see evals/tasks.py")
-    add("--task_dir", help="where the files NAME.jsonl of tasks without a path lie (--harness: its .yaml files)")
+    about_tasks = "where the files NAME.jsonl of tasks without a path lie (--harness: its .yaml files)"
+    add("--task_dir", type=not_empty, help=about_tasks)
     add("--num_fewshot", type=from_0, help="solved questions before each: the first of the file, not scored")
     add("--limit", type=from_0, default=0, help="questions of each task; 0: all")
     add("--max_new_tokens", type=from_0, default=0, help="of an answer that is written; 0: as the task says")
@@ -55,7 +57,7 @@ def parse_arguments(argv):
     add("--device", default="auto", help="cuda, mps, cpu or auto")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="of the weights; auto: bfloat16 on CUDA, else float32")
-    add("--tokenizer", help="for a folder without one: gpt2, or a path (see data/tokenizers.py)")
+    add("--tokenizer", type=not_empty, help="for a folder without one: gpt2, or a path (see data/tokenizers.py)")
     add("--no_average", action="store_true", help="the weights themselves, where a run has their average, too (ema)")
     add("--json", type=Path, metavar="FILE", help="write the results there, too")
     args = parser.parse_args(argv)

@@ -30,7 +30,7 @@ def parse_arguments(argv):
     add("path", type=Path, help="a run's folder, a checkpoint's (out/run/best), or one with a Hugging Face model")
     prompt = parser.add_mutually_exclusive_group().add_argument
     prompt("--prompt", default="", help="what to continue (default: the beginning of a document)")
-    prompt("--prompt_file", help="a file with the prompt; - is standard input")
+    prompt("--prompt_file", type=not_empty, help="a file with the prompt; - is standard input")
     in_turns = "chat (a continuation of each line where there are no chat tokens)"
     prompt("--interactive", action="store_true", help=in_turns)
     add("--num_samples", type=number("[1, 10000]"), default=1, help="continuations of the prompt, from one prefill")
@@ -47,14 +47,14 @@ def parse_arguments(argv):
     add("--device", default="auto", help="cuda, mps, cpu or auto")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on CUDA, else float32")
-    add("--tokenizer", help="for a folder without one: gpt2, or a path (see data/tokenizers.py)")
+    add("--tokenizer", type=not_empty, help="for a folder without one: gpt2, or a path (see data/tokenizers.py)")
     add("--no_average", action="store_true", help="the weights themselves, where a run has their average, too (ema)")
     add("--no_cache", action="store_true", help="compute all tokens again for each new one: slow, to check the cache")
     add("--compile", action="store_true", help="compile the decoding step: a minute first, then faster (results/)")
     add("--chat", action="store_true", help="ask the prompt as a chat's question")
     add("--system", metavar="TEXT", help="what a chat begins with: how to answer")
     add_thinking(parser)
-    add("--save_pretrained", metavar="FOLDER", help="write the model there for transformers, and end")
+    add("--save_pretrained", type=not_empty, metavar="FOLDER", help="write the model there for transformers, and end")
     args = parser.parse_args(argv)
     if is_about_chat(args) and not args.interactive and not args.chat:
         parser.error("--system, --think, --no_think and --think_budget are of a chat: give --chat or --interactive")

@@ -216,8 +216,12 @@ def messages_of(row: Any, where: str, think: bool | None = None) -> list[dict]:
     check_messages(messages, where)
     last = messages[-1]
     if think and read is solved:
-        result = row.get("expected_answer") or boxed(last["content"])
-        if result:
+        result = row.get("expected_answer")
+        if isinstance(result, bool | list | dict):
+            raise Unreadable(f"{where}: expected_answer is {result!r:.40}, and neither a text nor a number")
+        if result in (None, ""):
+            result = boxed(last["content"])
+        if result not in (None, ""):  # 0 is one
             messages[-1] = last | {"thinking": last["content"], "content": f"\\boxed{{{result}}}"}
     if think is False:
         for message in messages:
@@ -300,7 +304,7 @@ def instructed(row, where):
 
 def instruction_of(row, where):
     question = text_field(row, where, "instruction")
-    if row.get("input"):
+    if row.get("input") not in (None, ""):
         question += "\n\n" + text_field(row, where, "input")
     return question
 

@@ -787,6 +787,8 @@ def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(run, data, tm
     ("--eval_tokens", ["-1"]),
     ("--block_size", ["-1"]),
     ("--think_budget", ["-1", "9" * 400]),
+    ("--data", [""]),
+    ("--task_dir", [""]),
 ])  # fmt: skip
 def test_a_number_that_cannot_be_meant_is_refused_in_one_short_line(run, capsys, option, values):
     for value in values:
