@@ -38,23 +38,23 @@ def evaluate(
     """Returns {name of a validation text: its loss_report}; "" stands for all of them, and is alone where there is one.
 
     Auxiliary losses do not count. The texts share eval_tokens by their weights, and the same tokens are taken every
-    time. Where none of them is a target, the run ends.
+    time. The run ends where none of them is a target, or one is not of the vocabulary.
     """
     sharded = shares_weights(model)
     model.eval()
     sums = []
-    for shards, batches in stage.evaluations(eval_tokens, rank, world_size, device):
-        if sharded:
-            batches = in_step(model, batches, stage.block_size, device)
-        found = loss_sums(model, batches, bytes_of[shards], autocast)
-        sums.append(torch.tensor(processes.all_sum(found, device), dtype=torch.float64))
-    model.train()
     try:
+        for shards, batches in stage.evaluations(eval_tokens, rank, world_size, device):
+            if sharded:
+                batches = in_step(model, batches, stage.block_size, device)
+            found = loss_sums(model, batches, bytes_of[shards], autocast)
+            sums.append(torch.tensor(processes.all_sum(found, device), dtype=torch.float64))
+        model.train()
         reports = {"": loss_report(sum(sums))}
         if len(sums) > 1:
             reports |= dict(zip(stage.val_names, map(loss_report, sums)))
         return reports
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         processes.fail(error)
 
 

@@ -77,6 +77,7 @@ def join(
     One process is the case of one of many: no group is opened. ValueError says what is not here, or not together.
     """
     rank, world_size = processes.launched()
+    sys.excepthook = processes.say_in_one_line
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
