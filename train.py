@@ -385,6 +385,7 @@ while True:
         own_text = [text_tokens(raw_model, x) for x, _ in batches]
     targets, text, stop = processes.all_sum([own_targets, sum(own_text), signals.count()], device)
     if stop:
+        saver.finish()  # a save that a thread is at may fail, and this one is the last chance
         if step != saver.saved_at:
             save()
         break
