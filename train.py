@@ -297,8 +297,9 @@ try:
     if main:
         if already_there and not resume:  # overwrite was given, or no step was ever done there
             run_folder.delete(out)
+        to_come = plan.tokens_before(max_steps) - plan.tokens_before(step)
         work = {"parameters": parameters, "flops_per_token": plan.stages[0].flops_per_token,
-                "tokens": plan.tokens_before(max_steps), "stages": plan.described()}  # fmt: skip
+                "tokens": tokens + to_come, "stages": plan.described()}  # fmt: skip
         facts = {"seed": seed, **identity, "hardware": here.described(), **work, "optimizer": muon.group_table(opt)}
         run_folder.describe(out, saved_config, meta, facts)
         album = pictures.Album(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters",

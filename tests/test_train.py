@@ -969,7 +969,8 @@ def test_a_run_that_goes_on_with_another_batch_says_so_and_sees_the_windows_that
     copy_until(base, work / "rebatched", 10)
     run = train(work, "rebatched", "--resume", **LONG | dict(batch_tokens=512, max_steps=12))
     assert "10 steps had 2,560 tokens, and the batch is another now: 2 steps are left" in run.out
-    assert run.steps[-1]["tokens"] == 2560 + 2 * 512
+    manifest = json.loads((run.folder / "manifest.json").read_text())
+    assert run.steps[-1]["tokens"] == 2560 + 2 * 512 == manifest["tokens"]
     begun, resumed = (plan_of(work, batch_tokens=n) for n in (256, 512))
     resumed.go_on(10, 2560)
     assert pieces_of(resumed, 10) == pieces_of(begun, 10) + pieces_of(begun, 11)
