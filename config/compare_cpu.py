@@ -11,6 +11,7 @@ block_size = 256
 where_present = dict(
     n_inner=512,
     rope_theta=1000.0,
+    local_rope_theta=1000.0,
     n_kv_head=2,
     head_dim=48,
     # a mixture of experts
@@ -27,7 +28,20 @@ where_present = dict(
     n_value_head=4,
     key_dim=48,
     value_dim=48,
+    # windows, slots and blocks for 256 tokens
+    window=64,
+    n_slot=4,
+    key_block=16,
+    n_local_block=2,
+    top_k_block=3,
+    # an indexer, beside latent attention whose queries are made from x
+    q_rank=0,
+    n_index_head=4,
+    index_dim=24,
+    index_topk=64,
 )
+if model == "sliding":
+    layer_pattern = "llla"  # of the usual llllla four layers would all be local
 
 batch_tokens = 2048  # 8 * 256
 micro_batch = 8

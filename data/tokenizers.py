@@ -176,8 +176,13 @@ class Tokenizer:
             start = i in self._special_ids
 
     def token_bytes(self) -> np.ndarray:
-        """int32 (vocab_size,): bytes of text that each id stands for, 0 for special tokens and unused ids."""
+        """int32 (vocab_size,): bytes of text that each id stands for, 0 for special tokens and unused ids.
+
+        Above 0 for one such as [UNK], although it is special: text stands behind it, if not that of its spelling.
+        """
         plain = self._bytes.keys() - self._special_ids
+        if self.kind == "huggingface":
+            plain |= tokenizer_package.unknown_ids(self._core, self._data["file"]) - {self.eot_id}
         return np.array([len(self._bytes[i]) if i in plain else 0 for i in range(self.vocab_size)], dtype=np.int32)
 
     def to_dict(self) -> dict:

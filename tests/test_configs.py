@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configurator import check_values, resolve
-from tests.tiny import ROOT
+from tests.tiny import MODELS, ROOT
 from tests.tree import run
 from training.stages import read_mixture, shapes_of
 
@@ -80,6 +80,20 @@ def test_the_released_sizes_have_exactly_the_known_parameter_counts(name, known)
             variant.GPTConfig(**{f.name: config[f.name] for f in dataclasses.fields(variant.GPTConfig)})
         )
     assert sum(p.numel() for p in model.parameters()) == known
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_comparison_s_config_has_sizes_for_every_model_file(name):
+    """Their parameters are as many as its first lines say, and what sees a part of a text sees a quarter at most."""
+    config = resolve(ROOT / "train.py", [str(ROOT / "config/compare_cpu.py"), f"--model={name}"])
+    variant = importlib.import_module(f"model_{name}")
+    fields = {key: config[key] for key in config_fields(name)}
+    with torch.device("meta"):
+        model = variant.GPT(variant.GPTConfig(**fields | {"vocab_size": 4096}))
+    assert 2.4e6 <= sum(p.numel() for p in model.parameters()) <= 6.1e6
+    lengths = {key: value for key, value in fields.items() if key in ("window", "key_block", "index_topk")}
+    assert all(length <= config["block_size"] // 4 for length in lengths.values())
+    assert "a" in fields.get("layer_pattern", "a")
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def test_two_processes_go_through_stages_like_one(work):
 def test_a_run_with_stages_does_not_go_on_with_another_batch(work, staged):
     copy_until(staged, work / "rebatched", 12)
     message = fail(work, "rebatched", "--resume", **FIRST | dict(batch_tokens=512), stages=STAGES)
-    assert "step 12 of these stages has 6,144 tokens before it, and the run had 3,072" in message
+    assert "step 12 of these stages has 6,144 tokens before it, and the run had 3,072: go on with its stages" in message
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -196,6 +196,16 @@ def test_token_bytes_add_up_to_the_bytes_of_the_text(tok):
     assert n_bytes[tok.encode(MIXED)].sum() == len(MIXED.encode()) + extra
 
 
+def test_the_token_of_what_is_unknown_stands_for_text_although_it_is_special(tmp_path):
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "[BOS]": 1, "cat": 2}, unk_token="[UNK]"))
+    words.add_special_tokens(["[UNK]", "[BOS]"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    tok = load_tokenizer(str(tmp_path / "tokenizer.json"), eot="[BOS]")
+    assert tok.encode("dog") == [0] and tok.token_bytes().tolist() == [5, 0, 3]
+
+
 def test_ids_that_stand_for_nothing_are_an_error(tok):
     with pytest.raises(ValueError, match=f"id {tok.vocab_size} stands for nothing"):
         tok.decode([tok.vocab_size])
@@ -630,6 +640,25 @@ def test_a_document_begins_with_a_token_of_the_folder_and_a_prompt_with_what_tra
     files = tok.to_hf(prefix)
     assert files["generation_config.json"]["bos_token_id"] == tok.eot_id
     assert files["tokenizer_config.json"]["eos_token"] == begin
+
+
+@pytest.mark.parametrize(
+    "name, config, begin",
+    [
+        ("config.json", dict(bos_token_id=600, eos_token_id=601), "<end>"),
+        ("generation_config.json", dict(eos_token_id=[9, 602, 601]), "<end>"),  # no token, the end of a turn, the end
+        ("config.json", dict(bos_token_id=600, eos_token_id=None), "<begin>"),
+        ("config.json", dict(eos_token_id=602), EOT),  # which is added
+        ("config.json", dict(eos_token_id={"a": 1}), EOT),
+    ],
+)
+def test_a_document_begins_with_the_end_token_of_the_model_where_the_tokenizer_names_none(
+    name, config, begin, tmp_path
+):
+    path = save_hugging_face(tmp_path, "gpt2", added=["<begin>", "<end>", "<|im_end|>"])
+    (tmp_path / name).write_text(json.dumps(config))
+    tok = load_tokenizer(str(path))
+    assert tok.eot == begin and tok.vocab_size == (604 if begin == EOT else 603)
 
 
 def test_documents_of_qwen3_begin_with_endoftext_and_a_second_turn_sees_the_first(tmp_path):

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from benchmarks import verdicts
-
-MORE_RATES = 2  # as in compare.py
+from compare import MORE_RATES
 
 
 def simulated_row(name, rng, seeds, blocks, curvature, better_by):
