@@ -130,6 +130,12 @@ def test_missing_data_says_which_command_makes_it(tmp_path):
         Shards(tmp_path, "val")
 
 
+def test_a_text_in_the_place_of_its_shards_is_told_how_to_become_some(tmp_path):
+    (tmp_path / "notes.txt").write_text("a text")
+    with pytest.raises(FileNotFoundError, match="notes.txt is a file, .*data/prepare.py .*notes.txt --out data/notes$"):
+        Shards(tmp_path / "notes.txt", "train")
+
+
 def test_a_token_outside_of_the_vocabulary_is_an_error_that_names_file_and_token(tmp_path):
     tokens = np.zeros(100, int)
     tokens[70] = 60_000
