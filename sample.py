@@ -208,11 +208,8 @@ def run(args):
 def main(argv=None):
     args = parse_arguments(argv)
     print_any_text()
-    try:
-        with output.errors_in_one_line():
-            run(args)
-    except KeyboardInterrupt:
-        print()
+    with output.errors_in_one_line():
+        run(args)
 
 
 if __name__ == "__main__":

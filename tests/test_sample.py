@@ -432,6 +432,16 @@ def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
     assert "--dtype" in error_of(folder, "--dtype", "fp8")
 
 
+def test_ctrl_c_ends_it_without_a_traceback(run, monkeypatch, capsys):
+    def stream(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "stream", stream)
+    with pytest.raises(SystemExit) as caught:
+        sample.main([str(run[0])])
+    assert caught.value.code == 130 and capsys.readouterr().err == "\n"
+
+
 @pytest.mark.parametrize("option, values", [
     ("--temperature", ["-1", "nan", "inf", "9" * 400]),
     ("--top_p", ["0", "-1", "1.1", "nan", "1e-400"]),
