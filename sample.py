@@ -20,7 +20,7 @@ from data.text import end_with_reader, print_any_text, read_text
 from data.tokenizers import stream_text
 from training import output
 from training.arguments import Parser, not_empty, number
-from training.load import add_thinking, hide_padding, load, stop_tokens, think_budget
+from training.load import add_thinking, hide_padding, load, stop_tokens, think_budget, warn_of_template
 from training.run_folder import is_from_hugging_face
 
 
@@ -174,6 +174,9 @@ def run(args):
     hide_padding(model, tokenizer)
     if args.chat or is_about_chat(args):
         chat.check(tokenizer)
+    is_chat = args.chat or (args.interactive and knows_chats(tokenizer))
+    if is_chat:
+        warn_of_template(args.path)
 
     # 3. the text
     options = dict(
@@ -195,7 +198,7 @@ def run(args):
     messages = []
     if args.system is not None:
         messages.append({"role": "system", "content": args.system})
-    if args.interactive and (is_about_chat(args) or knows_chats(tokenizer)):
+    if args.interactive and is_chat:
         interact(model, tokenizer, prefix, messages, args.think, options, args.stop)
         return
     if args.interactive:

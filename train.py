@@ -5,8 +5,8 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_baseline.py
 
 Read from top to bottom: knobs, devices, data, model, optimizer, run folder, loop. The batch is given in tokens;
-the number of devices and micro_batch change how it is computed, and not the result, but for what dropout and
-router_jitter draw. `--help` lists all the knobs.
+the number of devices and micro_batch change how it is computed, and not the result. Exceptions are what dropout and
+router_jitter draw, and balance_over=batch, which evens each micro-batch. `--help` lists all the knobs.
 """
 
 import importlib
@@ -135,6 +135,7 @@ variant = importlib.import_module(f"model_{model}")
 try:
     plan = Plan(config, __file__, variant.GPTConfig)  # a run without stages has one
     plan.lay_out(max_steps, rank, world_size, device)
+    plan.try_first_batches(eval_tokens, rank, world_size, device)  # before a folder is touched
     meta = plan.texts[0].meta  # that of all texts in what counts here
     tokenizer = tokenizer_from_dict(meta["tokenizer"]) if meta["tokenizer"] else None
     old_tokenizer = load.known_tokenizer(init_from) if init_from and tokenizer else None
@@ -145,8 +146,6 @@ except (OSError, ValueError) as error:
     processes.fail(error)
 if vocab_size < meta["vocab_size"]:
     processes.fail(f"vocab_size={vocab_size} is smaller than that of {data}, {meta['vocab_size']}: try 0")
-if config["eot_id"] >= vocab_size:
-    processes.fail(f"eot_id={config['eot_id']} is no token of a vocabulary of {vocab_size}: try 0 to {vocab_size - 1}")
 # What a resumed run must find again: the data order is a function of the seed and the tokens drawn before.
 identity = {"data": data, "tokenizer": tokenizer and tokenizer.fingerprint, **plan.identity()}
 for train_data, val_data in plan.opened.values():
@@ -382,7 +381,7 @@ while True:
         processes.fail(error)
     own_targets = 0
     own_text = []  # of each micro-batch, the tokens that its auxiliary losses are means over
-    if stage.ignores_targets:
+    if stage.is_uneven:
         own_targets = sum((y >= 0).sum().item() for _, y in batches)
         own_text = [text_tokens(raw_model, x) for x, _ in batches]
     targets, text, stop = processes.all_sum([own_targets, sum(own_text), signals.count()], device)
@@ -395,7 +394,7 @@ while True:
     # micro-batches' means would favour windows with few targets. Auxiliary losses are means over all tokens instead,
     # but for padding where the model knows it.
     # Dropout and router_jitter are drawn from (seed, step, process), with nothing to store for a resume. What they draw
-    # is all that depends on micro_batch.
+    # depends on micro_batch.
     torch.manual_seed((((seed << 24) + step) * 4096 + rank) % 2**64)  # room for 2^24 steps and 4096 processes
     total_loss = torch.zeros((), device=device)
     for i, (x, y) in enumerate(batches):
@@ -404,7 +403,7 @@ while True:
         # Gradients go between processes in the last backward alone: before it they only add up.
         with processes.backward_of(net, is_last, reshard):
             with autocast:
-                if stage.ignores_targets:  # a loss for each token, at the price of computing the logits twice
+                if stage.is_uneven:  # a loss for each token, at the price of computing the logits twice
                     losses, auxiliary = net(x, y, per_token=True)
                     share = own_text[i] * world_size / max(text, 1)
                     loss = losses.sum() * world_size / max(targets, 1) + auxiliary * share

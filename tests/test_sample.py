@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import generate
+import hf
 import sample
 from data import tokenizer_json
 from data.bpe import CHAT_TOKENS
 from data.tokenizers import PATTERNS, load_tokenizer
 from tests.test_tokenizers import save_hugging_face
-from tests.tiny import ROOT, module
+from tests.tiny import ROOT, build, module
 from training import checkpoint
 from training import load as load_module
 from training.load import load
@@ -229,6 +230,21 @@ def test_what_was_thought_of_earlier_answers_is_left_out(chatty, monkeypatch, ca
     assert asked[2].startswith(f"<|endoftext|>{turns}<|im_start|>user\nthree<|im_end|>\n")
 
 
+@pytest.mark.parametrize("name, warned", [("baseline", False), ("sliding", True)])  # a Qwen3 and a SmolLM3
+def test_the_template_of_another_model_is_said_not_to_be_read(name, warned, tmp_path, capsys):
+    tokenizer = load_tokenizer("byte", CHAT_TOKENS)
+    model = build(name, vocab_size=tokenizer.vocab_size, qk_norm=name == "baseline")
+    files = tokenizer.to_hf()
+    hf.save(model, tmp_path / "a", files)
+    files["tokenizer_config.json"]["chat_template"] = "{{ messages }}"
+    hf.save(model, tmp_path / "b", files)
+    hf.save(model, tmp_path / "c", files | {"chat_template.jinja": b"{{ messages }}"})
+    for folder, has_template in (("a", False), ("b", True), ("c", True)):
+        sample.main([str(tmp_path / folder), "--chat", "--prompt", "a", "--max_new_tokens", "1"])
+        said = f"warning: chats are asked in the form of Qwen3's, and not by the template of {tmp_path / folder}\n"
+        assert capsys.readouterr().err == (said if warned and has_template else "")
+
+
 def test_a_budget_ends_the_thinking_of_a_chat(chatty, capsys):
     folder, _, _ = chatty
     arguments = (folder, "--chat", "--prompt", "hi", "--think", "--max_new_tokens", 12, "--temperature", 0)
@@ -413,6 +429,29 @@ def test_a_published_llama_says_what_it_says_in_transformers(kind, vocab_size, b
     torch.testing.assert_close(again(prompt).logits, theirs(prompt).logits)
 
 
+def test_a_prompt_for_a_sentencepiece_model_alone_begins_with_its_own_token_unless_the_config_says_no(tmp_path):
+    as_llama2(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    for config, prefix in (({}, [1]), (dict(add_bos_token=True), [1]), (dict(add_bos_token=False), [])):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert load_module.find_tokenizer(tmp_path, None)[1] == prefix
+
+
+def test_a_vocabulary_and_merges_become_a_tokenizer_by_the_command_that_the_refusal_names(tmp_path):
+    pytest.importorskip("transformers")
+    folder = tmp_path / "a"
+    hf.save(build("gpt2", vocab_size=601), folder)
+    whole = json.loads(save_hugging_face(tmp_path, "gpt2", added=["<|endoftext|>"]).read_text())
+    vocabulary = whole["model"]["vocab"] | {"<|endoftext|>": 600}
+    merges = [" ".join(pair) for pair in whole["model"]["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    exec(error_of(folder).split("python -c ")[1].strip().strip('"'))
+    tokenizer = load(folder)[1]
+    assert tokenizer.encode("def test it") == load_tokenizer(str(tmp_path / "tokenizer.json")).encode("def test it")
+    assert tokenizer.eot_id == 600
+
+
 def test_a_folder_of_2019_without_a_model_type_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dict(n_ctx=64, n_embd=32, n_head=2, n_layer=2, vocab_size=320)))
     assert "model_type=None; these can be read: " in error_of(tmp_path)
@@ -420,7 +459,8 @@ def test_a_folder_of_2019_without_a_model_type_is_named(tmp_path):
 
 def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
     folder, _, _ = run
-    assert "not found" in error_of(tmp_path / "nowhere")
+    assert "nowhere is no folder: give a run's" in error_of(tmp_path / "nowhere")
+    assert "data.json is no folder" in error_of(folder / "data.json")
     assert "no checkpoint in" in error_of(tmp_path)
     assert "not among" in error_of(folder, "--tokenizer", "char") or "alphabet" in error_of(
         folder, "--tokenizer", "char"
@@ -511,4 +551,14 @@ def test_a_reader_that_goes_ends_the_text_without_a_word(run):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     folder, _, _ = make_run(tmp_path, [f"<{i}>" for i in range(100)])
-    assert "357 tokens, and the model 320" in error_of(folder)
+    assert "357 tokens, and the model 320: they do not belong together" in error_of(folder)
+
+
+def test_a_vocabulary_without_room_for_a_token_that_begins_documents_is_said_to_have_none(tmp_path):
+    hf.save(build("baseline", vocab_size=602), tmp_path / "hf")
+    save_hugging_face(tmp_path / "hf", "gpt2", added=["<begin>", "<end>"])
+    assert "no room for <|endoftext|>: give config.json the eos_token_id" in error_of(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | dict(eos_token_id=601)))
+    _, tokenizer, _ = load(tmp_path / "hf")
+    assert tokenizer.eot == "<end>" and tokenizer.vocab_size == 602

@@ -26,12 +26,14 @@ import torch.nn.functional as F
 
 import hf
 import model_baseline
+from configurator import resolve
 from data.loader import Loader
 from data.shards import Shards, write_shard
 from data.tokenizers import load_tokenizer
 from tests.tiny import ROOT, TINY
 from training import checkpoint, pictures, signals
 from training.signals import DIVERGED
+from training.stages import Plan
 from training.stored import Stored
 
 FORK = get_context("forkserver")  # forks of a process that has imported all this: a run starts in a tenth of the time
@@ -390,8 +392,9 @@ def test_losses_do_not_depend_on_micro_batch_or_the_number_of_processes(work, ma
 
 @pytest.mark.xdist_group("processes")
 def test_two_processes_train_experts_like_one(work):
-    """The loads that balance loss and biases go by are those of all processes."""
+    """The loads that balance loss and biases go by are those of all processes, and so are targets and padding."""
     knobs = dict.fromkeys(SIZES) | TINY["moe"] | dict(block_size=32, vocab_size=0, bias_rate=0.01, micro_batch=8)
+    knobs |= dict(document_mask=True, mask_document_crossing=True, z_loss=0.1)
     config = ROOT / "config" / "train_moe.py"
     one = train(work, "experts1", config, **knobs)
     results = [finish(*run) for run in together(work, 2, config, out_dir="experts2", **knobs)]
@@ -709,7 +712,8 @@ def test_wandb_without_a_key_is_refused_in_one_line(work):
     environment = {"HOME": str(work), "WANDB_API_KEY": "", "WANDB_SILENT": "true"}
     result = finish(*start(work, out_dir="keyless", wandb="online", environment=environment))
     assert result.code == 2 and "Traceback" not in result.err
-    assert result.err.splitlines()[-1].startswith("error: wandb=online: ")
+    assert result.err.splitlines()[-1].startswith("error: wandb=online")
+    assert not (work / "keyless").exists()
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -719,7 +723,8 @@ REFUSED = {
     "wrong choice": (dict(schedule="linear"), "schedule=linear: try one of cosine, wsd, constant"),
     "no size": (dict(micro_batch=0), "micro_batch=0: try 1 or more"),
     "negative": (dict(grad_clip=-1), "grad_clip=-1: try 0 or more"),
-    "dead knob": (dict(rope_factor=4), "rope_factor=4.0 does nothing while rope_scaling=none: set that, too"),
+    "dead knob": (dict(rope_factor=4), "rope_factor=4.0 does nothing while rope_scaling=none: change that, or give"),
+    "two ends": (dict(eot_id=5, document_mask=True), "eot_id=5, and document_mask sets it to 256: give one of them"),
     "end": (dict(eot_id=320), "eot_id=320 is no token of a vocabulary of 320: try 0 to 319"),
     "heads": (dict(n_kv_head=3, n_head=4), "n_head=4 is not divisible by n_kv_head=3"),
     "gpt2": (dict(model="gpt2", n_head=3) | NOT_GPT2, "n_embd=16 is not divisible by n_head=3: try 15 or 18"),
@@ -748,6 +753,31 @@ def test_a_run_without_a_folder_is_refused(work):
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused_with_numbers_to_try(work):
     results = [finish(*run) for run in together(work, 2, out_dir="odd batch", batch_tokens=32 * 7)]
     assert all(result.code and "32 times 2 processes: try 192 or 256" in result.err for result in results)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_token_above_the_vocabulary_in_what_is_read_first_is_refused_before_a_folder_is_touched(work, base, split):
+    folder = work / f"foreign token in {split}"
+    shutil.copytree(work / "data", folder)
+    ids = Shards(folder, split).read(0, 2000).astype(np.int64)
+    ids[::20] = 60000
+    write_shard(folder / f"{split}_000000.bin", ids, 65536)
+    copy_until(base, work / f"begun {split}", 10)
+    for out, argv in ((f"new {split}", ()), (f"begun {split}", ("--overwrite",))):
+        message = fail(work, out, *argv, data=folder.name)
+        assert f"{split}_000000.bin: token 60000 >= vocab_size 257" in message
+    assert not (work / f"new {split}").exists()
+    assert checkpoint.newest(work / f"begun {split}").name == "step-00000010"
+
+
+def test_a_token_above_the_vocabulary_that_comes_later_is_one_line_too(work):
+    shutil.copytree(work / "data", work / "foreign token")
+    for split in ("train", "val"):  # the second is met first, at step 0
+        ids = Shards(work / "data", split).read(0, 2000).astype(np.int64)
+        ids[500] = 60000
+        write_shard(work / "foreign token" / f"{split}_000000.bin", ids, 65536)
+        message = fail(work, "later", "--overwrite", data="foreign token", max_steps=12)
+        assert f"{split}_000000.bin: token 60000 >= vocab_size 257" in message
 
 
 def test_a_damaged_shard_is_refused_by_name(work):
@@ -834,8 +864,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(work, base):
 
 def test_a_finished_run_resumed_does_nothing_and_with_more_steps_goes_on(work, base):
     copy_until(base, work / "longer", 30)
-    assert same(train(work, "longer", "--resume", **LONG), base, 30)
-    longer = train(work, "longer", "--resume", **LONG | dict(max_steps=32, learning_rate=1e-3))
+    again = train(work, "longer", "--resume", **LONG)
+    assert same(again, base, 30) and "another order" not in again.out
+    longer = train(work, "longer", "--resume", **LONG | dict(max_steps=32, learning_rate=1e-3, seed=2))
+    assert "so the text comes in another order" in longer.out
     assert [row["step"] for row in longer.steps] == list(range(1, 33))
     assert "changed since the checkpoint: learning_rate: 0.005 -> 0.001" in longer.out
     assert abs(longer.steps[-1]["lr"] - 5e-4 * (1 + math.cos(math.pi * 28 / 29))) < 1e-12
@@ -937,18 +969,37 @@ def test_a_run_that_goes_on_with_another_batch_says_so_and_sees_the_windows_that
     copy_until(base, work / "rebatched", 10)
     run = train(work, "rebatched", "--resume", **LONG | dict(batch_tokens=512, max_steps=12))
     assert "10 steps had 2,560 tokens, and the batch is another now: 2 steps are left" in run.out
-    shards = Shards(work / "data", "train")
-    loader = Loader(shards, 32, 8, seed=1)
-    resumed = Loader(shards, 32, 16, seed=1)
-    resumed.go_on(10, 80)
-    assert resumed.windows(10) == loader.windows(10) + loader.windows(11)
+    assert run.steps[-1]["tokens"] == 2560 + 2 * 512
+    begun, resumed = (plan_of(work, batch_tokens=n) for n in (256, 512))
+    resumed.go_on(10, 2560)
+    assert pieces_of(resumed, 10) == pieces_of(begun, 10) + pieces_of(begun, 11)
 
 
-@pytest.mark.parametrize("knob", [dict(mask_document_crossing=True), dict(pack="documents", document_mask=True)])
-def test_auxiliary_losses_do_not_depend_on_micro_batch_where_targets_are_ignored(work, knob):
-    """Windows have unequal numbers of targets, and of padding; balance and z-loss are means over all other tokens."""
-    sizes = dict.fromkeys(SIZES) | TINY["moe"] | dict(block_size=32, vocab_size=0, balance_loss=0.5, z_loss=0.1)
-    knobs = sizes | dict(model="moe", max_steps=4) | knob
-    whole, parts = (train(work, f"{[*knob][0]} {n}", micro_batch=n, **knobs) for n in (8, 1))
-    for key in ("loss", "grad_norm"):
+def plan_of(work, **knobs):
+    knobs = KNOBS | dict(data=work / "data") | knobs
+    config = resolve(ROOT / "train.py", [f"--{key}={value}" for key, value in knobs.items()])
+    plan = Plan(config, ROOT / "train.py", model_baseline.GPTConfig)
+    plan.lay_out(config["max_steps"], rank=0, world_size=1, device="cpu")
+    return plan
+
+
+def pieces_of(plan, step):
+    return [window.pieces for window in plan.at(step).loader.windows(step)]
+
+
+@pytest.mark.parametrize(
+    ("model", "knobs"),
+    [
+        ("moe", {}),
+        ("moe", dict(mask_document_crossing=True)),
+        ("moe", dict(document_mask=True)),  # a document that begins with a window's last token is padding
+        ("switch", dict(document_mask=True, pack="documents")),
+    ],
+)
+def test_auxiliary_losses_do_not_depend_on_micro_batch(work, model, knobs):
+    """Windows may have unequal numbers of targets, and of padding: balance and z-loss are means over all else."""
+    sizes = dict.fromkeys(SIZES) | TINY[model] | dict(block_size=32, vocab_size=0, balance_loss=0.5, z_loss=0.1)
+    knobs = sizes | dict(model=model, max_steps=4) | knobs
+    whole, parts = (train(work, f"auxiliary {n}", "--overwrite", micro_batch=n, **knobs) for n in (8, 1))
+    for key in ("loss", "grad_norm", "balance_loss", "z_loss"):
         assert close([row[key] for row in whole.steps], [row[key] for row in parts.steps]), key
