@@ -521,10 +521,8 @@ def test_one_prompt_is_given_and_not_two(run):
 def test_a_line_that_the_tokenizer_cannot_have_does_not_end_a_chat(monkeypatch, capsys):
     type_lines(monkeypatch, "ab", "a1", "b")
     assert list(sample.typed_lines(load_tokenizer("char", chars="ab"))) == ["ab", "b"]
-    assert (
-        capsys.readouterr().out == "error: '1' is not among the 2 characters of this tokenizer: build it from a text "
-        "that has it, or take another tokenizer\n\n"
-    )
+    error, _ = capsys.readouterr().out.splitlines()
+    assert error.startswith("error: '1' is not among the 2 characters of this tokenizer")
 
 
 def test_a_chat_ends_at_ctrl_d_in_a_new_line(chatty, monkeypatch, capsys):
