@@ -1028,6 +1028,20 @@ MUTANTS = [
         "test_generate.py -k exactly_its_budget",
     ),
     Mutant(
+        "a text ends at the stop that begins first, complete or not where it was looked for",
+        "generate.py",
+        "_, place = min(found)",
+        "place = min(place for _, place in found)",
+        "test_generate.py -k stops_depends",
+    ),
+    Mutant(
+        "an answer is read with whatever is behind its line",
+        "evals/answers.py",
+        'return answer.partition("\\n")[0]',
+        "return answer",
+        "test_rewards.py -k is_right",
+    ),
+    Mutant(
         "what the budget forces is learned",
         "training/answers.py",
         "is_target = [not was_forced for was_forced in forced]",

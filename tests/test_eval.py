@@ -801,6 +801,9 @@ def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(run, data, tm
     other = write_data(tmp_path / "char", load_tokenizer("char", chars="".join(map(chr, range(256)))))
     assert "another tokenizer" in error_of(capsys, folder, "--data", other)
     assert "no folder" in error_of(capsys, folder, "--json", tmp_path / "no" / "x.json")
+    for size in (65, 10**400):
+        message = error_of(capsys, folder, "--data", data, "--block_size", size)
+        assert message.endswith("the model has 64 at most") and len(message) < 150
     assert "is a folder: give a file in it" in error_of(capsys, folder, "--json", tmp_path)
     task = jsonl(tmp_path / "mine.jsonl", [good, good])
     assert "asks mine twice" in error_of(capsys, folder, "--tasks", f"mine={task},mine={task}")

@@ -472,6 +472,16 @@ def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
     assert "--dtype" in error_of(folder, "--dtype", "fp8")
 
 
+def test_ctrl_c_ends_it_without_a_traceback(run, monkeypatch, capsys):
+    def stream(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "stream", stream)
+    with pytest.raises(SystemExit) as caught:
+        sample.main([str(run[0])])
+    assert caught.value.code == 130 and capsys.readouterr().err == "\n"
+
+
 @pytest.mark.parametrize("option, values", [
     ("--temperature", ["-1", "nan", "inf", "9" * 400]),
     ("--top_p", ["0", "-1", "1.1", "nan", "1e-400"]),
@@ -506,6 +516,13 @@ def test_the_least_temperature_is_greedy_and_the_largest_draws_evenly(run, capsy
 def test_one_prompt_is_given_and_not_two(run):
     assert "not allowed with argument --prompt" in error_of(run[0], "--prompt", "a", "--interactive")
     assert "not allowed with argument --prompt" in error_of(run[0], "--prompt", "a", "--prompt_file", "b")
+
+
+def test_a_line_that_the_tokenizer_cannot_have_does_not_end_a_chat(monkeypatch, capsys):
+    type_lines(monkeypatch, "ab", "a1", "b")
+    assert list(sample.typed_lines(load_tokenizer("char", chars="ab"))) == ["ab", "b"]
+    error, _ = capsys.readouterr().out.splitlines()
+    assert error.startswith("error: '1' is not among the 2 characters of this tokenizer")
 
 
 def test_a_chat_ends_at_ctrl_d_in_a_new_line(chatty, monkeypatch, capsys):
