@@ -244,6 +244,7 @@ if dry_run:
 out = Path(out_dir)
 step = 0
 tokens = 0  # seen in training
+evaluated_at = -1  # the last step that was evaluated
 skipped = 0  # steps whose gradient was not finite
 skipped_in_a_row = 0
 recent_losses = deque(maxlen=100)  # by which spikes are known
@@ -275,6 +276,7 @@ try:
         state = saving.go_on_from(path, raw_model, opt, scaler, saved_config, identity, here.facts(), say)
         step = state["step"]
         tokens = state["tokens"]
+        evaluated_at = step if saving.was_evaluated(path) else -1
         skipped = state["skipped"]
         skipped_in_a_row = state.get("skipped_in_a_row", 0)  # checkpoints of earlier versions lack these
         recent_losses.extend(state.get("recent_losses", []))
@@ -304,7 +306,7 @@ try:
         run_folder.describe(out, saved_config, meta, facts)
         album = pictures.Album(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters",
                                [each.first for each in plan.stages[1:]])  # fmt: skip
-        log = metrics.Log(out, step, config, wandb, tensorboard, album)
+        log = metrics.Log(out, step, config, wandb, tensorboard, album, evaluated=evaluated_at == step)
         run_folder.write_state(out, "running", step, max_steps, go_on)
 except (OSError, ValueError, checkpoint.CheckpointError) as error:
     processes.fail(error)
@@ -337,8 +339,6 @@ stop = 0  # signals that any process got
 bar = tqdm(
     total=max_steps, initial=step, disable=not (main and sys.stderr.isatty()), dynamic_ncols=True, smoothing=0.05
 )
-saved_at = step
-evaluated_at = step if path and saving.was_evaluated(path) else -1
 begin = time.perf_counter()
 clock = metrics.Clock()
 raw_model.train()
@@ -352,10 +352,9 @@ while True:
 
     # 1. save, then evaluate: what was learned is on the disk before anything that can fail
     evaluation_is_due = step != evaluated_at and (step % eval_every == 0 or step >= max_steps)
-    save_is_due = step != saved_at and (evaluation_is_due or step % save_every == 0 or step >= max_steps)
+    save_is_due = step != saver.saved_at and (evaluation_is_due or step % save_every == 0 or step >= max_steps)
     if save_is_due:
         save()
-        saved_at = step
     if evaluation_is_due:
         with in_use():
             reports = evaluate(stage)
@@ -387,7 +386,7 @@ while True:
         own_text = [text_tokens(raw_model, x) for x, _ in batches]
     targets, text, stop = processes.all_sum([own_targets, sum(own_text), signals.count()], device)
     if stop:
-        if step != saved_at:
+        if step != saver.saved_at:
             save()
         break
 

@@ -7,7 +7,6 @@ Parameters are DTensors.
 
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -17,15 +16,27 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flops import without_contents
+
 
 def empty(GPT: type, config) -> nn.Module:
-    """Returns GPT(config) on the meta device, which has shapes and no memory.
+    """Returns GPT(config) on the meta device, which has shapes and no memory. init_weights waits for `shard`.
 
-    torch's generator goes to where `GPT(config)` on the CPU would call init_weights, which waits till there is
-    something to fill.
+    torch's generator goes to where `GPT(config)` on the CPU would call init_weights. ValueError names a buffer that
+    `shard` could not fill, since the meta device has no values.
     """
-    with torch.device("meta"), Draws(), patch.object(GPT, "init_weights", lambda self: None):
-        return GPT(config)
+    with Draws():
+        model = without_contents(GPT, config)
+    for path, module in model.named_modules():
+        if type(module)._apply is not nn.Module._apply:  # as a router's, it sets the buffers that leave the meta device
+            continue
+        for name, buffer in module.named_buffers(prefix=path, recurse=False):
+            if buffer.is_meta:
+                raise ValueError(
+                    f"parallel=fsdp does not know what is in the buffer {name}: set it in _apply where it leaves the "
+                    f"meta device, as Router in model_moe.py does, or try parallel=ddp"
+                )
+    return model
 
 
 def shard(
@@ -39,32 +50,35 @@ def shard(
 ) -> None:
     """Cuts what `empty` gave into shares, and fills them with what GPT(config) would hold, bit for bit.
 
-    No process ever holds more than its shares and one whole weight. dtype: of the matrices of blocks once gathered, for
-    a model that runs under autocast; all else, shares, gradients and their sums are float32, or dtype where that is
-    wider. reshard=False keeps a block's matrices from its forward to its backward. cpu_offload: shares and optimizer
-    state are in the CPU's memory. compile: a block at a time.
+    No process ever holds more than its shares and one whole weight.
+
+    dtype: of the blocks' matrices once they are gathered, for a model that runs under autocast. All else is float32, or
+    dtype where that is wider: the other weights, all shares, all gradients and their sums.
+    reshard: False keeps a block's matrices from its forward to its backward.
+    cpu_offload: shares and optimizer state are in the CPU's memory.
+    compile: each block by itself.
     """
     # 1. cut: the matrices a block at a time, and all else with the model. That comes first, since it passes by whatever
     # is cut already. So norms, routers, decays and the embedding, with which the residual stream begins, are as exact
     # as under autocast where each process has the whole model.
     device = torch.device(device)
-    exact = torch.promote_types(dtype, torch.float32)
-    half = None if dtype == exact else dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    narrow = None if dtype == wide else dtype  # None: as the shares are
     options = {
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy(),
     }
-    in_half = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=exact, cast_forward_inputs=False)
-    in_full = MixedPrecisionPolicy(reduce_dtype=exact, cast_forward_inputs=False)
+    in_narrow = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=wide, cast_forward_inputs=False)
+    in_wide = MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False)
     matrices = {p for block in model.blocks for p in weights_of_products(block)}
-    fully_shard(model, reshard_after_forward=False, mp_policy=in_full, ignored_params=matrices, **options)
+    fully_shard(model, reshard_after_forward=False, mp_policy=in_wide, ignored_params=matrices, **options)
     others = set(model.parameters()) - matrices  # new ones: shares
     for block in model.blocks:
         if compile:
             block.forward = torch.compile(block.forward)  # the gathering stays outside
         last = block is model.blocks[-1]  # its backward comes at once
         keep = not reshard or last
-        fully_shard(block, reshard_after_forward=not keep, mp_policy=in_half, ignored_params=others, **options)
+        fully_shard(block, reshard_after_forward=not keep, mp_policy=in_narrow, ignored_params=others, **options)
     # 2. fill
     model.to_empty(device="cpu" if cpu_offload else device)
     for module in model.modules():
@@ -92,7 +106,10 @@ class Draws(TorchDispatchMode):
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields each name and an empty tensor of the whole shape: this process keeps its share of what is written."""
+    """Yields each name with an empty tensor of the whole shape, and copies this process's share of what is put there.
+
+    The copy is made when the next one is asked for, so only one whole tensor exists at a time.
+    """
     for name, p in model.named_parameters():
         whole = torch.empty(p.shape)
         yield name, whole

@@ -35,8 +35,9 @@ def launched() -> tuple[int, int]:
 def meet(device: str, timeout: float) -> str:
     """Joins what torchrun started; returns this process's device.
 
-    One that waits too long for another gives up: START seconds, and after `set_timeout` as many as that says. Each
-    restart of torchrun has names of its own in the store: those of the last one may be there still.
+    One that waits too long for another gives up: after START seconds, or timeout where that is more, and from
+    `set_timeout` on after as many as that says. Each restart of torchrun has names of its own in the store, where those
+    of the last one may still be.
     """
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -65,9 +66,15 @@ def say_in_one_line(kind, error, trace) -> None:
         print(f"error: out of memory: {reason}: try a smaller micro_batch, or a smaller model", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+    if dist.is_initialized():
+        end_at_once(1)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends this process with all that it printed on its way. gloo's threads may abort one that ends otherwise."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    if dist.is_initialized():  # gloo's threads may abort a process that ends otherwise
-        os._exit(1)
+    os._exit(code)
 
 
 def set_timeout(seconds: float) -> None:
@@ -82,14 +89,13 @@ def barrier() -> None:
 
 
 def finish() -> None:
-    """Ends this process once all are here. gloo's threads may abort one that ends otherwise."""
+    """Ends this process once all are here, if there are others."""
     if not dist.is_initialized():
         return
+    set_timeout(START)  # the first one may have pictures to draw and metrics to send
     dist.barrier()
     dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    end_at_once(0)
 
 
 def leave() -> NoReturn:
@@ -101,15 +107,15 @@ def leave() -> NoReturn:
 def fail(message, code: int = 2) -> NoReturn:
     """Ends this process with one line on stderr."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    if dist.is_initialized():  # gloo's threads may abort a process that ends otherwise
-        os._exit(code)
+    if dist.is_initialized():
+        end_at_once(code)
     sys.exit(code)
 
 
 # ---- agreement -------------------------------------------------------------------------------------------------------
-# Every process calls each of these, except start. What takes as long as a disk does runs in threads, which know nothing
-# of each other; the main threads ask each other whether all are done, in short collectives: so a slow disk is never
-# taken for a dead process, whatever the timeout.
+# Every process has to call each of these, except start and start_on_first. Work that waits for a disk runs in a thread
+# of each process. Meanwhile the main threads ask each other, again and again, whether all threads are done. Each such
+# question is answered at once, so a slow disk is never taken for a dead process, whatever the timeout.
 def gather(value) -> list:
     """Returns every process's value, in the order of ranks."""
     if not dist.is_initialized():
@@ -121,7 +127,7 @@ def gather(value) -> list:
 
 def all_sum(values, device: str = "cpu") -> list[float]:
     """Returns the sums of a few numbers over all processes, in fp64."""
-    total = torch.as_tensor(values, dtype=torch.float64)
+    total = torch.as_tensor(values, dtype=torch.float64).clone()  # it may be a tensor of the caller's
     if dist.is_initialized():
         if str(device).startswith("cuda"):
             total = total.to(device)
@@ -203,9 +209,10 @@ def averaging_gradients(model: torch.nn.Module, device: str, some_stand_still: b
 
 
 def backward_of(model: torch.nn.Module, last: bool, reshard: bool = True):
-    """Returns the context of a micro-batch: gradients go between processes in the last one of a step alone.
+    """Returns the context for the backward of a micro-batch, under which processes exchange gradients once a step.
 
-    Between the others they add up where they are. reshard=False: under FSDP gathered weights stay till the last, too.
+    last: it is the step's last micro-batch, after which gradients are exchanged. Those of the ones before only add up
+    in each process. reshard=False: FSDP keeps the weights that it gathered until the last backward.
     """
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
@@ -216,6 +223,12 @@ def backward_of(model: torch.nn.Module, last: bool, reshard: bool = True):
     return nullcontext()
 
 
+# ---- shares ----------------------------------------------------------------------------------------------------------
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Returns whether it is a DTensor, of which each process holds a share."""
+    return hasattr(tensor, "placements")  # to import the class doubles the time that sample.py takes to start
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Returns a tensor of which each process may hold a share as one that each holds whole."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor

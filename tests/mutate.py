@@ -683,8 +683,8 @@ MUTANTS = [
     Mutant(
         "norms in bf16 shares",
         "distributed/fsdp.py",
-        "in_full = MixedPrecisionPolicy(reduce_dtype=exact",
-        "in_full = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=exact",
+        "in_wide = MixedPrecisionPolicy(reduce_dtype=wide",
+        "in_wide = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=wide",
         "test_parallel.py -k in_bfloat16",
     ),
     Mutant(

@@ -357,7 +357,7 @@ def check_asynchronous(out, layout, rank):
         save(out, 6, model, optimizer, wait=False)
         message = error_of(lambda: save(out, 7, model, optimizer))
         assert message.startswith("checkpoint at step 6 failed: No space left on device (need")
-        assert message.endswith("previous checkpoint step-00000005 is still there") and names(out) == listing
+        assert message.endswith("; checkpoint step-00000005 is still there") and names(out) == listing
         save(out, 6, model, optimizer, wait=False)
         error_of(checkpoint.finish)
         patch.undo()
@@ -454,7 +454,11 @@ def check_one_choice(out, rank):
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:  # it sees another disk, or none
             patch.setattr(atomic, "verify", lambda path: pytest.fail("looked"))
+            patch.setattr(atomic, "folders", lambda *_: pytest.fail("looked"))
         assert everywhere(str(newest(out, log.append))) == [str(out / "step-00000002")] * 2
+        assert (
+            everywhere(str(checkpoint.resolve(out / "latest", lambda line: None))) == [str(out / "step-00000002")] * 2
+        )
         reason = "step-00000003: model-00002-of-00002.safetensors: sha256 mismatch (corrupted)"
         assert log == ([f"skipping {reason}"] if rank == 0 else [])
         assert error_of(lambda: checkpoint.resolve(out / "step-00000003")).endswith(reason)

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -309,6 +310,17 @@ def test_a_start_in_shares_has_the_weights_of_one_process_bit_for_bit(world_size
         torch.testing.assert_close(result, one, atol=0, rtol=0, equal_nan=False)
 
 
+def test_a_buffer_that_shares_would_leave_without_values_is_refused():
+    class GPT(module("baseline").GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.blocks[0].register_buffer("scale", torch.ones(3))
+
+    config = module("baseline").GPTConfig(vocab_size=VOCAB, block_size=BLOCK, **TINY["baseline"])
+    with pytest.raises(ValueError, match="does not know what is in the buffer blocks.0.scale: set it in _apply"):
+        fsdp.empty(GPT, config)
+
+
 def memory_of_a_start():
     """Bytes in use whenever a whole weight is, beyond those before, and the bytes of all weights."""
 
@@ -495,3 +507,42 @@ def given_up():
 def test_a_process_that_waits_longer_than_the_timeout_for_another_gives_up():
     first, _ = everywhere(2, given_up)
     assert 2 <= first < 4
+
+
+def ended(how, rank, port, out):
+    address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(address | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"))
+    sys.stdout = open(out, "w")  # with a buffer, as a file has it
+    processes.meet("cpu", 1)
+    processes.barrier()
+    processes.set_timeout(1)
+    print("said")
+    if how == "fail":
+        processes.fail("enough", 3)
+    if rank == 0:
+        time.sleep(2)
+    processes.finish()
+
+
+@pytest.mark.parametrize("how, code", [("fail", 3), ("finish", 0)])
+def test_an_end_waits_for_the_first_process_and_loses_nothing_that_was_printed_to_a_file(tmp_path, how, code):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    outs = [tmp_path / "0", tmp_path / "1"]
+    both = [FORK.Process(target=ended, args=(how, rank, port, out), daemon=True) for rank, out in enumerate(outs)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [code, code]
+    assert [out.read_text() for out in outs] == ["said\n", "said\n"]
+
+
+def summed():
+    own = torch.ones(2, dtype=torch.float64)
+    return [processes.all_sum(own), own.tolist()]
+
+
+def test_a_sum_over_all_processes_leaves_the_callers_tensor_as_it_is():
+    assert everywhere(2, summed) == [[[2.0, 2.0], [1.0, 1.0]]] * 2

@@ -346,7 +346,12 @@ def test_two_processes_stop_after_the_same_step_where_one_gets_the_signal(work):
     os.kill(runs[1][0].pid, signal.SIGTERM)
     main, other = (finish(*run) for run in runs)
     assert (main.code, other.code) == (0, 0), main.err + other.err
-    step = int(re.search(r"signal: stopped after step (\d+); go on with  torchrun ... /.*train.py ", main.out)[1])
+    step = int(
+        re.search(
+            r"signal: stopped after step (\d+); go on with  torchrun --standalone --nproc_per_node=2 /.*train.py ",
+            main.out,
+        )[1]
+    )
     assert checkpoint.newest(work / "two").name == f"step-{step:08d}" and not other.out
     assert finished(work / "two").steps[-1]["step"] == step
 

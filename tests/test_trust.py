@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from tests.test_checkpoint import CONFIG, Toy, adamw, names, small_run
 from tests.test_reliability import last_step
 from tests.test_train import KNOBS, altered, fail, finish, finished, start, train, until, write_data, wrote
 from tests.tiny import ROOT
-from training import atomic, checkpoint, disk, metrics, pictures, run_folder, signals
+from training import atomic, checkpoint, disk, metrics, pictures, run_folder, saving, signals
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -96,12 +97,13 @@ def test_a_run_whose_folder_was_deleted_writes_nothing_into_the_next_one_s(work)
 
 # ---- links -----------------------------------------------------------------------------------------------------------
 def test_a_checkpoint_that_was_being_replaced_and_is_the_only_whole_one_stays(work):
-    run = train(work, "replaced", save_every=3, keep_last=1)
+    run = train(work, "replaced", eval_every=3, save_every=3, keep_last=1)
     step = run.folder / "step-00000006"
     shutil.copytree(step, run.folder / "step-00000006.old")
     (step / "model.safetensors").write_bytes(b"damaged")
-    again = train(work, "replaced", "--resume", max_steps=7, save_every=3, keep_last=0)
+    again = train(work, "replaced", "--resume", max_steps=7, eval_every=3, save_every=3, keep_last=0)
     assert "resuming from replaced/step-00000006.old" in again.out
+    assert "step      6 | validation loss" in run.out and "step      6 | validation loss" not in again.out
     assert [path.name for path in checkpoint.folders(run.folder)] == ["step-00000007", "step-00000006"]
     assert checkpoint.verify(step) == "" and not (run.folder / "step-00000006.old").exists()
 
@@ -226,6 +228,100 @@ def test_a_text_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     assert [re.fullmatch(disk.TEMPORARY, path.name) is not None for path in flushed] == [True]
 
 
+# ---- a disk that fails for a while -----------------------------------------------------------------------------------
+@pytest.fixture
+def saver(tmp_path):
+    """A Saver of a small run that has saved step 1."""
+    model = Toy()
+    saver = saving.Saver(tmp_path, run_folder.lock(tmp_path), model, adamw(model), CONFIG, 1, 0, say=print)
+    saver.save(1, {}, wait=True, must=False)
+    return saver
+
+
+def full_disk(*args, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_step_whose_save_failed_is_not_taken_for_saved(saver, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full_disk)
+        saver.save(2, {}, wait=True, must=False)
+    assert saver.saved_at is None and saver.in_place.name == "step-00000001"
+    assert "WARNING: checkpoint at step 2 failed: No space left" in capsys.readouterr().err
+    saver.save(2, {}, wait=True, must=True)
+    assert saver.saved_at == 2 and saver.in_place.name == "step-00000002"
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_save_is_tried_though_the_one_before_it_failed_in_its_thread(saver, monkeypatch, wait):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full_disk)
+        saver.save(2, {}, wait=False, must=False)
+        checkpoint.in_flight[0][0].exception()  # waits for the thread
+    assert saver.saved_at == 2  # on its way, as far as anybody knows
+    saver.save(3, {}, wait=wait, must=True)
+    saver.finish(must=True)
+    assert saver.saved_at == 3 and saver.in_place.name == "step-00000003"
+
+
+def test_an_evaluation_and_a_state_that_find_no_room_cost_a_warning(saver, monkeypatch, capsys):
+    monkeypatch.setattr(atomic, "write_text", full_disk)
+    saver.note_evaluation(1, 2.0, tokens=5)
+    assert "step-00000001 is not noted: No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(run_folder, "write_text", full_disk)
+    run_folder.write_state(saver.out, "diverged", 1, 2, "python train.py --resume")
+    assert "state.json does not say that the run is diverged: No space left" in capsys.readouterr().err
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_costs_a_warning_and_the_new_one_is_there(saver, monkeypatch, capsys):
+    monkeypatch.setattr(atomic, "remove", full_disk)
+    saver.save(2, {}, wait=True, must=True)
+    saver.note_evaluation(2, 2.0, tokens=5)
+    assert saver.in_place.name == "step-00000002" and atomic.best(saver.out) == saver.in_place
+    assert "step-00000001.old, which is not needed, cannot be deleted: No space left" in capsys.readouterr().err
+
+
+def test_a_disk_that_does_not_answer_whose_the_folder_is_fails_a_save_and_no_run(saver, monkeypatch, capsys):
+    monkeypatch.setattr(run_folder, "check_ours", full_disk)
+    saver.save(2, {}, wait=True, must=False)
+    assert saver.saved_at == 1 and "WARNING: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        saver.save(2, {}, wait=True, must=True)
+
+
+def test_an_evaluation_is_not_written_through_a_link(saver, tmp_path, capsys):
+    shutil.move(saver.in_place, tmp_path / "elsewhere")
+    saver.in_place.symlink_to("elsewhere")
+    saver.note_evaluation(1, 2.0, tokens=5)
+    assert not (tmp_path / "elsewhere" / "evaluation.json").exists()
+    assert "step-00000001 is a link, and a run writes through none" in capsys.readouterr().err
+
+
+def test_a_failed_save_names_the_checkpoint_that_is_left_also_where_that_was_being_replaced(saver, monkeypatch, capsys):
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: full_disk() if path.suffix == ".tmp" else rename(path, to))
+    saver.save(1, {}, wait=True, must=False)
+    assert "; checkpoint step-00000001.old is still there" in capsys.readouterr().err
+
+
+def test_a_run_that_stops_after_a_failed_save_saves_its_step_again(work):
+    code = """
+import os
+import signal
+import training.checkpoint
+save_file = training.checkpoint.save_file
+def fail_once(*args):
+    training.checkpoint.save_file = save_file
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise OSError(28, "No space left on device")
+training.checkpoint.save_file = fail_once
+"""
+    (work / "model_unlucky.py").write_text((ROOT / "model_baseline.py").read_text() + code)
+    result = finish(*start(work, out_dir="unlucky", model="unlucky", save_every=2))
+    assert result.code == 0 and "WARNING: checkpoint at step 2 failed" in result.err
+    assert "stopped after step 2" in result.out and checkpoint.newest(work / "unlucky").name == "step-00000002"
+
+
 # ---- what is beside training -----------------------------------------------------------------------------------------
 def test_the_history_that_is_drawn_is_bounded_and_evenly_thinned():
     thinned = pictures.Thinned(most=100)
@@ -273,6 +369,37 @@ def test_rows_that_found_no_room_are_written_when_there_is_some(tmp_path, capsys
     log.write({"step": 101})
     assert [json.loads(line)["step"] for line in log.rows.file.bytes.splitlines()] == list(range(1, 102))
     assert capsys.readouterr().err.count("rows wait in memory for room") == 1
+
+
+def test_rows_that_wait_are_tried_once_more_at_the_end(tmp_path, capsys):
+    rows = metrics.Rows(tmp_path / "metrics.jsonl", 0)
+    rows.file.close()
+    rows.file = FullDisk()
+    rows.write({"step": 1})
+    rows.file.room = True
+    rows.close()
+    assert rows.file.bytes == b'{"step": 1}\n' and "lacks its last" not in capsys.readouterr().err
+
+
+def test_what_is_not_finite_is_null_also_within_a_table(tmp_path):
+    log = metrics.Log(tmp_path, 0, {})
+    log.write({"step": 1, "loss": math.nan, "load": [[math.inf, 1.0]]})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None, "load": [[None, 1.0]]}
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_the_row_of_an_evaluation_that_will_be_done_again_is_dropped(tmp_path, evaluated):
+    rows = [{"step": 1, "val_loss": 2.0}, {"step": 2, "ms": 9.0}, {"step": 2, "val_loss": 1.0}, {"step": 3, "ms": 9.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics.Log(tmp_path, 2, {}, evaluated=evaluated).close()
+    assert run_folder.read_metrics(tmp_path) == rows[: 3 if evaluated else 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_the_memory_of_a_process_is_counted_in_units_of_1024_bytes():
+    peak = 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+    assert metrics.peak_gb("cpu") == pytest.approx(peak / 1e9, rel=0.01)
 
 
 def test_a_service_that_fails_costs_a_warning(tmp_path, capsys):
@@ -339,6 +466,18 @@ def test_data_are_known_by_what_they_hold_and_not_by_how_their_path_is_written(w
     assert len(train(work, "path", "--resume", max_steps=8, data=work / "moved data").steps) == 8
 
 
+def test_a_checkpoint_that_knows_more_of_its_machine_goes_on_and_says_so(tmp_path, monkeypatch):
+    config = {"model": "baseline", "model_config": {}, "knobs": {"optimizer": "muon"}}
+    identity = {"data": "data", "tokenizer": None}
+    state = dict(step=1, tokens=2, skipped=0, identity=identity, scaler={}, machine={"device": "cpu", "driver": "5"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "trainer.json").write_text(json.dumps(state))
+    monkeypatch.setattr(checkpoint, "restore", lambda *_: None)
+    said = []
+    assert saving.go_on_from(tmp_path, None, None, None, config, identity, {"device": "cpu"}, said.append) == state
+    assert said[0].startswith("changed since the checkpoint: driver: 5 -> None")
+
+
 # ---- the launcher ----------------------------------------------------------------------------------------------------
 def test_a_launcher_that_is_gone_asks_once_to_stop(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -351,6 +490,23 @@ def test_a_launcher_that_is_gone_asks_once_to_stop(monkeypatch):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "parallel, environment, command",
+    [
+        ("none", {}, "python train.py 'a b.py' --resume"),
+        ("ddp", {"WORLD_SIZE": "4"}, "torchrun --standalone --nproc_per_node=4 train.py 'a b.py' --resume"),
+        ("fsdp", {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, "torchrun, with the options that each node was started "
+         "with, train.py 'a b.py' --resume"),
+    ],
+)  # fmt: skip
+def test_the_command_that_goes_on_is_that_of_as_many_processes(monkeypatch, parallel, environment, command):
+    monkeypatch.setattr(sys, "argv", ["train.py", "a b.py", "--resume=auto", "--overwrite"])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run_folder.resume_command(parallel) == command
 
 
 @pytest.mark.parametrize(

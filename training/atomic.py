@@ -1,9 +1,10 @@
-"""The folders of a run's checkpoints: written whole or not at all, tested for damage, deleted last.
+"""The folders of a run's checkpoints: how they are written whole or not at all, tested for damage, and deleted.
 
-One is written as step-N.tmp, flushed, then renamed; one to be deleted is first renamed to step-N.old. So what is called
-step-N was whole once, and the manifest tells whether it still is (it finds damage, not a forger). What an evaluation
-finds comes later, as step-N/evaluation.json, which the manifest does not list. The best checkpoint is the one with the
-least loss in these files: the links `latest` and `best` are for people, and nothing is read from them.
+A checkpoint is written as step-N.tmp, flushed, and renamed to step-N. Before it is deleted or replaced it is renamed to
+step-N.old, which after a crash may be whole or half gone. So a folder called step-N was whole once; its manifest tells
+whether it still is, and finds damage, not a forger. An evaluation comes later and adds step-N/evaluation.json, which
+the manifest does not list. The best checkpoint is the one with the least loss in these files. The links `latest` and
+`best` are for people, and nothing is read from them.
 """
 
 import hashlib
@@ -64,6 +65,9 @@ def entries(folder, names):
 # ---- the best of them ------------------------------------------------------------------------------------------------
 def write_evaluation(folder: Path, loss: float, facts: dict) -> bool:
     """Notes a checkpoint's validation loss in its folder; returns whether it is the best so far, and links it then."""
+    if folder.is_symlink():
+        warn_once(f"{folder} is a link, and a run writes through none: its validation loss is not noted")
+        return False
     found = {"loss": loss if math.isfinite(loss) else None, **facts}
     write_text(folder / EVALUATION, json.dumps(found) + "\n")
     is_best = best(folder.parent) == folder
@@ -85,7 +89,10 @@ def evaluation(folder: Path) -> dict | None:
 
 
 def best(out_dir) -> Path | None:
-    """Returns the checkpoint with the least finite validation loss, the first of equal ones; None without any."""
+    """Returns the checkpoint with the least finite validation loss, the first of equal ones; None without any.
+
+    Whether it is whole is not tested.
+    """
     losses = {}
     for folder in reversed(folders(out_dir)):
         found = evaluation(folder)
@@ -107,7 +114,10 @@ def link(folder, name):
 
 
 def repair(folder, keep_last, keep_every):
-    """Does what a crash kept from happening after `folder`, the newest whole checkpoint, was written."""
+    """Does what a crash left undone around `folder`, the newest whole checkpoint; returns what it is called by then.
+
+    It deletes what was half written, takes back one that was being replaced, links it and the best, and prunes.
+    """
     clear(folder.parent)
     if folder.suffix == ".old":  # it was being replaced, and its successor is not whole
         step = folder.with_suffix("")
@@ -119,6 +129,7 @@ def repair(folder, keep_last, keep_every):
     if best_one:
         link(best_one, "best")
     prune(folder, keep_last, keep_every)
+    return folder
 
 
 # ---- coming and going ------------------------------------------------------------------------------------------------
@@ -160,12 +171,12 @@ def commit(folder, step, files):
 
 
 def prune(folder, keep_last, keep_every):
-    """With `folder` in place: deletes what was replaced, what a crash left while deleting, then the oldest ones.
+    """Deletes, once `folder` is in place, everything called .old, then the checkpoints older than it.
 
-    keep_last: how many stay, `folder` among them, and 0 is all; besides the best and every keep_every-th step's.
+    Of these stay the newest keep_last (`folder` is one of them; 0: all), the best, and every keep_every-th step's.
     """
     for path in named(folder.parent, ".old"):
-        remove(path)
+        discard(path)
     if not keep_last:
         return
     best_one = best(folder.parent)
@@ -173,7 +184,17 @@ def prune(folder, keep_last, keep_every):
     for path in up_to_it[keep_last:]:
         is_kept = keep_every and step_of(path) % keep_every == 0
         if path != best_one and not is_kept:
-            remove(path.rename(f"{path}.old"))
+            discard(path)
+
+
+def discard(path):
+    """Deletes a checkpoint. Where the disk refuses it stays, at the price of a warning: nothing is lost by it."""
+    try:
+        if path.suffix != ".old":
+            path = path.rename(f"{path}.old")
+        remove(path)
+    except OSError as error:
+        warn_once(f"{path}, which is not needed, cannot be deleted: {error.strerror}")
 
 
 def give_up(folder, step, need, error):
@@ -181,11 +202,11 @@ def give_up(folder, step, need, error):
     shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
     reason = "No space left on device" if "No space left on device" in str(error) else error
     room = f"need ~{need / 1e6:.1f} MB, free {shutil.disk_usage(folder.parent).free / 1e6:.1f} MB"
-    before = "there is none before"
-    earlier = folders(folder.parent)
-    if earlier:
-        before = f"previous checkpoint {earlier[0].name} is still there"
-    return f"checkpoint at step {step} failed: {reason} ({room}); {before}"
+    newest = "there is none before"
+    there = folders(folder.parent) + folders(folder.parent, ".old")
+    if there:
+        newest = f"checkpoint {max(there, key=step_of).name} is still there"
+    return f"checkpoint at step {step} failed: {reason} ({room}); {newest}"
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------
@@ -249,3 +270,23 @@ def find(out_dir, log):
             f"no valid checkpoint in {out_dir} ({len(found)} found, all rejected); pass --overwrite to discard them"
         )
     return None
+
+
+def resolve(path: Path, log) -> Path:
+    """Returns the whole checkpoint that a path stands for; CheckpointError where there is none.
+
+    It is a checkpoint's folder, or a run's, which stands for its newest whole one. The names `latest` and `best` in a
+    run's folder follow from the checkpoints: a link may be old or missing, and a copied one may be a folder.
+    """
+    in_a_run = len(folders(path.parent)) > 0
+    if in_a_run and path.name == "latest":
+        path = path.parent
+    if in_a_run and path.name == "best":
+        path = best(path.parent) or path
+    found = find(path, log)
+    if found:
+        return found
+    reason = verify(path)
+    if reason:
+        raise CheckpointError(f"no checkpoint in {path}: {reason}")
+    return path.resolve()

@@ -41,6 +41,7 @@ class Average:
 
     @torch.no_grad()
     def swap(self) -> None:
+        """Exchanges the weights and their average."""
         for own, average in self.pairs():
             kept = own.clone()
             own.copy_(average)

@@ -11,7 +11,8 @@
 
 Of sharded parameters each process writes its rows, to model-00001-of-00004.safetensors and so on (stored.py); any
 layout restores what any other saved. How folders come and go: atomic.py.
-With many processes all of them call save, finish, newest, resolve and restore, and an error on one is raised on all.
+Where there are many processes, all of them call save, finish, note_evaluation, newest, resolve and restore. What goes
+wrong on one is raised on all, but for restore: there each process reads for itself, and raises what it met itself.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 
 from distributed.processes import all_done, gather, on_first, results, start, start_on_first
 from training import atomic
-from training.atomic import entries, folders, verify
+from training.atomic import entries, folders, verify  # noqa: F401  the last two are for our callers
 from training.disk import CheckpointError, fsync, read_json
 from training.stored import Stored, own_files
 
@@ -124,7 +125,10 @@ def save(
             raise CheckpointError(on_first(atomic.give_up, folder, step, need, error)) from error
 
     def stages():
-        """Yields futures, each of which has to be done on all processes before the next is asked for."""
+        """Yields the future of each stage: all write, process 0 puts it in place, process 0 deletes old ones.
+
+        A stage has to be done on all processes before the next one is asked for. Returns the folder.
+        """
         writing = start(write, Path(f"{folder}.tmp"), files)
         yield writing
         listed = merged(attempt(writing))
@@ -143,9 +147,9 @@ def save(
 
 
 def finish(wait: bool = True) -> Path | None:
-    """Takes the save in flight as far as it gets, with wait to its end; returns its folder when it is in place.
+    """Advances the save in flight as far as it has got, or with wait to its end; returns its folder when it is done.
 
-    None before, and where none is in flight. CheckpointError if it failed. For the time between steps, and the end.
+    None where it is not done, or none is in flight. CheckpointError if it failed. It is to be called between steps.
     """
     while in_flight and (wait or all_done(in_flight[0][0])):
         _, saving = in_flight.pop()
@@ -180,23 +184,11 @@ def newest(out_dir: str | Path, log: Callable = print) -> Path | None:
 
 
 def resolve(path: str | Path, log: Callable = print) -> Path:
-    """Returns the folder, verified, of a checkpoint; of a run's folder its newest whole one.
+    """Returns the folder, verified, of a checkpoint; of a run's folder, and of out/run/latest, its newest whole one.
 
-    out/run/best and out/run/latest follow from the checkpoints themselves, where there are no such links, too.
+    Process 0 looks, and tells the others: a run that is at work may save meanwhile.
     """
-    path = Path(path)
-    there = folders(path.parent)
-    if there and path.name == "latest":  # a link may be old, and a copied one may be a folder
-        path = there[0]
-    elif there and path.name == "best":
-        path = on_first(atomic.best, path.parent) or path
-    found = newest(path, log)
-    if found:
-        return found
-    reason = on_first(verify, path)
-    if reason:
-        raise CheckpointError(f"no checkpoint in {path}: {reason}")
-    return path.resolve()
+    return on_first(atomic.resolve, Path(path), log)
 
 
 # ---- restoring ------------------------------------------------------------------------------------------------------
@@ -270,6 +262,12 @@ def restore_optimizer(path, model, optimizer, numbers):
     moments = Stored(path, "trainer")
     parameters = {plain(name): p for name, p in model.named_parameters()}
     step_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    for stored_name in moments.parts:
+        name = stored_name.rpartition(".")[0]
+        empty = moments.like(stored_name)
+        if name not in parameters or not broadcasts(empty.shape, parameters[name].shape):
+            raise CheckpointError(f"{path}: the optimizer's {stored_name}, {dtype_and_shape(empty)}, fits no parameter")
+
     optimizer.state.clear()
     for stored_name in moments.parts:
         name, _, key = stored_name.rpartition(".")
@@ -283,6 +281,14 @@ def restore_optimizer(path, model, optimizer, numbers):
     for stored_name, number in numbers.items():
         name, _, key = stored_name.rpartition(".")
         optimizer.state[parameters[name]][key] = number
+
+
+def broadcasts(shape, to):
+    """Returns whether a tensor of one shape may be a moment of a parameter of the other: whole, by row or by column."""
+    try:
+        return torch.broadcast_shapes(shape, to) == to
+    except RuntimeError:
+        return False
 
 
 def load_model(path: str | Path, device: str = "cpu", average: bool = True) -> tuple[torch.nn.Module, dict]:
@@ -323,9 +329,9 @@ def refuse_reward_model(path):
 
 def unknown_weights(path, module, fields):
     """Returns the end of a message that names a checkpoint's weights which a model of these fields has not."""
+    flops = importlib.import_module("flops")  # takes its time to import
     try:
-        with torch.device("meta"):
-            names = weights(module.GPT(module.GPTConfig(**fields))).keys()
+        names = weights(flops.without_contents(module.GPT, module.GPTConfig(**fields))).keys()
     except ValueError:  # these fields alone make no model
         return ""
     unknown = [name for name in Stored(path, "model").parts if name not in names]
@@ -347,5 +353,6 @@ def changed_keys(old: dict, new: dict) -> list[str]:
     return lines
 
 
-def flat(config):
+def flat(config: dict) -> dict:
+    """Returns a config in the form that save takes as one dictionary of knobs."""
     return {"model": config["model"], **config["knobs"], **config["model_config"]}

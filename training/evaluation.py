@@ -11,7 +11,6 @@ from data.shards import Shards
 from data.tokenizers import Tokenizer
 from distributed import processes
 from training.loss import loss_report, loss_sums
-from training.stored import is_sharded
 
 PROMPT = 16  # tokens
 CONTINUATION = 64  # tokens
@@ -23,7 +22,7 @@ def shares_weights(model: torch.nn.Module) -> bool:
 
     To be asked before a forward, which gathers the weights.
     """
-    return any(is_sharded(p) for p in model.parameters())
+    return any(processes.is_sharded(p) for p in model.parameters())
 
 
 def evaluate(
@@ -36,10 +35,10 @@ def evaluate(
     device: str,
     autocast: AbstractContextManager,
 ) -> dict[str, dict]:
-    """Returns {name of a text: its loss_report}, without auxiliary losses; where there are many, that of all is first.
+    """Returns {name of a validation text: its loss_report}; "" stands for all of them, and is alone where there is one.
 
-    They share eval_tokens, the same ones every time, by their weights. The run ends where no token is a target, or one
-    is not of the vocabulary.
+    Auxiliary losses do not count. The texts share eval_tokens by their weights, and the same tokens are taken every
+    time. The run ends where none of them is a target, or one is not of the vocabulary.
     """
     sharded = shares_weights(model)
     model.eval()

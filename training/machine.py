@@ -24,9 +24,10 @@ class Machine(NamedTuple):
     peak_flops: float | None  # of the device at this dtype; None where it is not known, on CPUs for example
 
     def say(self, text: str) -> None:
-        """Prints a line, in the first process alone."""
+        """Prints a line at once, also into a file, in the first process alone."""
         if self.rank == 0:
             tqdm.write(text)
+            sys.stdout.flush()
 
     def share(self, items):
         """Returns this process's part of what all processes have to do."""

@@ -21,25 +21,45 @@ except ImportError:  # Windows
     resource = None
 
 
+def without_nan(value):
+    """Returns a value in which null stands for each number that is not finite, since JSON has no word for those."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
 class Rows:
     """A file of JSON, a row a line, each of them of a step. On a full disk rows wait in memory for room.
 
     step: where the run goes on; rows of later steps are dropped, since these steps will be done again.
+    evaluated: whether the evaluation of that step is done; one that will be done again is dropped as well.
     seen: is called with each row that stays.
     """
 
-    def __init__(self, path: Path, step: int, seen=lambda row: None):
+    def __init__(self, path: Path, step: int, seen=lambda row: None, evaluated: bool = True):
         self.name = path.name
         with replaced(path) as file:
             for row in rows_of(path):
-                if step > 0 and row["step"] <= step:
+                is_done = row["step"] <= step
+                if row["step"] == step and not evaluated:
+                    is_done = "ms" in row  # a row of the step itself says how long that took
+                if step > 0 and is_done:
                     file.write(json.dumps(row) + "\n")
                     seen(row)
         self.file = open(path, "ab", buffering=0)
         self.waiting = b""  # lines for which there was no room
 
     def write(self, row: dict) -> None:
-        self.waiting += json.dumps(row).encode() + b"\n"
+        """Adds a row; what is not finite in it becomes null."""
+        self.waiting += json.dumps(without_nan(row)).encode() + b"\n"
+        self.write_waiting()
+
+    def write_waiting(self) -> None:
+        """Writes the rows that wait, as far as there is room."""
         try:
             while self.waiting:
                 self.waiting = self.waiting[self.file.write(self.waiting) :]
@@ -48,6 +68,7 @@ class Rows:
 
     def close(self) -> None:
         """Closes the file; a full disk costs the last rows and a warning."""
+        self.write_waiting()
         self.file.close()
         if self.waiting:
             rows = len(self.waiting.splitlines())
@@ -57,13 +78,16 @@ class Rows:
 class Log:
     """A run's metrics: rows for metrics.jsonl, and, if asked for, Weights & Biases and TensorBoard.
 
-    wandb: online or offline. step: where the run goes on. album: the pictures, which get each row. What fails here
+    wandb: online or offline. step, evaluated: as for Rows. album: the pictures, which get each row. What fails here
     ends no run: rows wait for room on the disk, and a service costs a warning.
     """
 
-    def __init__(self, out: Path, step: int, config: dict, wandb: str = "", tensorboard: bool = False, album=None):
+    def __init__(
+        self, out: Path, step: int, config: dict, wandb: str = "", tensorboard: bool = False, album=None,
+        evaluated: bool = True,
+    ):  # fmt: skip
         self.album = album
-        self.rows = Rows(out / "metrics.jsonl", step, album.add if album else lambda row: None)
+        self.rows = Rows(out / "metrics.jsonl", step, album.add if album else lambda row: None, evaluated)
         self.services = []  # functions of (step, {name: number})
         self.to_close = []
         if wandb:
@@ -102,11 +126,8 @@ class Log:
         return log
 
     def write(self, row: dict) -> None:
-        """Adds a row of numbers for a step; what is not finite becomes null, since JSON has no word for it."""
-        row = dict(row)
-        for key, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                row[key] = None
+        """Adds a row of numbers for a step."""
+        row = without_nan(row)
         self.rows.write(row)
         if self.album:
             self.album.add(row)
@@ -216,7 +237,7 @@ def peak_gb(device_type: str) -> float | None:
         return torch.cuda.max_memory_allocated() / 1e9
     if resource is None:
         return None
-    unit = 1 if sys.platform == "darwin" else 1000  # bytes there, elsewhere KB
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, elsewhere KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 

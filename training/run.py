@@ -70,6 +70,7 @@ class Run:
             self.state = state["state"]
         elif resume and already_there:
             here.say(f"no checkpoint in {self.out} yet: beginning again")
+        self.evaluated_at = self.step if path and saving.was_evaluated(path) else -1
 
         # 2. what it writes
         self.saver = saving.Saver(
@@ -84,14 +85,15 @@ class Run:
             facts = {"seed": config["seed"], **identity, "hardware": here.described()}
             run_folder.describe(self.out, saved_config, meta, facts)
             self.album = pictures.Album(self.out, f"{self.out}: {config['model']}", curve=curve)
-            self.log = metrics.Log(self.out, self.step, config, config["wandb"], config["tensorboard"], self.album)
+            self.log = metrics.Log(
+                self.out, self.step, config, config["wandb"], config["tensorboard"], self.album,
+                evaluated=self.evaluated_at == self.step,
+            )  # fmt: skip
             self.samples = metrics.Rows(self.out / "samples.jsonl", self.step)
             self.write_state("running")
         if path:
             self.saver.repair(path)
         self.curve = curve
-        self.saved_at = self.step
-        self.evaluated_at = self.step if path and saving.was_evaluated(path) else -1
         self.stop = 0
         self.signals = StopSignals(quiet=here.rank > 0)
         self.clock = metrics.Clock()
@@ -122,12 +124,11 @@ class Run:
         """Saves the step where that is due, or now: before each evaluation, every save_every steps and at the end."""
         every = self.knobs["save_every"]
         is_due = now or self.evaluation_is_due or self.step % every == 0 or self.is_done
-        if self.step == self.saved_at or not is_due:
+        if self.step == self.saver.saved_at or not is_due:
             return
         trainer = {"tokens": 0, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "state": self.state,
                    "scaler": {}, "identity": self.identity, "machine": self.here.facts()}  # fmt: skip
         self.saver.save(self.step, trainer, wait=True, must=self.is_done or self.stop > 0)
-        self.saved_at = self.step
 
     def note_evaluation(self, row: dict, error: float) -> None:
         """Notes what an evaluation found. error: by which the best checkpoint is chosen, the one with the least."""
@@ -199,7 +200,8 @@ class Run:
             self.log.close()
             self.samples.close()
             self.write_state("stopped")
-        processes.fail(f"{message}; stopped after step {self.step}: mend it, and go on with  {self.command}")
+        lost = "" if self.saver.saved_at == self.step else ", which could not be saved"
+        processes.fail(f"{message}; stopped after step {self.step}{lost}: mend it, and go on with  {self.command}")
 
     def finish(self, next_command: str = "") -> None:
         """Ends the run and the process, with what there is to say, such as what to do with the weights."""

@@ -3,9 +3,11 @@
 out/run/  config.json, config.py    the resolved config; the second is one to give back to train.py
           manifest.json, source/    from what it can be repeated: command, commit, versions, hardware, data, the code
           data.json                 the data's meta.json: its tokenizer for sample.py
-          state.json                for scripts: running, stopped, finished or diverged, the step, how to go on
-          metrics.jsonl, loss.png   a line a step, and a line an evaluation; metrics*.png: what the model measures
+          state.json                for scripts: running, stopped, finished or diverged, at which step, how to go on
+          metrics.jsonl             a line a step, and a line an evaluation
+          loss.png, metrics*.png    its curve, or reward.png or accuracy.png; and what the model measures
           samples.jsonl             of reinforcement learning: what the model wrote, with its rewards
+          tensorboard/, wandb*      what these services were told, where they were asked for
           step-*, latest, best      checkpoints (checkpoint.py)
           .lock                     held by the run at work here
 """
@@ -31,7 +33,8 @@ import hf
 from configurator import config_source
 from distributed import processes
 from training.atomic import STEP, folders
-from training.disk import read_json, remove, write_text
+from training.checkpoint import flat
+from training.disk import read_json, remove, warn_once, write_text
 
 try:
     import fcntl
@@ -108,7 +111,7 @@ def claim(out: Path, resume: bool | str, overwrite: bool) -> tuple:
 
 def has_begun(out: Path) -> bool:
     """Returns whether a run has done a step: one that died before has nothing that could be lost."""
-    return bool(folders(out)) or any(row["step"] > 0 for row in metrics_of(out))
+    return bool(folders(out)) or any(row["step"] > 0 for row in rows_of(out / "metrics.jsonl"))
 
 
 def delete(out: Path) -> None:
@@ -151,10 +154,16 @@ def to_save(model: str, fields: dict, config: dict) -> dict:
 
 
 def resume_command(parallel: str) -> str:
-    """Returns the command that goes on with the run of this one."""
-    launcher = "python" if parallel == "none" else "torchrun ..."
+    """Returns the command that goes on with the run of this one. Of several nodes each has its own options."""
     words = [word for word in sys.argv if word.split("=")[0] not in ("--resume", "--overwrite")]
-    return f"{launcher} {shlex.join([*words, '--resume'])}"
+    script = shlex.join([*words, "--resume"])
+    if parallel == "none":
+        return f"python {script}"
+    n_processes = processes.launched()[1]
+    on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", n_processes))
+    if on_this_node < n_processes:
+        return f"torchrun, with the options that each node was started with, {script}"
+    return f"torchrun --standalone --nproc_per_node={n_processes} {script}"
 
 
 def describe(out: Path, config: dict, meta: dict, facts: dict) -> None:
@@ -167,11 +176,10 @@ def describe(out: Path, config: dict, meta: dict, facts: dict) -> None:
         **facts,
         "config": config,
     }
-    knobs = {"model": config["model"], **config["knobs"], **config["model_config"]}
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")  # first: it says the rest is a run's
     write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
-    write_text(out / "config.py", config_source(knobs))
+    write_text(out / "config.py", config_source(flat(config)))
     write_text(out / "data.json", json.dumps(meta) + "\n")
     if (out / "source").exists():  # of an earlier start: a link in it would be written through
         remove(out / "source")
@@ -182,9 +190,16 @@ def describe(out: Path, config: dict, meta: dict, facts: dict) -> None:
 
 
 def write_state(out: Path, state: str, step: int, max_steps: int, command: str) -> None:
-    """Notes for scripts how a run stands. One that died is still "running", and nobody holds its .lock."""
+    """Notes for scripts how a run stands, when it begins and when it ends.
+
+    One that is "running" is at a later step than this says: metrics.jsonl has the last one. One that died is still
+    "running", and nobody holds its .lock.
+    """
     text = {"state": state, "step": step, "max_steps": max_steps, "command": command}
-    write_text(out / "state.json", json.dumps(text) + "\n")
+    try:
+        write_text(out / "state.json", json.dumps(text) + "\n")
+    except OSError as error:
+        warn_once(f"{out / 'state.json'} does not say that the run is {state}: {error.strerror}")
 
 
 # ---- whose it is ----------------------------------------------------------------------------------------------------
@@ -257,11 +272,6 @@ def saved_knob(out: Path, name: str):
 
 
 # ---- what it did ----------------------------------------------------------------------------------------------------
-def metrics_of(out: Path) -> Iterator[dict]:
-    """Yields the rows of a run's metrics.jsonl."""
-    return rows_of(out / "metrics.jsonl")
-
-
 def rows_of(path: Path) -> Iterator[dict]:
     """Yields the rows of a file; a line that is none, such as one that a crash cut short, is left out."""
     if not path.exists():
@@ -282,4 +292,5 @@ def rows_of(path: Path) -> Iterator[dict]:
 
 
 def read_metrics(out: Path) -> list[dict]:
-    return list(metrics_of(out))
+    """Returns the rows of a run's metrics.jsonl."""
+    return list(rows_of(out / "metrics.jsonl"))

@@ -28,56 +28,72 @@ class Saver:
         self.say = say
         self.average = average  # an Average of the weights, to be saved beside them
         self.in_place = None  # the folder of the newest step that is on the disk
+        self.saved_at = 0  # the step that is on the disk or on its way there, and None after a failure; 0 needs no save
 
     def save(self, step: int, trainer: dict, wait: bool, must: bool) -> None:
         """Saves a step. wait=False: to host memory, from where a thread writes it.
 
-        must: it is the run's last save, so that one which fails is an error; before, the run warns and goes on.
+        must: a save that fails ends the run with an error, as it is the last. Otherwise the run warns and goes on.
         """
         try:
             on_first(run_folder.check_ours, self.out, self.lock)
         except ValueError as error:
             fail(error)
-        if self.finish(must=must):  # of the one before
-            options = dict(keep_last=self.keep_last, keep_every=self.keep_every, wait=wait)
-            if self.average:
-                options["average"] = self.average.tensors
-                trainer["averaged_steps"] = self.average.steps
-            self.attempt(
-                must, checkpoint.save, self.out, step, self.model, self.optimizer, self.config, trainer, **options
-            )
+        except OSError as error:  # nobody knows whose folder it is: the disk does not answer
+            self.failed(error, must)
+            return
+        self.finish()  # of the save before; where it failed, there may be room for this one
+        options = dict(keep_last=self.keep_last, keep_every=self.keep_every, wait=wait)
+        if self.average:
+            options["average"] = self.average.tensors
+            trainer["averaged_steps"] = self.average.steps
+        self.saved_at = step
+        self.attempt(must, checkpoint.save, self.out, step, self.model, self.optimizer, self.config, trainer, **options)
 
-    def repair(self, newest: Path) -> None:
-        """Does what a crash, or a copy without links, left undone around the checkpoint that a run goes on from."""
-        self.attempt(False, on_first, atomic.repair, newest, self.keep_last, self.keep_every)
-        self.in_place = newest.with_suffix("")  # whose evaluation may be to come
-
-    def finish(self, wait: bool = True, must: bool = False) -> bool:
-        """Takes a save in flight as far as it gets, or with wait to its end; returns False where it failed."""
-        return self.attempt(must, checkpoint.finish, wait)
+    def finish(self, wait: bool = True, must: bool = False) -> None:
+        """Advances the save in flight as far as it has got, or with wait to its end. must: as for save."""
+        self.attempt(must, checkpoint.finish, wait)
 
     def attempt(self, must, call, *args, **options):
+        """Calls what saves a step or ends that: notes the folder that came of it, or that the step is not saved."""
         try:
             folder = call(*args, **options)
         except (OSError, CheckpointError) as error:
-            if must:
-                fail(error)
-            if rank() == 0:
-                print(f"WARNING: {error}", file=sys.stderr)
-            return False
+            self.saved_at = None
+            self.failed(error, must)
+            return
         if folder:
             self.in_place = folder
             self.say(f"step {atomic.step_of(folder):>6} | saved {folder}")
-        return True
+
+    def failed(self, error, must=False):
+        """Says why something is not on the disk; ends the run where it had to be."""
+        if must:
+            fail(error)
+        if rank() == 0:
+            print(f"WARNING: {error}", file=sys.stderr)
+
+    def repair(self, newest: Path) -> None:
+        """Does what a crash, or a copy without links, left undone around the checkpoint that a run goes on from."""
+        self.saved_at = atomic.step_of(newest)
+        self.in_place = newest  # its evaluation may be to come
+        try:
+            self.in_place = on_first(atomic.repair, newest, self.keep_last, self.keep_every)
+        except OSError as error:
+            self.failed(error)
 
     def note_evaluation(self, step: int, loss: float, tokens: int) -> None:
         """Writes a saved step's validation loss beside it, from which the best one follows."""
         self.finish()
-        folder = self.out / f"step-{step:08d}"
-        if self.in_place is not None and self.in_place.name == folder.name:
-            facts = {"step": step, "tokens": tokens}
+        folder = self.in_place
+        if folder is None or atomic.step_of(folder) != step:
+            return
+        facts = {"step": step, "tokens": tokens}
+        try:
             if checkpoint.note_evaluation(folder, loss, facts, self.keep_last, self.keep_every):
                 self.say(f"step {step:>6} | {folder} is the best so far")
+        except OSError as error:
+            self.failed(f"the validation loss of {folder} is not noted: {error.strerror}")
 
 
 def was_evaluated(path: Path) -> bool:
@@ -131,8 +147,10 @@ def go_on_from(path: Path, model, optimizer, scaler, config: dict, identity: dic
         )
     checkpoint.restore(path, model, optimizer)
     for key, value in state.get("machine", {}).items():
-        if value != machine[key]:
-            say(f"changed since the checkpoint: {key}: {value} -> {machine[key]}: equal to rounding, not to the bit")
+        if value != machine.get(key):
+            say(
+                f"changed since the checkpoint: {key}: {value} -> {machine.get(key)}: equal to rounding, not to the bit"
+            )
     if state["scaler"]:  # it is empty where dtype was not float16
         scaler.load_state_dict(state["scaler"])
     say(f"resuming from {path}")

@@ -14,12 +14,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from distributed.processes import rank
+from distributed.processes import is_sharded, rank
 from training.disk import CheckpointError, tensor_files
-
-
-def is_sharded(tensor) -> bool:
-    return hasattr(tensor, "placements")  # a DTensor: to import that doubles the time to start of sample.py
 
 
 def own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -45,8 +41,10 @@ def own_files(kinds: dict, copy: bool = False) -> dict:
         parts = dist.get_world_size()
     elif rank() > 0:
         return {}
+    own_part = rank() if parts > 1 else 0
+    names = tensor_files(parts, own_part, kinds)
     files = {}
-    for file, (kind, tensors) in zip(tensor_files(parts, rank() if parts > 1 else 0, kinds), kinds.items()):
+    for file, (kind, tensors) in zip(names, kinds.items()):
         rows = {}
         metadata = {}
         for name, tensor in tensors.items():
