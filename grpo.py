@@ -249,7 +249,7 @@ def main():
     output.outlast_readers()
     print_any_text()
     try:
-        config = configure(globals(), starting_from=start.knobs_of)
+        config = configure(globals(), starting_from=start.config_of)
         check_run(config)
         here = machine.join(device, dtype, timeout, deterministic=deterministic)
 

@@ -154,7 +154,7 @@ def main():
     output.outlast_readers()
     print_any_text()
     try:
-        config = configure(globals(), starting_from=start.knobs_of)
+        config = configure(globals(), starting_from=start.config_of)
         check_run(config)
         if best_of and not eval_data:
             raise ValueError(f"best_of={best_of} needs problems: give eval_data")

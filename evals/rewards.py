@@ -90,7 +90,7 @@ def imported(name):
     module, _, function = name.rpartition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"the reward {name}: {error}") from error
     if not callable(found):
         raise ValueError(f"the reward {name} is no function, but {found!r:.60}")
