@@ -31,13 +31,8 @@ import torch
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """Returns the model of a folder in eval mode; the model_type in its config.json says which file computes it."""
     folder = Path(folder)
-    architecture, fields, header = read_folder(folder)
-    variant = importlib.import_module(f"model_{architecture.variant}")
-    config = variant.GPTConfig(**fields)
-    with torch.device("meta"):  # draws no initial weights, which would all be overwritten
-        model = variant.GPT(config).to(dtype)
-    places_of(header, model, architecture)  # what does not fit is said before memory is taken for it
-    model = model.to_empty(device=device)
+    model, architecture, header = empty_model(folder)
+    model = model.to(dtype).to_empty(device=device)
     places = places_of(header, model, architecture)
     for file in weight_files(folder):
         for name, tensor in read_safetensors(file):
@@ -49,11 +44,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 @torch.no_grad()
 def weights_of(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, tensor) of our model's parameters as load would fill them; holds those of one block at a time."""
-    architecture, fields, header = read_folder(Path(folder))
-    variant = importlib.import_module(f"model_{architecture.variant}")
-    with torch.device("meta"):
-        model = variant.GPT(variant.GPTConfig(**fields))
-    places_of(header, model, architecture)  # raises where a weight is missing or does not fit
+    model, architecture, header = empty_model(Path(folder))
     groups = {}
     for name, parameter in model.named_parameters():
         group = name
@@ -101,13 +92,27 @@ def token_ids(folder, key):
 # ---- a folder --------------------------------------------------------------------------------------------------------
 
 
+def empty_model(folder):
+    """Returns a folder's model without memory for its weights, which fit it; its architecture, and their header."""
+    architecture, fields, header = read_folder(folder)
+    variant = importlib.import_module(f"model_{architecture.variant}")
+    try:
+        config = variant.GPTConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+    with torch.device("meta"):
+        model = variant.GPT(config)
+    places_of(header, model, architecture)  # raises where a weight is missing or does not fit
+    return model, architecture, header
+
+
 def read_folder(folder):
     """Returns the architecture of a folder's model, the fields of our GPTConfig, and the header of its weights."""
     # 1. what config.json says
     hf = read_config(folder)
     architecture = READABLE[hf["model_type"]]
     try:
-        if has_window(architecture.defaults | hf):
+        if has_window(architecture.defaults | hf, architecture):
             architecture = WINDOWED.get(hf["model_type"], architecture)
         fields = config_from_hf(hf, architecture)
     except ValueError as error:
@@ -149,7 +154,7 @@ def read_config(folder):
 def read_json(file):
     """Returns the object that a file holds."""
     try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
+        contents = json.loads(file.read_text(encoding="utf-8-sig"))  # an editor may put a mark before it
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged or no JSON ({error}): fetch it again") from None
     if not isinstance(contents, dict):
@@ -159,7 +164,10 @@ def read_json(file):
 
 def name_in(header, name, architecture):
     """Returns the name by which a file has a weight, with the prefix or without it; None if it has none."""
-    for spelled in (name, name.removeprefix(architecture.prefix)):
+    spellings = [name, name.removeprefix(architecture.prefix)]
+    if name == architecture.names["embed"] + ".weight":
+        spellings.append("lm_head.weight")  # of two names for one tensor safetensors' save_model keeps the first
+    for spelled in spellings:
         if spelled in header:
             return spelled
     return None
@@ -179,10 +187,13 @@ def has_own_head(header, architecture):
 def places_of(header, model, architecture):
     """Returns {name in the file: StoredWeight}; raises unless each weight of a folder has exactly one place."""
     missing = stored_weights(model, architecture)
+    embed = architecture.names["embed"] + ".weight"
     places = {}
     for name, (file, shape, dtype) in header.items():
         key = name
-        if key not in missing:
+        if key not in missing and name == name_in(header, embed, architecture):
+            key = embed
+        elif key not in missing:
             key = architecture.prefix + name
         if key in missing:
             places[name] = missing.pop(key)
@@ -222,9 +233,10 @@ def weight_files(folder):
         return [folder / name for name in names]
     pickled = sorted(folder.glob("pytorch_model*.bin"))
     if pickled:
+        convert = f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}')"
         raise ValueError(
-            f"{folder} has its weights in {pickled[0].name} alone, which is a pickle and never read here: save it as "
-            "safetensors, for example with transformers' save_pretrained"
+            f"{folder} has its weights in {pickled[0].name} alone, which is a pickle and never read here: it can run "
+            f'anything. Where you trust it, convert it:  python -c "from transformers import {convert}"'
         )
     raise ValueError(f"{folder} has neither model.safetensors nor an index of its parts: fetch them")
 
@@ -576,8 +588,12 @@ def check_kinds(contents, file):
             check_kinds(contents[key], file)
 
 
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def is_whole(value, low, high):
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, int) and is_number(value) and low <= value <= high
 
 
 def is_id(value):
@@ -599,8 +615,12 @@ KINDS = {  # what a value must be: its test, and its keys; null is as good as no
     ),
     "a whole number from 0": (is_id, "first_k_dense_replace sliding_window max_window_layers"),
     "a number above 0 and up to 10^12": (
-        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e12,
-        "rope_theta factor rms_norm_eps layer_norm_epsilon partial_rotary_factor",
+        lambda value: is_number(value) and 0 < value <= 1e12,
+        "factor rms_norm_eps layer_norm_epsilon partial_rotary_factor",
+    ),
+    "a number above 1 and up to 10^12": (
+        lambda value: is_number(value) and 1 < value <= 1e12,
+        "rope_theta",
     ),
     "true or false": (
         lambda value: isinstance(value, bool),
@@ -628,15 +648,16 @@ FIXED = {"quantization_config": None, "partial_rotary_factor": 1.0}  # in every 
 def config_from_hf(hf, architecture):
     """Returns the fields of our GPTConfig for a config.json; raises where that asks for what ours does not compute."""
     hf = architecture.defaults | hf
-    rope = {}
-    for key in ("rope_scaling", "rope_parameters"):  # of transformers 4 and 5
-        if hf.get(key) is not None:
-            rope |= hf[key]
+    older = hf.get("rope_scaling") or {}  # of transformers 4
+    newer = hf.get("rope_parameters") or {}  # of transformers 5
+    if older and newer and older != newer:
+        raise ValueError("config.json has rope_scaling, and rope_parameters that differ from it: leave one of them")
+    rope = older or newer
     if hf.get("num_key_value_heads") is None:
         hf["num_key_value_heads"] = hf.get("num_attention_heads")
     if hf.get("head_dim") is None and hf.get("hidden_size") is not None:
         hf["head_dim"] = hf["hidden_size"] // needed(hf, "num_attention_heads")
-    if hf.get("sliding_window") is not None and not has_window(hf):
+    if hf.get("sliding_window") is not None and not has_window(hf, architecture):
         hf |= dict(sliding_window=None, use_sliding_window=False)
     hf |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     for theirs, value in (FIXED | architecture.fixed).items():
@@ -650,10 +671,12 @@ def config_from_hf(hf, architecture):
     return fields | architecture.fields_from_hf(hf)
 
 
-def has_window(hf):
+def has_window(hf, architecture):
     """Returns whether a config.json has a window that hides something of the longest text."""
     window = hf.get("sliding_window")
-    if window is None or not hf.get("use_sliding_window", True):
+    if window is None:
+        return False
+    if "use_sliding_window" in architecture.defaults and not hf["use_sliding_window"]:  # Mistral has no such key
         return False
     return window < needed(hf, "max_position_embeddings")
 
@@ -754,8 +777,14 @@ class Architecture:
     fields_to_hf: Callable = lambda config: {}  # returns keys of config.json that are not one field of ours
 
 
-# What transformers takes for keys that a config.json leaves out, as those of its older versions do.
-DEFAULTS = {"rope_theta": 10000.0, "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
+# What transformers takes for keys that a config.json leaves out, as those of its older versions do. Sizes that show in
+# a weight's shape are in all of them, and needed.
+DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+}
 
 QWEN3 = Architecture(
     model_type="qwen3",
@@ -854,7 +883,7 @@ GPT2 = Architecture(
         "tie_word_embeddings": True,
     },
     needs={"bias": True},
-    defaults={"layer_norm_epsilon": 1e-5, "bos_token_id": 50256, "eos_token_id": 50256},
+    defaults={"n_positions": 1024, "layer_norm_epsilon": 1e-5, "bos_token_id": 50256, "eos_token_id": 50256},
     prefix="transformer.",
     ignored=("lm_head.weight", ".attn.bias", ".attn.masked_bias"),  # a copy of wte, and causal masks
     transposed=("c_attn", "c_proj", "c_fc"),
@@ -921,7 +950,14 @@ DEEPSEEK_V3 = Architecture(
     },
     fixed={"hidden_act": "silu", "attention_bias": False, "rope_interleave": True},
     needs={"scale_embeddings": False, "logit_softcap": 0.0},
-    defaults=DEFAULTS | {"first_k_dense_replace": 3, "q_lora_rank": 1536, "bos_token_id": 0, "eos_token_id": 1},
+    defaults=DEFAULTS
+    | {
+        "max_position_embeddings": 4096,
+        "first_k_dense_replace": 3,
+        "q_lora_rank": 1536,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    },
     rope={  # mscale_all_dim sharpens all of a score, under any rope_type; YaRN without it only the part with position
         "linear": dict(mscale_all_dim=None),
         "yarn": ROPE["yarn"] | dict(mscale=1.0, mscale_all_dim=1.0),
@@ -981,7 +1017,13 @@ QWEN3_MOE = Architecture(
         "gate_scale": 1.0,
         "n_group": 1,
     },
-    defaults=DEFAULTS | {"num_key_value_heads": 4, "norm_topk_prob": False},
+    defaults=DEFAULTS
+    | {
+        "num_key_value_heads": 4,
+        "use_sliding_window": False,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    },
     zero_buffers=("router.bias",),
     fields_from_hf=experts_from_hf,
     fields_to_hf=experts_to_hf,
@@ -1025,7 +1067,7 @@ QWEN2_MOE = Architecture(
         "gate_scale": 1.0,
         "n_group": 1,
     },
-    defaults=QWEN3_MOE.defaults | {"num_key_value_heads": 16, "qkv_bias": True},
+    defaults=QWEN3_MOE.defaults | {"num_key_value_heads": 16, "num_experts_per_tok": 4, "qkv_bias": True},
     zero_buffers=("router.bias",),
     fields_from_hf=shared_experts_from_hf,
     fields_to_hf=shared_experts_to_hf,
@@ -1162,7 +1204,7 @@ def smollm3_from_hf(hf):
 
     # 2. which are local: where nothing is said, those without positions
     kinds = hf.get("layer_types")
-    if has_window(hf):
+    if hf["sliding_window"] is not None:
         if kinds is None:
             kinds = ["full_attention" if one else "sliding_attention" for one in positions]
         fields = window_from_hf(hf | dict(layer_types=kinds))
@@ -1236,22 +1278,22 @@ PROVED = {
     "moe": {
         "RMSNorm": "085bf01a", "rope_cos_sin": "b3103f9a", "yarn": "9d35e18a", "llama3": "e180a3c7",
         "apply_rope": "3e7688fa", "Attention": "17aff4d6", "MLP": "0a66f93c", "Router": "b115b1c1",
-        "has_grouped_mm": "d1b99fcc", "grouped_matmul": "646c32e2", "ExpertLinear": "a80b6ddc", "MoE": "21ecf76e",
+        "has_grouped_mm": "d2acf5ae", "grouped_matmul": "1c4afea0", "ExpertLinear": "a80b6ddc", "MoE": "37489911",
         "Block": "161b27fd", "GPT": "4acd9451", "GPT.__init__": "3f5a8680", "GPT.forward": "24810dc6",
         "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985", "GPT.padding": "fbef2115",
     },
     "hybrid": {
         "RMSNorm": "1e4ee690", "rope_cos_sin": "37e2e754", "yarn": "9d35e18a", "llama3": "e180a3c7",
         "apply_rope": "b12c079b", "Attention": "8b8d03cc", "recurrent_delta_rule": "b40bb6ce",
-        "chunked_delta_rule": "2694dc38", "GatedDelta": "25225dae", "unit": "1d84f0a6", "MLP": "0a66f93c",
+        "chunked_delta_rule": "2694dc38", "GatedDelta": "7fe6d1cf", "unit": "1d84f0a6", "MLP": "0a66f93c",
         "Block": "15a28f55", "GPT": "4acd9451", "GPT.__init__": "d3993ff1", "GPT.forward": "310d397b",
         "GPT.positions_and_mask": "885d3e81", "GPT.logits": "7bf98985",
     },
     "sliding": {
         "RMSNorm": "085bf01a", "rope_cos_sin": "f74705c1", "yarn": "9d35e18a", "llama3": "e180a3c7",
         "apply_rope": "3e7688fa", "near_or_global": "5df5cbf7", "Attention": "ec30f574", "MLP": "0a66f93c",
-        "Block": "e7decd53", "mask_of_each_letter": "59eec78f", "GPT": "4acd9451", "GPT.__init__": "d3993ff1",
-        "GPT.forward": "a9fa2b56", "GPT.positions_and_mask": "ec2990b8", "GPT.logits": "7bf98985",
+        "Block": "e7decd53", "mask_of_each_letter": "c36d7035", "GPT": "4acd9451", "GPT.__init__": "d3993ff1",
+        "GPT.forward": "a9fa2b56", "GPT.positions_and_mask": "55ef6350", "GPT.logits": "7bf98985",
     },
 }
 # fmt: on

@@ -1,12 +1,13 @@
 """As in Qwen3-Next: layers that remember in a matrix by the gated delta rule, with gated attention every few.
 
-    q, k, v = silu(conv(Wq u, Wk u, Wv u)), then q and k are brought to length 1          u = RMSNorm(x)
+    q, k, v = silu(conv(Wq u, Wk u, Wv u)), then k is brought to length 1, q to 1 / sqrt(Dk)    u = RMSNorm(x)
     decay = exp(-exp(A_log) softplus(Wa u + dt_bias)), beta = sigmoid(Wb u)
     M = decay M;  M = M + k (beta (v - M^T k))^T;  y = M^T q        (https://arxiv.org/abs/2412.06464)
     x = x + Wo (RMSNorm(y) * silu(Wz u)), or the attention of model_gated.py where layer_pattern says a
 
 M^T k is what the memory answers to the key k: with beta = 1 writing replaces that answer by v, where linear attention
-would add v to it. M has one size at every length, so a token costs as much after 100,000 others as after 10.
+would add v to it. M has one size at every length, so a token costs a delta layer as much after 100,000 others as after
+10.
 
 B  batch
 T  time: the tokens of one call
@@ -82,7 +83,7 @@ class GPTConfig:
         rotary_dim = self.head_dim * self.rotary_fraction
         if rotary_dim not in range(2, self.head_dim + 1, 2):
             numbers = f"{rotary_dim:g} of head_dim={self.head_dim} numbers"
-            raise ValueError(f"rotary_fraction={self.rotary_fraction} are {numbers}, not pairs: try 1.0")
+            raise ValueError(f"rotary_fraction={self.rotary_fraction} turns {numbers}, which are not pairs: try 1.0")
         elsewhere = dict(
             l="local attention",
             n="full attention without positions",
@@ -180,7 +181,10 @@ def llama3(inv_freq, config):
 
 
 def apply_rope(x, cos, sin):
-    """Turns the first pairs of x (B, T, H, D) by their angles, and leaves the rest (https://arxiv.org/abs/2104.09864)."""
+    """Turns the first numbers of each head of x (B, T, H, D) by their angles (https://arxiv.org/abs/2104.09864).
+
+    Of D = 8 numbers with rotary_fraction 0.5 the pairs (x_0, x_2) and (x_1, x_3) turn, and x_4 to x_7 stay.
+    """
     half = cos.size(-1)
     x1, x2, rest = x.tensor_split((half, 2 * half), dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1).to(x.dtype)
@@ -263,23 +267,27 @@ class Attention(nn.Module):
 
 
 def recurrent_delta_rule(q, k, v, log_decay, beta, first, state):
-    """Returns the output (B, Hv, 1, Dv) of one token, T = 1, and the state after it (B, Hv, Dk, Dv)."""
-    decay = log_decay.exp() * ~first  # (B, Hv, 1)
+    """Returns the output (B, Hv, 1, Dv) of one token and the state after it (B, Hv, Dk, Dv).
+
+    The inputs are those of chunked_delta_rule with T = 1.
+    """
+    decay = log_decay.exp() * ~first  # (B, Hv, 1), 0 where a document begins
     state = state * decay[..., None]
     answer = k @ state  # (B, Hv, 1, Dv)
     written = (v - answer) * beta[..., None]
-    state = state + k.mT @ written
+    state = state + k.mT @ written  # the outer product of k and what is written
     return q @ state, state
 
 
 def chunked_delta_rule(q, k, v, log_decay, beta, first, state, chunk=64):
-    """Returns the outputs (B, Hv, T, Dv) of T tokens and the state after them, by matmuls (section 3.3 of the paper).
+    """Returns the outputs (B, Hv, T, Dv) of T tokens and the state after them, by matmuls.
 
-    q, k (B, Hv, T, Dk), v (B, Hv, T, Dv), log_decay, beta (B, Hv, T), first (B or 1, 1, T): does a document begin here?
-    A chunk of 2 tokens after the state M, with their decays d1 and d2, writes u1 and u2:
-        u1 = beta1 (v1 - d1 M^T k1)                             y1 = d1 M^T q1 + (q1 . k1) u1
-        u2 = beta2 (v2 - d2 d1 M^T k2 - d2 (k2 . k1) u1)        y2 = d2 d1 M^T q2 + d2 (q2 . k1) u1 + (q2 . k2) u2
-    and leaves d2 d1 M + d2 k1 u1^T + k2 u2^T. Only M has to come from the chunk before.
+    This is section 3.3 of https://arxiv.org/abs/2412.06464. q, k (B, Hv, T, Dk), v (B, Hv, T, Dv), log_decay, beta
+    (B, Hv, T), first (B or 1, 1, T): does a document begin here? state (B, Hv, Dk, Dv): M before these tokens.
+    A chunk of 2 tokens after the state M, with their decays d1 and d2, writes e1 and e2:
+        e1 = beta1 (v1 - d1 M^T k1)                             y1 = d1 M^T q1 + (q1 . k1) e1
+        e2 = beta2 (v2 - d2 d1 M^T k2 - d2 (k2 . k1) e1)        y2 = d2 d1 M^T q2 + d2 (q2 . k1) e1 + (q2 . k2) e2
+    and leaves d2 d1 M + d2 k1 e1^T + k2 e2^T. Only M has to come from the chunk before.
     """
     # 1. cut into N chunks of L tokens; the padding at the right writes nothing and decays nothing
     T = q.size(2)
@@ -298,7 +306,7 @@ def chunked_delta_rule(q, k, v, log_decay, beta, first, state, chunk=64):
     #     1
     #     d1     1
     #     d2 d1  d2  1
-    # Each entry sums its own steps: a difference of running sums would be -inf + inf behind a decay of 0.
+    # Each entry sums its own steps, as -inf comes where a decay is 0: a difference of running sums would be NaN there.
     log_decay = F.pad(log_decay, (1, 0))  # (B, Hv, N, L + 1)
     later = torch.ones(L + 1, L + 1, dtype=torch.bool, device=q.device).tril(-1)  # i > j
     decay = torch.where(later, log_decay[..., None], 0.0).cumsum(dim=-2).exp()  # (B, Hv, N, L + 1, L + 1)
@@ -310,8 +318,9 @@ def chunked_delta_rule(q, k, v, log_decay, beta, first, state, chunk=64):
     state_kept_at_end = decay[..., -1:, :1]  # (B, Hv, N, 1, 1)
     tokens_kept_at_end = decay[..., -1, 1:, None]  # (B, Hv, N, L, 1)
 
-    # 3. what is written depends on what was before: (1 + A) written = beta (v - state_kept k M), with A below its
-    # diagonal. Its solution is u - w M, and u and w need no M: all chunks are solved at once.
+    # 3. what is written (the e of the example) depends on what was before: (1 + A) written = beta (v - state_kept k M),
+    # with what A has below its diagonal: unitriangular reads no more of it, and takes 1 on the diagonal. The solution
+    # is u - w M, and u and w need no M: all chunks are solved at once.
     A = (k @ k.mT) * tokens_kept * beta  # (B, Hv, N, L, L)
     right = torch.cat((v, k * state_kept), dim=-1) * beta  # (B, Hv, N, L, Dv + Dk)
     solved = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True)
@@ -348,6 +357,7 @@ class GatedDelta(nn.Module):
         self.wz = nn.Linear(C, value_width, bias=False)
         self.wb = nn.Linear(C, config.n_value_head, bias=False)
         self.wa = nn.Linear(C, config.n_value_head, bias=False)
+        # Only its weight is used: F.conv1d cannot leave out what another document had.
         self.conv = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels, bias=False)
         self.A_log = nn.Parameter(torch.empty(config.n_value_head))
         self.dt_bias = nn.Parameter(torch.empty(config.n_value_head))
@@ -377,13 +387,13 @@ class GatedDelta(nn.Module):
         qkv = F.silu(self.convolve(inputs, positions))
         q, k, v = qkv.split((q.size(-1), k.size(-1), v.size(-1)), dim=-1)
 
-        # 3. heads: queries and keys of length 1, as many as there are value heads
+        # 3. heads, as many as there are value heads: keys of length 1, queries of length 1 / sqrt(Dk)
         q = unit(q.view(B, T, -1, self.key_dim)) * self.key_dim**-0.5  # (B, T, Hk, Dk)
         k = unit(k.view(B, T, -1, self.key_dim))  # (B, T, Hk, Dk)
         v = v.view(B, T, -1, self.value_dim)  # (B, T, Hv, Dv)
-        share = v.size(2) // k.size(2)
-        q = q.repeat_interleave(share, dim=2)  # (B, T, Hv, Dk)
-        k = k.repeat_interleave(share, dim=2)  # (B, T, Hv, Dk)
+        per_key_head = v.size(2) // k.size(2)
+        q = q.repeat_interleave(per_key_head, dim=2)  # (B, T, Hv, Dk)
+        k = k.repeat_interleave(per_key_head, dim=2)  # (B, T, Hv, Dk)
 
         # 4. the delta rule, heads before time
         beta = b.sigmoid()
@@ -407,7 +417,8 @@ class GatedDelta(nn.Module):
     def convolve(self, x, positions):
         """Returns each channel of x (B, K - 1 + T, channels) summed over K taps, for the last T tokens, in fp32.
 
-        A tap that would reach into another document sees 0 there.
+        A tap that would reach into another document sees 0 there. Of K = 4 taps the first looks back by 3 tokens, and
+        the last at the token itself: at position 1 of a document the first two see 0.
         """
         T = positions.size(-1)
         K = self.conv.kernel_size[0]
@@ -426,7 +437,7 @@ class GatedDelta(nn.Module):
 
 
 def unit(x):
-    """Returns the vectors x (..., Dk) at length 1, and one of zeros as it is."""
+    """Returns x / sqrt(|x|^2 + 1e-6) of vectors x (..., Dk): length 1, but less where x is shorter than about 0.01."""
     return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
 
 
@@ -621,7 +632,8 @@ class GPT(nn.Module):
             elif kind == "A_log":
                 p.uniform_(0.01, 16).log_()
             elif kind == "dt_bias":
-                # softplus(dt_bias) is log-uniform in 0.001 to 0.1: the median head keeps 92 % at each token
+                # softplus(dt_bias) is log-uniform in 0.001 to 0.1 (expm1 and log undo softplus): half of the heads keep
+                # 94 % or more at each token.
                 p.uniform_(math.log(1e-3), math.log(0.1)).exp_().expm1_().log_()
             elif kind == "conv":
                 bound = self.config.conv_kernel**-0.5

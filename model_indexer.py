@@ -1,15 +1,17 @@
 """A small indexer chooses the tokens that latent attention attends to (https://arxiv.org/abs/2512.02556).
 
-    I_ts = sum over J small heads of w_tj ReLU(q_tj k_s)            q from MLA's query latent, w and k from u
+    q_j = rope(Wq' c), k = rope(LayerNorm(Wk' u)), w = Ww u / sqrt(J Z)    u = RMSNorm(x), c the latent of MLA's queries
+    I_ts = sum over the J heads j of w_tj ReLU(q_tj k_s)
     y_t = attention as in model_mla.py, to the K keys s <= t with the largest I_ts
-    x = x + Wo y, then x = x + Wdown (silu(Wgate u) * (Wup u))      u = RMSNorm(x)
-    loss = cross-entropy + sum over layers of KL(p_t || softmax of I_t), a mean over t
+    x = x + Wo y, then x = x + Wdown (silu(Wgate u) * (Wup u))             u = RMSNorm(x), each time
+    loss = cross-entropy + sum over layers of KL(p_t || softmax of I_t), a mean over all tokens t
 
 A choice has no gradient. The indexer learns something else instead: where attention goes, p_t, the mean of its heads.
 p_t and what the indexer reads are detached, so that it learns from the KL alone, and all else from the cross-entropy
-alone. Training has two stages. "dense": a query attends to all keys, and only the indexers learn. "sparse": it attends
-to the chosen keys, p_t and the softmax of I_t are taken over these, and everything learns.
-The indexer still scores all keys, with T J Z products a query: far fewer than attention to them would take.
+alone. Training has two stages. "dense": a query attends to all keys, and only the indexers learn; nothing else has a
+gradient. "sparse": it attends to the chosen keys, over which p_t and the softmax of I_t are taken, and all learns.
+The indexer still scores all keys, with J Z products each, 384 at the default sizes, where attention to one takes
+H (N + D + M) = 1,920.
 
 B  batch
 T  time: the tokens of one call
@@ -21,7 +23,7 @@ N  nope_dim, the part of a head's query and key without position
 D  rope_dim, the part with position
 M  v_dim
 J  n_index_head, the heads of the indexer
-Z  index_dim, the size of each
+Z  index_dim, the size of a head's query or key in the indexer
 K  index_topk, the keys that a query attends to
 V  vocabulary
 
@@ -53,7 +55,7 @@ class GPTConfig:
     v_dim: int = 64  # size of each head's value
     n_index_head: int = 8  # heads of the indexer, which scores keys for all heads of attention together
     index_dim: int = 48  # size of the indexer's queries and keys, of which RoPE turns the first rope_dim
-    index_topk: int = 256  # so many keys with the best scores a query attends to
+    index_topk: int = 256  # keys that a query attends to: those with the best scores
     indexer_stage: Literal["dense", "sparse"] = "sparse"  # dense trains the indexer alone; a built model can change it
     n_embd: int = 768
     n_inner: int = 2048  # width of the MLP, about 8/3 n_embd
@@ -199,7 +201,7 @@ class Indexer(nn.Module):
 
 
 class IndexerLoss(nn.Module):
-    """How far the scores are from saying where attention goes; a module, to be a row of its own in flops.py."""
+    """The KL divergence from where attention goes to what the scores say; a module, so that it is counted apart."""
 
     def forward(self, scores, q, k, seen, scale):
         """Returns the mean of KL(p || softmax(scores)) over the queries; p is the mean of the heads' attention.
@@ -210,13 +212,13 @@ class IndexerLoss(nn.Module):
         with torch.no_grad():
             logits = (q @ k.transpose(2, 3) * scale).masked_fill(~seen[:, None], -math.inf)  # (B, H, T, S)
             p = logits.softmax(dim=-1, dtype=wide).mean(dim=1)  # (B, T, S)
-        log_q = scores.to(wide).masked_fill(~seen, -math.inf).log_softmax(dim=-1)  # (B, T, S)
-        log_q = log_q.masked_fill(~seen, 0.0)  # where p is 0, and 0 * -inf would be NaN
-        return (torch.xlogy(p, p) - p * log_q).sum(dim=-1).mean()
+        log_i = scores.to(wide).masked_fill(~seen, -math.inf).log_softmax(dim=-1)  # (B, T, S)
+        log_i = log_i.masked_fill(~seen, 0.0)  # p is 0 there, and 0 * -inf would be NaN
+        return (torch.xlogy(p, p) - p * log_i).sum(dim=-1).mean()
 
 
 def as_one_mask(mask, B, T, S, device):
-    """Returns what GPT.positions_and_mask says, also by None, as a mask (B, T, S)."""
+    """Returns the mask (B, T, S) that GPT.positions_and_mask may leave out: causal, or all keys of a single query."""
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
     return mask.reshape(-1, T, S).expand(B, T, S)
@@ -225,11 +227,12 @@ def as_one_mask(mask, B, T, S, device):
 def choose(scores, seen, K):
     """Returns a mask (B, T, S) of exactly K keys of each query, those seen (B, T, S) before others, by their scores.
 
-    Where all heads' products are negative the sum of ReLUs is exactly 0, for many keys. topk may choose any of such
-    ties, and others when S grows; the K-th largest value is certain. Of its ties the latest are chosen. With K = 3:
-        scores    5 0 0 7 0 0    the third largest is 0: two are above it, which leaves one of four ties
+    Ties are common: a key scores exactly 0 if its products are negative in all heads. topk breaks them as it likes, and
+    differently when S grows, so that with a cache a text would see other keys than without. Here the latest win:
+        scores    5 0 0 7 0 0    K = 3, the third largest is 0: two are above it, which leaves one of four ties
         ties      . 1 2 . 3 4    counted
         chosen    x . . x . x    the last 3 - 2
+    Where fewer than K are seen, the K-th score is -inf, and the latest of those that are not seen fill up.
     """
     scores = scores.masked_fill(~seen, -math.inf)
     least = scores.topk(K, dim=-1).values[..., -1:]  # (B, T, 1)
@@ -256,19 +259,19 @@ class Attention(nn.Module):
         self.rope_dim = D
         self.scale = (N + D) ** -0.5
         if config.rope_scaling == "yarn":
-            # On cos and sin the magnitude would sharpen only the part with position. It is the same at any frequency.
+            # On cos and sin the magnitude would sharpen only the part with position. It does not depend on frequencies.
             _, magnitude = yarn(torch.ones(D // 2), config)
             self.scale *= magnitude**2
         if config.q_rank > 0:
             self.wq_down = nn.Linear(C, config.q_rank, bias=False)
-            self.q_norm = RMSNorm(config.q_rank, 1e-6)  # DeepSeek's latents have this eps, whatever norm_eps is
+            self.q_norm = RMSNorm(config.q_rank, 1e-6)  # DeepSeek's code has this eps here, whatever norm_eps is
             self.wq = nn.Linear(config.q_rank, H * (N + D), bias=False)
         else:
             self.wq_down = nn.Identity()
             self.q_norm = nn.Identity()
             self.wq = nn.Linear(C, H * (N + D), bias=False)
         self.wkv_down = nn.Linear(C, R, bias=False)
-        self.kv_norm = RMSNorm(R, 1e-6)
+        self.kv_norm = RMSNorm(R, 1e-6)  # as above
         self.wk_rope = nn.Linear(C, D, bias=False)
         self.wk = nn.Linear(R, H * N, bias=False)
         self.wv = nn.Linear(R, H * M, bias=False)
@@ -280,10 +283,10 @@ class Attention(nn.Module):
         """Returns the output (B, T, C) and, in training, the indexer's loss."""
         B, T, _ = x.shape
         # 1. queries of each head; -1 counts the heads, which are fewer where a model is cut by heads over devices
-        q_latent = self.q_norm(self.wq_down(x))  # (B, T, q_rank)
+        q_latent = self.q_norm(self.wq_down(x))  # (B, T, q_rank), or x itself where q_rank is 0
         q = self.wq(q_latent).view(B, T, -1, self.nope_dim + self.rope_dim)  # (B, T, H, N + D)
         q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), dim=-1)  # (B, T, H, N), (B, T, H, D)
-        # 2. what the cache holds of each token; the norm stands before it, as absorbed needs keys linear in the latent
+        # 2. what the cache holds of each token: the latent after its norm, as absorbed needs keys linear in it
         latent = self.kv_norm(self.wkv_down(x))  # (B, T, R)
         k_rope = self.wk_rope(x).view(B, T, 1, -1)  # (B, T, 1, D)
         q_rope, k_rope = self.rotate(q_rope, k_rope, rope)
@@ -291,7 +294,7 @@ class Attention(nn.Module):
         index_q, weight, index_k = self.indexer.project(x.detach(), q_latent.detach(), rope)
         if cache is not None:
             kv, index_k = cache.append(self.layer, kv, index_k)  # (B, S, R + D), (B, S, Z)
-        # 3. attend to the chosen keys, or to all where they are not more
+        # 3. attend: in training by a mask; else to the chosen keys, or as in model_mla.py where these are all
         S = kv.size(1)
         sparse = self.config.indexer_stage == "sparse" and self.config.index_topk < S
         loss = None
@@ -315,7 +318,7 @@ class Attention(nn.Module):
         return q, k
 
     def masked(self, q_nope, q_rope, kv, scores, mask, sparse):
-        """Returns y (B, T, H, M) by the mask that defines it, computed from all keys, and the indexer's loss."""
+        """Returns y (B, T, H, M), for which all keys are computed and a mask hides some, and the indexer's loss."""
         B, T, S = scores.shape
         seen = as_one_mask(mask, B, T, S, scores.device)
         if sparse:
@@ -326,22 +329,23 @@ class Attention(nn.Module):
         return y, self.indexer_loss(scores, q, k, seen, self.scale)
 
     def gathered(self, q_nope, q_rope, kv, index_q, weight, index_k, mask):
-        """Returns the same y, computed from the chosen keys alone."""
+        """Returns the y of masked (B, T, H, M), for which each query reads its K chosen keys alone."""
         B, T, H, _ = q_nope.shape
         S = kv.size(1)
         K = self.config.index_topk
         seen = as_one_mask(mask, B, T, S, kv.device)
         row = torch.arange(B, device=kv.device)[:, None, None]
         outputs = []
-        for first in range(0, T, 64):  # whose own keys are in memory together: B 64 K (R + D) numbers
+        # 64 queries at a time: each has a copy of its own keys, B 64 K (R + D) numbers together.
+        for first in range(0, T, 64):
             some = slice(first, first + 64)
-            # 1. the places of the chosen keys; topk of a mask with K ones finds these, whatever their order
+            # 1. the places of the chosen keys: topk of a mask with K ones finds them; sorted, they add up in one order
             scores = self.indexer(index_q[:, some], weight[:, some], index_k)  # (B, t, S)
             chosen = choose(scores, seen[:, some], K)  # (B, t, S)
             place = chosen.int().topk(K, dim=-1, sorted=False).indices.sort(dim=-1).values  # (B, t, K)
             # 2. each query has keys of its own: B rows of t queries are B t rows of one
             some_kv = kv[row, place].flatten(0, 1)  # (B t, K, R + D)
-            some_seen = seen[:, some].gather(-1, place).reshape(-1, 1, 1, K)  # not all, where less than K are seen
+            some_seen = seen[:, some].gather(-1, place).reshape(-1, 1, 1, K)  # not all, where fewer than K are seen
             some_nope = q_nope[:, some].reshape(-1, 1, H, self.nope_dim)
             some_rope = q_rope[:, some].reshape(-1, 1, H, self.rope_dim)
             y = self.absorbed(some_nope, some_rope, some_kv, some_seen)  # (B t, 1, H, M)
@@ -361,16 +365,20 @@ class Attention(nn.Module):
         return q, k, v
 
     def absorbed(self, q_nope, q_rope, kv, mask):
-        """Returns the same for T = 1 from kv as it is: n (Wk c) = (Wk^T n) c, and sum p (Wv c) = Wv (sum p c)."""
+        """Returns the attention (B, 1, H, M) of one query to the tokens of kv (B, S, R + D), which serves as it is.
+
+        n . (Wk c) = (Wk^T n) . c, and with softmax weights a, sum a (Wv c) = Wv (sum a c).
+        """
         H = q_nope.size(2)
         wk = self.wk.weight.view(H, -1, self.kv_rank)  # (H, N, R)
         wv = self.wv.weight.view(H, -1, self.kv_rank)  # (H, M, R)
         q_latent = torch.einsum("bthn,hnr->bthr", q_nope, wk)  # (B, 1, H, R)
-        # All heads share the same keys: they go in as H queries of one head. attend would take these for H tokens,
-        # of which the first sees one key only.
+        # All heads share the same keys: they go in as H queries of one head. self.attend would take these for H
+        # tokens in the order of time, of which the first sees one key only.
         q = torch.cat((q_latent, q_rope), dim=-1)  # (B, 1, H, R + D)
         k = kv[:, None]  # (B, 1, S, R + D)
-        # The values are the first R columns of the keys. Whole keys in their place are not copied; y is cut instead.
+        # The values are the first R columns of the keys. Whole keys serve as values too, and y is cut instead:
+        # FlashAttention wants values as wide as keys.
         y = F.scaled_dot_product_attention(q, k, k, mask, scale=self.scale)  # (B, 1, H, R + D)
         y = y[..., : self.kv_rank]  # (B, 1, H, R)
         return torch.einsum("bthr,hmr->bthm", y, wv)  # (B, 1, H, M)
@@ -435,8 +443,8 @@ class KVCache:
     def __init__(self, config, batch_size, max_len, pad=None, static=False, device=None, dtype=None):
         shape = (batch_size, max_len, config.kv_rank + config.rope_dim)
         self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        shape = (batch_size, max_len, config.index_dim)
-        self.index_k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        index_shape = (batch_size, max_len, config.index_dim)
+        self.index_k = [torch.zeros(index_shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.max_len = max_len
         self.static = static
         self.length = 0
@@ -558,9 +566,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None, last_only=False, per_token=False):
         """Returns the logits (B, T, V) of idx (B, T), or with targets (B, T) the mean loss; targets of -1 are ignored.
 
-        A cache holds the tokens before idx, and takes up idx. last_only: logits (B, 1, V) of the last token.
-        per_token: the negative log-probability of each target (B, T), 0 where ignored, and the indexers' loss. In the
-        dense stage of training all but the indexers' loss is a number without gradient.
+        In training the loss has the indexers' loss added, and in its dense stage no other gradient. A cache holds the
+        tokens before idx, and takes up idx. last_only: logits (B, 1, V) of the last token. per_token: the negative
+        log-probability of each target (B, T), 0 where ignored, and the indexers' loss, which is 0 outside training.
         """
         positions, mask = self.positions_and_mask(idx, cache)
         rope = rope_cos_sin(positions, self.config)

@@ -1,28 +1,31 @@
 """A causal Linformer: each window that has ended is pooled to a few slots (https://arxiv.org/abs/2006.04768).
 
     q, k, v = Wq u, Wk u, Wv u, then q, k = rope(norm(q)), rope(norm(k))        u = RMSNorm(x)
-    K, V = E k, F v                 of W tokens, E and F (R, W): the R slots of each window of a document
-    x = x + Wo softmax(q [k; K]^T / sqrt(D)) [v; V]
+    ks, vs = Pk k, Pv v             of W tokens, Pk and Pv (R, W): the R slots of each window of a document
+    x = x + Wo softmax(q [k; ks]^T / sqrt(D)) [v; vs]
         a query sees the keys of its own window up to itself, and the slots of all windows before
     x = x + Wdown (silu(Wgate u) * (Wup u))                                     u = RMSNorm(x)
 
-Linformer itself multiplies all keys of a text by one E (R, T). Every slot then holds a part of every token, later ones
+Linformer itself multiplies all keys of a text by one Pk (R, T). Every slot then holds a part of every token, later ones
 too: right for an encoder, but a decoder would read in the slots the token that it has to predict. Here only the windows
-after it see a slot, as in DeepSeek-V4's heavily compressed attention, where it holds 128 tokens.
+after it see a slot, as in DeepSeek-V4's heavily compressed attention, where a slot holds 128 tokens. Keys are turned
+before they are pooled, so that a slot has no position of its own.
 
-In place of T keys a query meets 2 W keys and R T / W slots, so that time is nearly linear in T: with window=256 and
-n_slot=4 those of 16,384 tokens are 768. The cache has W keys and values, and R of each window. Nothing is (T, T).
+In place of T keys a query meets 2 W keys and R T / W slots: of 16,384 tokens with window=256 and n_slot=4 these are 512
+and 256. Time is still quadratic in T, but in a part that is R / W of attention's. The cache has W keys and values, and
+R of each window.
 
 B  batch
 T  time: the tokens of one call
-S  keys and slots that a query meets
+S  keys and slots that a query meets: 2 W and M R
 C  n_embd, the width of the residual stream
 H  query heads
 G  key/value heads
 D  head_dim
 W  window
 R  n_slot, the slots of a window
-N  blocks of queries in a call, each as long as a window; at most so many windows end in it
+Q  queries in a block: W, or T where that is less
+N  blocks of queries in a call, ceil(T / W); as many windows are pooled, since no more can end in it
 M  windows that have slots: N, or those of the cache
 V  vocabulary
 
@@ -52,7 +55,7 @@ class GPTConfig:
     n_embd: int = 768
     n_inner: int = 2048  # width of the MLP, about 8/3 n_embd
     window: int = 256  # tokens that attend to each other as they are, counted from where their document begins
-    n_slot: int = 4  # keys and values that stand for a window once it has ended; as many as window lose nothing
+    n_slot: int = 4  # keys and values that stand for a window once it has ended; window of them begin as full attention
     qk_norm: bool = True  # RMSNorm on each query and key head: attention logits stay small at high learning rates
     rope_theta: float = 10000.0  # wavelengths reach 2 pi rope_theta tokens: 1e6 for long context
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # turns more slowly, to read longer texts
@@ -75,7 +78,7 @@ class GPTConfig:
         if not 1 <= self.window <= self.block_size:
             raise ValueError(f"window={self.window} is not between 1 and block_size={self.block_size}: try a quarter")
         if self.n_slot < 1 or self.window % self.n_slot:
-            raise ValueError(f"window={self.window} is not divisible by n_slot={self.n_slot}: try 1 or {self.window}")
+            raise ValueError(f"n_slot={self.n_slot} does not divide window={self.window}: try 1 or {self.window}")
         if self.rope_scaling not in ("none", "linear", "yarn", "llama3"):
             raise ValueError(f"rope_scaling={self.rope_scaling!r} is unknown: try none, linear, yarn or llama3")
         if self.rope_scaling in ("yarn", "llama3") and self.rope_original < 1:
@@ -176,15 +179,15 @@ def what_is_seen(place, doc_start, slot_start, config):
     """Returns the mask (B N, 1, Q, S) of queries at place (T,), in blocks as query_blocks and key_blocks make them.
 
     doc_start (B, T): where the document of each query begins. slot_start (B, M): where the window of each slot begins.
-    With window 2 and 1 slot, x is seen:
-        block of 4 and 5    keys 2 3 4 5    slots of 0 2 4
-        query 4                  . . x .             x x .
-        query 5                  . . x x             x x .
+    With window 2, 1 slot and documents at 0 and 3, windows begin at 0, 2 (cut off by the document), 3 and 5:
+        block of 4 and 5    keys 2 3 4 5    slots of 0 2 3
+        query 4                  . x x .             . . .    its window began in the block before
+        query 5                  . . . x             . . x
     """
     W = config.window
     T = len(place)
     N, Q = blocks_of(T, W)
-    # 1. the last block is filled up with queries that go on in the last document
+    # 1. the last block is filled up, as by query_blocks: its surplus queries see a key, too, or they would be NaN
     n = torch.arange(N * Q, device=place.device)
     place = (place[0] + n).view(N, Q, 1)
     doc_start = doc_start[:, n.clamp(max=T - 1)].view(-1, N, Q, 1)
@@ -232,8 +235,8 @@ class Attention(nn.Module):
         self.wk = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.wv = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.wo = nn.Linear(config.n_head * D, C, bias=False)
-        self.w_pool_k = nn.Linear(config.window, config.n_slot, bias=False)  # E
-        self.w_pool_v = nn.Linear(config.window, config.n_slot, bias=False)  # F
+        self.w_pool_k = nn.Linear(config.window, config.n_slot, bias=False)  # Pk, of all heads
+        self.w_pool_v = nn.Linear(config.window, config.n_slot, bias=False)  # Pv
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -249,13 +252,14 @@ class Attention(nn.Module):
         q = q.transpose(1, 2)  # (B, H, T, D)
         k = k.transpose(1, 2)  # (B, G, T, D)
         v = v.transpose(1, 2)  # (B, G, T, D)
-        # 2. what may be in the same window goes before it: the last W tokens of the cache, or zeros that nobody sees
+        # 2. put the W tokens before this call in front, where the first query's window may have begun: the cache's, or
+        # zeros that nobody sees
         if cache is None:
             k = F.pad(k, (0, 0, W, 0))  # (B, G, W + T, D)
             v = F.pad(v, (0, 0, W, 0))  # (B, G, W + T, D)
         else:
             k, v = cache.append(self.layer, k, v)  # (B, G, W + T, D)
-        # 3. pool the windows that end in this call
+        # 3. pool the windows that end in this call, and others that nobody sees: shapes do not depend on how many end
         starts, seen = mask
         slots_k = self.pool(self.w_pool_k, k, starts)  # (B, G, N, R, D)
         slots_v = self.pool(self.w_pool_v, v, starts)  # (B, G, N, R, D)
@@ -275,11 +279,11 @@ class Attention(nn.Module):
 
         Of a window that goes on after k, the slots are without meaning: no query of these tokens sees them.
         """
-        B, G, S, D = k.shape
+        B, G, n_key, D = k.shape
         at = starts[:, :, None] + torch.arange(self.window, device=k.device)  # (B, N, W)
-        at = at.clamp(max=S - 1).flatten(1)[:, None, :, None]  # (B, 1, N W, 1)
+        at = at.clamp(max=n_key - 1).flatten(1)[:, None, :, None]  # (B, 1, N W, 1)
         windows = k.gather(2, at.expand(B, G, -1, D)).unflatten(2, (-1, self.window))  # (B, G, N, W, D)
-        return weight(windows.transpose(3, 4)).transpose(3, 4)
+        return weight(windows.transpose(3, 4)).transpose(3, 4)  # over W: (B, G, N, D, W) -> (B, G, N, D, R)
 
     def rotate(self, q, k, rope):
         """Returns q (B, T, H, D) and k (B, T, G, D), each head normed (QK-norm) and turned by its position."""
@@ -288,11 +292,8 @@ class Attention(nn.Module):
         return q, k
 
     def attend(self, q, k, v, mask):
-        """Returns softmax attention (B, H, T, D) of q (B, H, T, D) to k, v (B, G, S, D); H / G heads share a key."""
-        causal = False
-        if mask is None and q.size(2) > 1:  # S = T here; a single query sees all S keys
-            causal = True
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+        """Returns softmax attention (B N, H, Q, D) of q to k, v (B N, G, S, D); H / G heads share a key."""
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.size(1) != k.size(1))
 
     def keys_seen(self, T):
         """Returns how many keys and slots a query sees on average over T tokens."""
@@ -333,11 +334,13 @@ class KVCache:
 
     A forward pass calls advance once, which takes places for its tokens; then each layer appends what belongs there.
     No two whole windows begin within W places, so that the slots of one that begins at a place have index place // W.
-    M = max_len // W + 1: a window of the last index cannot be whole, and there go all that are not.
-    slot_start (B, M) holds where the window of each begins, -1 while there is none.
+    M = max_len // W + 1: no window of the last index can be whole, and there go all that are not. slot_start (B, M)
+    holds where the window of each begins, -1 while there is none. With W=3, max_len=12, documents at 0 and 5:
+        windows    0 to 2    3 and 4, cut off    5 to 7    from 8, goes on
+        index      0         4                   1         4
 
-    doc_start (B, 1) is the place where the newest document begins. Padding at the left is a document of its own. Two
-    rows, the second with pad=1; E is eot_id, - is padding:
+    doc_start (B, 1) is the place where the newest document begins: the last column of what stands here. Padding at the
+    left is a document of its own. Two rows, the second with pad=1; E is eot_id, - is padding:
         tokens       a b E c    - a b c
         doc_start    0 0 2 2    0 1 1 1
         position     0 1 0 1    0 0 1 2    place - doc_start
@@ -363,6 +366,7 @@ class KVCache:
         if pad is not None:
             self.pad = self.pad + pad[:, None]
         self.doc_start = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.slot = None  # (B, N), by advance: where append_slots writes what was pooled
 
     def advance(self, idx):
         """Takes the next places for idx (B, T); returns positions and mask as GPT.positions_and_mask describes them."""
@@ -381,8 +385,9 @@ class KVCache:
         behind_padding = torch.where(place < self.pad, 0, self.pad)  # (B, T)
         doc_start = torch.maximum(torch.maximum(at_eot, behind_padding), self.doc_start).cummax(dim=1).values  # (B, T)
         self.doc_start.copy_(doc_start[:, -1:])
-        # 2. Which windows end in these tokens: each has one place of W that follow each other, so that every W-th token
-        # names them all. One that a new document cuts off, or that goes on, is not whole.
+        # 2. Which windows end in these tokens? A whole one has W places in a row, and so exactly one of every W-th
+        # place. With W=3 and new tokens 4 to 9 of a document from 0, places 4 and 7 name the windows 3 to 5 and 6 to 8.
+        # One that a new document cuts off, or that goes on, may be named too, but is not whole.
         window_start = window_starts(place, doc_start, W)  # (B, T)
         start = window_start[:, ::W]  # (B, N)
         last = start + W - 1 - place[0]  # (B, N), which of the new tokens is the last of the window
@@ -390,7 +395,7 @@ class KVCache:
         self.slot = torch.where(whole, start // W, self.slot_start.size(1) - 1)  # (B, N)
         self.slot_start.scatter_(1, self.slot, torch.where(whole, start, -1))
         seen = what_is_seen(place, doc_start, self.slot_start, self.config)
-        return place - doc_start, (start - place[0] + W, seen)
+        return place - doc_start, (start - place[0] + W, seen)  # + W: append puts W places before these tokens
 
     def append(self, layer, k, v):
         """Keeps the last W of k, v (B, G, T, D); returns all, behind the W that were kept before: (B, G, W + T, D)."""

@@ -1,10 +1,10 @@
 """Multi-head latent attention (https://arxiv.org/abs/2405.04434): attention from one small latent per token.
 
-    c = norm(Wkv_down u), r = rope(Wk_rope u)           what a token leaves in the cache: R + D numbers for all heads
-    [n, p] = Wq norm(Wq_down u)                         a query of each head: N numbers without position, D with
+    c = kv_norm(Wkv_down u), r = rope(Wk_rope u)        what a token leaves in the cache: R + D numbers for all heads
+    [n, p] = Wq q_norm(Wq_down u), or Wq u              a query of each head: N numbers without position, D with
     expanded: y = softmax([n, rope(p)] [Wk c, r]^T / sqrt(N + D)) Wv c      makes keys and values of each head
     absorbed: y = Wv softmax([Wk^T n, rope(p)] [c, r]^T / sqrt(N + D)) c    equal, and attends to the cache itself
-    x = x + Wo y, then x = x + Wdown (silu(Wgate u) * (Wup u))              u = RMSNorm(x)
+    x = x + Wo y, then x = x + Wdown (silu(Wgate u) * (Wup u))              u = RMSNorm(x), each time
 
 B  batch
 T  time: the tokens of one call
@@ -16,6 +16,10 @@ N  nope_dim, the part of a head's query and key without position
 D  rope_dim, the part with position
 M  v_dim
 V  vocabulary
+c  latent
+r  k_rope, the key's part with position
+n  q_nope, the query's part without position
+p  q_rope, the query's part with position
 
 Differs from model_baseline.py in: GPTConfig, rope_cos_sin, Attention, KVCache, GPT.init_weights
 """
@@ -158,19 +162,19 @@ class Attention(nn.Module):
         self.rope_dim = D
         self.scale = (N + D) ** -0.5
         if config.rope_scaling == "yarn":
-            # On cos and sin the magnitude would sharpen only the part with position. It is the same at any frequency.
+            # On cos and sin the magnitude would sharpen only the part with position. It does not depend on frequencies.
             _, magnitude = yarn(torch.ones(D // 2), config)
             self.scale *= magnitude**2
         if config.q_rank > 0:
             self.wq_down = nn.Linear(C, config.q_rank, bias=False)
-            self.q_norm = RMSNorm(config.q_rank, 1e-6)  # DeepSeek's latents have this eps, whatever norm_eps is
+            self.q_norm = RMSNorm(config.q_rank, 1e-6)  # DeepSeek's code has this eps here, whatever norm_eps is
             self.wq = nn.Linear(config.q_rank, H * (N + D), bias=False)
         else:
             self.wq_down = nn.Identity()
             self.q_norm = nn.Identity()
             self.wq = nn.Linear(C, H * (N + D), bias=False)
         self.wkv_down = nn.Linear(C, R, bias=False)
-        self.kv_norm = RMSNorm(R, 1e-6)
+        self.kv_norm = RMSNorm(R, 1e-6)  # as above
         self.wk_rope = nn.Linear(C, D, bias=False)
         self.wk = nn.Linear(R, H * N, bias=False)
         self.wv = nn.Linear(R, H * M, bias=False)
@@ -181,15 +185,16 @@ class Attention(nn.Module):
         # 1. queries of each head; -1 counts the heads, which are fewer where a model is cut by heads over devices
         q = self.wq(self.q_norm(self.wq_down(x))).view(B, T, -1, self.nope_dim + self.rope_dim)  # (B, T, H, N + D)
         q_nope, q_rope = q.split((self.nope_dim, self.rope_dim), dim=-1)  # (B, T, H, N), (B, T, H, D)
-        # 2. what the cache holds of each token; the norm stands before it, as absorbed needs keys linear in the latent
+        # 2. what the cache holds of each token: the latent after its norm, as absorbed needs keys linear in it
         latent = self.kv_norm(self.wkv_down(x))  # (B, T, R)
         k_rope = self.wk_rope(x).view(B, T, 1, -1)  # (B, T, 1, D)
         q_rope, k_rope = self.rotate(q_rope, k_rope, rope)
         kv = torch.cat((latent, k_rope[:, :, 0]), dim=-1)  # (B, T, R + D)
         if cache is not None:
             kv = cache.append(self.layer, kv)  # (B, S, R + D)
-        # 3. attend; expanded has fewer products a score, N + D against R + D, but first it makes keys and values of
-        # the whole past, R (N + M) products a head and token: too much for a single query
+        # 3. attend. A query costs less expanded: N + D + M products with each token of the past, against 2 (R + D).
+        # But first keys and values of the whole past are made, R (N + M) products for each of its tokens, which pays
+        # from about 100 queries on at the default sizes. Generation has one.
         if T == 1:
             y = self.absorbed(q_nope, q_rope, kv, mask)  # (B, T, H, M)
         else:
@@ -204,7 +209,10 @@ class Attention(nn.Module):
         return q, k
 
     def expanded(self, q_nope, q_rope, kv, mask):
-        """Attends from q_nope (B, T, H, N) and q_rope (B, T, H, D) to keys and values made from kv: (B, T, H, M)."""
+        """Returns the attention (B, T, H, M) of q_nope (B, T, H, N) and q_rope (B, T, H, D) to the tokens of kv.
+
+        Keys and values of each head are made from kv (B, S, R + D).
+        """
         B, S, _ = kv.shape
         H = q_nope.size(2)
         latent, k_rope = kv.split((self.kv_rank, self.rope_dim), dim=-1)  # (B, S, R), (B, S, D)
@@ -216,16 +224,20 @@ class Attention(nn.Module):
         return self.attend(q, k, v, mask).transpose(1, 2)
 
     def absorbed(self, q_nope, q_rope, kv, mask):
-        """Returns the same for T = 1 from kv as it is: n (Wk c) = (Wk^T n) c, and sum p (Wv c) = Wv (sum p c)."""
+        """Returns what expanded does, for T = 1, without making keys and values: kv (B, S, R + D) serves as it is.
+
+        n . (Wk c) = (Wk^T n) . c, and with softmax weights a, sum a (Wv c) = Wv (sum a c).
+        """
         H = q_nope.size(2)
         wk = self.wk.weight.view(H, -1, self.kv_rank)  # (H, N, R)
         wv = self.wv.weight.view(H, -1, self.kv_rank)  # (H, M, R)
         q_latent = torch.einsum("bthn,hnr->bthr", q_nope, wk)  # (B, 1, H, R)
-        # All heads share the same keys: they go in as H queries of one head. attend would take these for H tokens,
-        # of which the first sees one key only.
+        # All heads share the same keys: they go in as H queries of one head. self.attend would take these for H
+        # tokens in the order of time, of which the first sees one key only.
         q = torch.cat((q_latent, q_rope), dim=-1)  # (B, 1, H, R + D)
         k = kv[:, None]  # (B, 1, S, R + D)
-        # The values are the first R columns of the keys. Whole keys in their place are not copied; y is cut instead.
+        # The values are the first R columns of the keys. Whole keys serve as values too, and y is cut instead:
+        # FlashAttention wants values as wide as keys.
         y = F.scaled_dot_product_attention(q, k, k, mask, scale=self.scale)  # (B, 1, H, R + D)
         y = y[..., : self.kv_rank]  # (B, 1, H, R)
         return torch.einsum("bthr,hmr->bthm", y, wv)  # (B, 1, H, M)
@@ -267,9 +279,10 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Latents and turned keys of the tokens so far, in buffers made once: kv[layer] (B, max_len, R + D).
+    """Of each token so far its latent and its one turned key, in buffers made once: kv[layer] (B, max_len, R + D).
 
     They stand side by side so that the absorbed form attends to them without a copy.
+
     A forward pass calls advance once, which takes places for its tokens; then each layer appends what belongs there.
     doc_start (B, max_len) holds for each place the place where its document begins; tokens see each other where it is
     equal. Padding at the left is a document of its own. Two rows, the second with pad=1; E is eot_id, - is padding:

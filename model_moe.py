@@ -1,8 +1,8 @@
-"""A mixture of experts: each token passes through a few of many MLPs (https://arxiv.org/abs/2101.03961).
+"""A mixture of experts: each token passes through a few of many MLPs (https://arxiv.org/abs/1701.06538).
 
     s = softmax(Wr u)                     u = RMSNorm(x), chosen: the K experts with the largest s_e + bias_e
     g_e = s_e / sum over chosen s         the gates
-    x = x + sum over chosen e of g_e MLP_e(u) + sigmoid(Wg u) MLP_shared(u)
+    x = x + sum over chosen e of g_e MLP_e(u)      (+ MLP_shared(u) with n_shared_expert > 0)
     loss = cross-entropy + sum over layers of balance_loss E sum_e f_e P_e + z_loss mean logsumexp(Wr u)^2
 
 B  batch
@@ -17,12 +17,14 @@ E  experts
 K  experts per token
 N  B T, the tokens of one call in a row
 L  layers with experts
-f  each expert's share of the last step's choices: no gradient
-P  each expert's mean share of the scores: E f P is 1 when the load is even
+f  each expert's share of the last step's choices, 1 / E before the first step: no gradient
+P  each expert's mean share of the scores: E sum_e f_e P_e is 1 when the load is even
 
-Softmax scores and a shared expert with a gate are as in Qwen2-MoE (https://arxiv.org/abs/2407.10671) and Qwen3-MoE.
-Narrow and shared experts: https://arxiv.org/abs/2401.06066. Sigmoid scores, groups and bias: 2412.19437 and 2408.15664.
-Balance over the global batch: 2501.11873. z-loss: 2202.08906.
+bias is 0, or moves after each step by bias_rate sign(mean load - load of the expert), without a gradient.
+Narrow and shared experts: https://arxiv.org/abs/2401.06066. Softmax scores, and a shared expert with a gate:
+https://arxiv.org/abs/2407.10671 (Qwen2-MoE). Sigmoid scores and groups: https://arxiv.org/abs/2412.19437 (DeepSeek-V3).
+The bias: https://arxiv.org/abs/2408.15664. The load of a whole step: https://arxiv.org/abs/2501.11873.
+The z-loss: https://arxiv.org/abs/2202.08906.
 
 Differs from model_baseline.py in: GPTConfig, Block, GPT.__init__, GPT.init_weights, GPT.forward, Router,
 has_grouped_mm, grouped_matmul, ExpertLinear, MoE, GPT.OPTIMIZER, GPT.padding, GPT.auxiliary_loss, GPT.after_step,
@@ -259,7 +261,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(E, config.n_embd))
         self.register_buffer("bias", torch.zeros(E))  # added to the scores for the choice alone
         self.register_buffer("load", torch.zeros(E, dtype=torch.long))  # choices of the last step, on all processes
-        # Sums over the step so far, on this process: choices of each expert; balance and z-loss times choices.
+        # Sums over the step so far, on this process: choices of each expert, and balance and z-loss, each of them a
+        # mean times the number of choices that it was taken over.
         self.register_buffer("step_load", torch.zeros(E, dtype=torch.long), persistent=False)
         self.register_buffer("step_losses", torch.zeros(2), persistent=False)
 
@@ -316,8 +319,8 @@ class Router(nn.Module):
     def statistics(self, logits, scores, chosen, padding):
         """Returns how often each expert was chosen (E,), the balance loss and the z-loss: padding (B, T) has no part.
 
-        The balance loss takes the load of the last step, which all micro-batches and processes of a step have in
-        common: it is linear in their own scores, and its mean over them is that of the whole batch.
+        f is the load of the last step, the same for all micro-batches and processes. So the balance loss is linear in
+        the scores, and the mean of the micro-batches' losses is the loss of the whole batch.
         """
         E = self.config.n_expert
         text = (~padding).to(scores.dtype)  # (B, T), 1 where a token counts
@@ -337,19 +340,22 @@ def has_grouped_mm(x, weight):
     """Says whether F.grouped_mm takes x (n_rows, n_in) and weight (E, n_in, n_out) without waiting for the device."""
     whole = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])  # it wants rows of whole 16 bytes
     if x.is_cuda:
-        hopper = torch.cuda.get_device_properties(x.device).major >= 9
-        return whole and hopper and x.dtype == torch.bfloat16
+        hopper_or_newer = torch.cuda.get_device_properties(x.device).major >= 9
+        return whole and hopper_or_newer and x.dtype == torch.bfloat16
     if x.dtype == torch.float32 and torch.compiler.is_compiling():
         return False
     return whole and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def grouped_matmul(x, weight, expert):
-    """Returns row i of x (n_rows, n_in) times weight[expert[i]] of (E, n_in, n_out), for all rows, sorted by expert.
+    """Returns row i of x (n_rows, n_in) times weight[expert[i]] of (E, n_in, n_out) for all rows: expert is sorted.
 
-    Where torch has no such product, the rows are cut into blocks of b, each with rows of one expert only. With b = 2:
+    Where torch has no such product, the rows are cut into blocks of b, each with rows of one expert only. With E = 3
+    experts and b = 2 (in truth b would be 1 here):
         expert    0 0 0 2 2
-        place     0 1 2 4 5        place 3 is padding
+        ends      3 3 5            of each expert's rows
+        filler    1 0 0            so many rows fill each expert's last block
+        place     0 1 2 4 5        of each row among the blocks; 3 is filler
         owner     0 0 2 0          the expert of each block; the last block is not needed
     """
     n_rows, n_in = x.shape
@@ -358,10 +364,10 @@ def grouped_matmul(x, weight, expert):
     ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)  # (E,)
     if has_grouped_mm(x, weight):
         return F.grouped_mm(x, weight, offs=ends.int())
-    b = -(-n_rows // (2 * E))  # half the mean load: smaller blocks have less padding, and more copies of weights
+    b = -(-n_rows // (2 * E))  # half the mean load: smaller blocks have less filler, and more copies of weights
     n = E + (n_rows - E) // b  # the most blocks that can be needed: one an expert, and one for b rows beyond those
-    padding = -ends.diff(prepend=ends.new_zeros(1)) % b  # (E,): rows that fill an expert's last block
-    place = torch.arange(n_rows, device=x.device) + (padding.cumsum(0) - padding)[expert]  # (n_rows,)
+    filler = -ends.diff(prepend=ends.new_zeros(1)) % b  # (E,)
+    place = torch.arange(n_rows, device=x.device) + (filler.cumsum(0) - filler)[expert]  # (n_rows,)
     owner = expert.new_zeros(n).scatter(0, place // b, expert)  # (n,)
     blocks = x.new_zeros(n * b, n_in).index_copy(0, place, x).view(n, b, n_in)
     y = torch.bmm(blocks, weight.index_select(0, owner))  # (n, b, n_out)
@@ -400,10 +406,10 @@ class MoE(nn.Module):
     def forward(self, x, padding):
         """Returns the output (B, T, C) and, in training, the router's statistics, which leave padding (B, T) out."""
         chosen, gates, statistics = self.router(x, padding)  # (B, T, K), (B, T, K)
-        rows = x.flatten(0, 1)  # (N, C)
+        flat = x.flatten(0, 1)  # (N, C)
         if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-            rows = rows.to(torch.get_autocast_dtype(x.device.type))  # F.grouped_mm does not cast by itself
-        y = self.experts(rows, chosen.flatten(0, 1), gates.flatten(0, 1)).view_as(x)
+            flat = flat.to(torch.get_autocast_dtype(x.device.type))  # F.grouped_mm does not cast by itself
+        y = self.experts(flat, chosen.flatten(0, 1), gates.flatten(0, 1)).view_as(x)
         if self.shared is not None:
             shared = self.shared(x)
             if self.shared_router is not None:
@@ -418,7 +424,8 @@ class MoE(nn.Module):
             chosen    2 0 | 0 1 | 0 2
             expert    0 0 0 1 2 2        the choices, sorted
             order     1 2 4 3 0 5        where each stood before
-            token     0 1 2 1 0 2        order // 2, whose row it takes
+            token     0 1 2 1 0 2        order // 2: whose row it takes
+            back      4 0 1 3 2 5        order.argsort(): where each choice stands now
         """
         N, K = chosen.shape
         # 1. sort the choices by expert
@@ -428,7 +435,8 @@ class MoE(nn.Module):
         h = F.silu(self.w_gate(rows, expert)) * self.w_up(rows, expert)  # (N K, n_expert_inner)
         y = self.w_down(h, expert)  # (N K, C)
         # 3. bring the rows back to their tokens, weigh and add them
-        y = y.index_select(0, order.argsort()).view(N, K, -1)
+        back = order.argsort()
+        y = y.index_select(0, back).view(N, K, -1)
         return (y * gates[..., None].to(y.dtype)).sum(dim=1)
 
 
@@ -588,8 +596,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None, last_only=False, per_token=False):
         """Returns the logits (B, T, V) of idx (B, T), or with targets (B, T) the mean loss; targets of -1 are ignored.
 
-        A cache holds the tokens before idx, and takes up idx. last_only: logits (B, 1, V) of the last token.
-        per_token: the negative log-probability of each target (B, T), 0 where ignored, and the auxiliary loss.
+        In training the loss has the auxiliary loss added. A cache holds the tokens before idx, and takes up idx.
+        last_only: logits (B, 1, V) of the last token. per_token: the negative log-probability of each target (B, T), 0
+        where ignored, and the auxiliary loss, which is 0 outside training.
         """
         positions, mask = self.positions_and_mask(idx, cache)
         rope = rope_cos_sin(positions, self.config)
@@ -663,9 +672,10 @@ class GPT(nn.Module):
         return torch.cat(losses).view_as(targets)
 
     def padding(self, idx):
-        """Returns which of the tokens idx (B, T) fill up a row behind its text: eot_id with no text after it.
+        """Returns which of the tokens idx (B, T) fill up a row behind its text: eot_id before another, or at the end.
 
-        They are routed like all others, but do not count in what evens the load. With eot_id 9:
+        They are routed like all others, but do not count in what evens the load. So does not a document of no tokens,
+        nor one that begins with the last token of a row. With eot_id 9:
             idx 9 5 9 7 9 9  ->  padding 0 0 0 0 1 1;  nothing is padding where eot_id is -1
         """
         is_eot = idx == self.config.eot_id  # (B, T)
@@ -693,7 +703,7 @@ class GPT(nn.Module):
         """Ends an optimizer step: its load, of all processes, moves the biases and enters the next balance loss."""
         routers = [self.blocks[layer].mlp.router for layer in self.config.moe_layers]
         load = sum_over_processes(torch.stack([router.step_load for router in routers]))  # (L, E)
-        losses = sum_over_processes(torch.stack([router.step_losses for router in routers]))  # (L, 2)
+        losses = sum_over_processes(torch.stack([router.step_losses for router in routers]))  # (L, columns)
         for router, of_layer in zip(routers, load):
             router.load.copy_(of_layer)
             router.bias += self.config.bias_rate * (of_layer.float().mean() - of_layer).sign()

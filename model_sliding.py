@@ -2,22 +2,27 @@
 
     q, k, v = Wq u, Wk u, Wv u                                                  u = RMSNorm(x)
     x = x + Wo softmax(rope(norm(q)) rope(norm(k))^T / sqrt(D)) v
-        a query at t sees the keys s <= t; in a local layer those of t - W < s <= t alone, and a document's first P
-        with attention_sink: e^x_s / (e^sink + sum of e^x_s over all s) instead of the softmax of x
+        the query at t of a full layer sees the keys s <= t
+        the query at t of a local layer sees those of t - W < s <= t, and the first P of its document
     x = x + Wdown (silu(Wgate u) * (Wup u))                                     u = RMSNorm(x)
+    with attention_sink the softmax of scores z_s is e^z_s / (e^sink + sum over s of e^z_s)
 
 What is further back than W reaches a token by way of others: through L local layers it sees up to L (W - 1) tokens
-back. A local layer keeps W keys and values, however long the text is.
+back. A local layer keeps P + W keys and values, however long the text is. That is what a window saves here: in training
+all T^2 scores are computed and most are masked, where kernels.py leaves out those that no query needs.
+Sinks: https://arxiv.org/abs/2508.10925 (gpt-oss). First tokens: https://arxiv.org/abs/2309.17453. Caps:
+https://arxiv.org/abs/2408.00118 (Gemma 2).
 
 B  batch
 T  time: the tokens of one call
-S  time with the cached past
+S  keys that a call meets: in a full layer all so far
 C  n_embd, the width of the residual stream
 H  query heads
 G  key/value heads
 D  head_dim
 W  window: the keys that a query of a local layer sees, its own among them
-P  n_global_token
+P  n_global_token, the first tokens of a document, which local layers see too
+R  slots of a local layer's ring in the cache: W, or all where fewer tokens come
 V  vocabulary
 
 Differs from model_baseline.py in: GPTConfig, rope_cos_sin, Attention, KVCache, GPT.init_weights, GPT.forward,
@@ -46,13 +51,13 @@ class GPTConfig:
     n_embd: int = 768
     n_inner: int = 2048  # width of the MLP, about 8/3 n_embd
     qk_norm: bool = True  # RMSNorm on each query and key head: attention logits stay small at high learning rates
-    layer_pattern: str = "llllla"  # a full, l local, n and m the same without positions; repeated, cut to n_layer
+    layer_pattern: str = "llllla"  # a full, l local, n full and m local without positions; repeated, cut to n_layer
     window: int = 256  # how many keys a query of a local layer sees, its own among them; a built model can change it
     n_global_token: int = 0  # so many first tokens of a document are seen in local layers too, from any distance
     attention_sink: bool = False  # a learned logit per head takes part of the softmax: a head need not attend
     attention_softcap: float = 0.0  # c > 0: scores of queries and keys become c * tanh(scores / c)
     rope_theta: float = 10000.0  # wavelengths reach 2 pi rope_theta tokens: 1e6 for long context
-    local_rope_theta: float = 10000.0  # the same for local layers, which rope_scaling leaves as they are
+    local_rope_theta: float = 10000.0  # rope_theta of local layers, which rope_scaling leaves as they are
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"  # turns more slowly, to read longer texts
     rope_factor: float = 1.0  # how much more slowly: 4.0 for a block_size of 4 times the trained length
     rope_original: int = 0  # the trained length, which yarn and llama3 need
@@ -200,7 +205,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.sink = None
         if config.attention_sink:
-            self.sink = nn.Parameter(torch.zeros(config.n_head))
+            self.sink = nn.Parameter(torch.zeros(config.n_head))  # (H,): as one more key of score 0
 
     def forward(self, x, rope, mask=None, cache=None):
         """Returns (B, T, C) for x (B, T, C); rope[letter] is (cos, sin), mask as GPT.positions_and_mask returns it."""
@@ -241,11 +246,11 @@ class Attention(nn.Module):
         S = k.size(2)
         k = k.repeat_interleave(H // k.size(1), dim=1)  # (B, H, S, D)
         v = v.repeat_interleave(H // v.size(1), dim=1)  # (B, H, S, D)
-        scores = q @ k.transpose(2, 3) / D**0.5  # (B, H, T, S)
+        scores = q @ k.transpose(2, 3) / D**0.5  # (B, H, T, S), in bf16 rounded to it
         cap = self.config.attention_softcap
         if cap > 0:
-            scores = cap * torch.tanh(scores / cap)  # before the mask, which it would make finite
-        if mask is None:
+            scores = cap * torch.tanh(scores / cap)  # before the mask, whose -inf would become -cap
+        if mask is None:  # S = T, or T = 1
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         scores = scores.masked_fill(~mask, -math.inf)
         if self.sink is not None:
@@ -301,8 +306,9 @@ class KVCache:
         doc_start    0 0 2 2    0 1 1 1
         position     0 1 0 1    0 0 1 2    place - doc_start
 
-    Those of a local layer are (B, G, P + R, D): P slots for the first tokens of the document, and a ring of R = window
-    slots, in which the token at a place stands in slot place % R and overwrites the one that has left the window:
+    k[layer] and v[layer] of a local layer are (B, G, P + R, D): P slots for the first tokens of the document, and a
+    ring of R slots, in which the token at a place stands in slot place % R and overwrites the one that has left the
+    window:
         R=3, after a b c    a b c
         after d and e       d e c
     """
@@ -347,16 +353,16 @@ class KVCache:
         if self.has_documents:
             self.doc_start.index_copy_(1, place, self.new_doc_start(idx, place))
         doc_start = self.doc_start.index_select(1, place)  # (B, T)
-        near = near_or_global(place, self.local_places(place), doc_start, self.config)
+        local = near_or_global(place, self.local_places(place), doc_start, self.config)
         # The first tokens attend by is_causal, whose first query sees key 0 alone; a single query sees every key.
         needs_no_mask = first or T == 1
         if needs_no_mask and not self.has_documents and not self.static:
-            return place, mask_of_each_letter(None, near)
+            return place, mask_of_each_letter(None, local)
         causal = self.places[: self.n_keys()] <= place[:, None]  # (T, S)
         if not self.has_documents:
-            return place, mask_of_each_letter(causal, near)
+            return place, mask_of_each_letter(causal, local)
         same = doc_start[:, :, None] == self.doc_start[:, None, : self.n_keys()]  # (B, T, S)
-        return place - doc_start, mask_of_each_letter((same & causal)[:, None], near)
+        return place - doc_start, mask_of_each_letter((same & causal)[:, None], local)
 
     def new_doc_start(self, idx, place):
         """Returns for the newest tokens idx (B, T) the places (B, T) where their documents begin."""
@@ -371,21 +377,23 @@ class KVCache:
     def local_places(self, place):
         """Returns the places (B, S) of the keys that append gives a local layer's queries at place (T,); -1 for none.
 
-        The ring as it is before the new tokens, of which a single one overwrites what it does not see. With R=3:
-            last 4    slots 0 1 2 hold the places 3 4 2    the newest that are 0, 1, 2 modulo R
+        A single token is written first: what it overwrites has left its window. Of several, the first see what the last
+        overwrite, so they get the slots as they were, and then themselves. With P=1, R=3, a document that begins at 5:
+            query at 9             5 | 9 7 8          the prefix | slots 0 1 2: the newest that are 0, 1, 2 modulo R
+            queries at 7 and 8    -1 | 6 4 5 | 7 8    5 is still in the ring, and must not be seen twice
         """
         B = len(self.pad)
         last = place[:1] - 1  # (1,)
         if len(place) == 1:
             last = place
         ring = last - (last - self.places[: self.n_ring]) % self.n_ring  # (R,), below 0 where nothing stands yet
-        first = self.doc_start.index_select(1, last.clamp(min=0))  # (B, 1)
-        prefix = first + self.places[: self.n_prefix]  # (B, P)
-        prefix = torch.where(prefix <= last - self.n_ring, prefix, -1)  # until then it is seen in the ring
-        held = torch.cat((prefix, ring.expand(B, -1)), dim=1)  # (B, P + R)
+        doc_start = self.doc_start.index_select(1, last.clamp(min=0))  # (B, 1)
+        prefix = doc_start + self.places[: self.n_prefix]  # (B, P)
+        prefix = torch.where(prefix <= last - self.n_ring, prefix, -1)  # the copy counts once the ring has lost it
+        slots = torch.cat((prefix, ring.expand(B, -1)), dim=1)  # (B, P + R)
         if len(place) == 1:
-            return held
-        return torch.cat((held, place.expand(B, -1)), dim=1)  # (B, P + R + T)
+            return slots
+        return torch.cat((slots, place.expand(B, -1)), dim=1)  # (B, P + R + T)
 
     def append(self, layer, k, v):
         """Writes k, v (B, G, T, D) of the newest tokens; returns those that they may see (B, G, S, D)."""
@@ -397,23 +405,24 @@ class KVCache:
         S = self.n_keys()
         return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
 
-    def append_to_ring(self, held, new):
-        """Writes new (B, G, T, D) into the slots held (B, G, P + R, D); returns what stands at local_places."""
+    def append_to_ring(self, slots, new):
+        """Writes new (B, G, T, D) into slots (B, G, P + R, D); returns what stands at local_places."""
         B, G, T, D = new.shape
-        new = new.type_as(held)
-        seen = held
+        new = new.type_as(slots)
+        seen = slots
         if T > 1:  # a copy: the first of these queries sees what the last of these tokens overwrites
-            seen = torch.cat((held, new), dim=2)  # (B, G, P + R + T, D)
+            seen = torch.cat((slots, new), dim=2)  # (B, G, P + R + T, D)
         place = self.last_places(T)
         slot = self.n_prefix + place % self.n_ring
-        held.index_copy_(2, slot[-self.n_ring :], new[:, :, -self.n_ring :])
+        slots.index_copy_(2, slot[-self.n_ring :], new[:, :, -self.n_ring :])
         if self.n_prefix > 0:
-            # The newest document's first tokens, which each row has elsewhere, where they are among the new ones.
-            first = self.doc_start.index_select(1, place[-1:])  # (B, 1)
-            at = first + self.places[: self.n_prefix] - place[0]  # (B, P), which of the new tokens
+            # Of the first P tokens of each row's newest document some may be among the new ones. With P=2, new tokens
+            # at 4, 5 and 6 and a document that begins at 3, at is -1 0: only the second is written.
+            doc_start = self.doc_start.index_select(1, place[-1:])  # (B, 1)
+            at = doc_start + self.places[: self.n_prefix] - place[0]  # (B, P), which of the new tokens
             is_new = ((0 <= at) & (at < T))[:, None, :, None]
             at = at.clamp(0, T - 1)[:, None, :, None].expand(B, G, -1, D)
-            prefix = held[:, :, : self.n_prefix]
+            prefix = slots[:, :, : self.n_prefix]
             prefix.copy_(torch.where(is_new, new.gather(2, at), prefix))
         return seen
 
@@ -431,6 +440,7 @@ class KVCache:
         """Forgets all tokens but the first `length`."""
         if not 0 <= length <= self.length:
             raise ValueError(f"a cache of {int(self.length)} tokens cannot be rewound to {length}")
+        # Until the ring is full nothing is overwritten, but a prefix may be that of a newer document from the first on.
         has_ring = "l" in self.config.layer_pattern or "m" in self.config.layer_pattern
         overwritten = has_ring and (self.n_prefix > 0 or self.length > self.n_ring)
         if overwritten and 0 < length < self.length:
@@ -453,11 +463,16 @@ class KVCache:
 
     def bytes_per_token(self):
         """Returns the bytes that grow with the length: those of the layers that are not local."""
-        return sum(x.nbytes for x in self.k + self.v if x.size(2) == self.max_len) // self.doc_start.numel()
+        total = 0
+        for letter, k, v in zip(self.config.layer_pattern, self.k, self.v):
+            if letter in "an":
+                total += k.nbytes + v.nbytes
+        return total // self.doc_start.numel()
 
 
-def mask_of_each_letter(full, near):
-    return dict(a=full, n=full, l=near, m=near)
+def mask_of_each_letter(full, local):
+    """Returns {letter of layer_pattern: mask}."""
+    return dict(a=full, n=full, l=local, m=local)
 
 
 class GPT(nn.Module):
@@ -530,13 +545,13 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}: give fewer")
         place = torch.arange(T, device=idx.device)
         if self.config.eot_id < 0:
-            near = near_or_global(place, place, place.new_zeros(1, T), self.config)  # (1, 1, T, T)
-            return place, mask_of_each_letter(None, near)
+            local = near_or_global(place, place, place.new_zeros(1, T), self.config)  # (1, 1, T, T)
+            return place, mask_of_each_letter(None, local)
         doc_start = torch.where(idx == self.config.eot_id, place, 0).cummax(dim=1).values  # (B, T)
         same = doc_start[:, :, None] == doc_start[:, None, :]  # (B, T, T)
         causal = place <= place[:, None]  # (T, T)
-        near = near_or_global(place, place, doc_start, self.config)  # (B, 1, T, T)
-        return place - doc_start, mask_of_each_letter((same & causal)[:, None], near)
+        local = near_or_global(place, place, doc_start, self.config)  # (B, 1, T, T)
+        return place - doc_start, mask_of_each_letter((same & causal)[:, None], local)
 
     def logits(self, x):
         """Returns the scores (..., V) of all tokens for hidden states x (..., C)."""

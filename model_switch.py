@@ -1,9 +1,10 @@
 """A mixture of experts of limited capacity: choices beyond it are dropped (https://arxiv.org/abs/2101.03961).
 
-    s = softmax(Wr (noise u))             u = RMSNorm(x), noise: random factors, 1 +- router_jitter at most
-    capacity = capacity_factor K T / E    choices that an expert takes of a sequence: its even share times the factor
-    x = x + sum over chosen e with room for the token of g_e MLP_e(u) + sigmoid(Wg u) MLP_shared(u)
-    loss = cross-entropy + sum over layers of balance_loss E sum_e f_e P_e + z_loss mean logsumexp(Wr u)^2
+    s = softmax(Wr (noise u))             u = RMSNorm(x), noise: factors between 1 - router_jitter and 1 + router_jitter
+    g_e = s_e / sum over chosen s         the gates, chosen: the K experts with the largest s_e + bias_e
+    x = x + sum over chosen e with room for the token of g_e MLP_e(u)      (+ MLP_shared(u) with n_shared_expert > 0)
+    room: an expert takes ceil(capacity_factor K T / E) choices of a sequence, its even share times the factor
+    loss = cross-entropy + sum over layers of balance_loss E sum_e f_e P_e + z_loss mean logsumexp(Wr (noise u))^2
 
 B  batch
 T  time: the tokens of one call
@@ -18,10 +19,13 @@ K  experts per token
 N  B T, the tokens of one call in a row
 L  layers with experts
 f  each expert's share of the choices: no gradient
-P  each expert's mean share of the scores: E f P is 1 when the load is even
+P  each expert's mean share of the scores: E sum_e f_e P_e is 1 when the load is even
 
-With a capacity all experts have equal work, each on a device of its own, say (https://arxiv.org/abs/2006.16668).
-Dropping by score: https://arxiv.org/abs/2106.05974. Noise and dropping are for training alone.
+Where each expert has a device of its own, a capacity bounds the device's work and memory
+(https://arxiv.org/abs/2006.16668). Here a dropped choice is computed like all others and gets the gate 0: this file
+shows what dropping does to learning, and saves no time. Noise and dropping are for training alone.
+Dropping by score follows https://arxiv.org/abs/2106.05974, which ranks the tokens of a whole batch; here the choices of
+one sequence are ranked. A later token can then push out an earlier one: in training such a model is not causal.
 
 Differs from model_moe.py in: GPTConfig, Router, GPT.__init__, GPT.auxiliary_loss, GPT.metrics
 """
@@ -264,8 +268,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(E, config.n_embd))
         self.register_buffer("bias", torch.zeros(E))  # added to the scores for the choice alone
         self.register_buffer("load", torch.zeros(E, dtype=torch.long))  # choices of the last step, on all processes
-        # Sums over the step so far, on this process: choices of each expert; balance, z-loss and dropped share times
-        # choices.
+        # Sums over the step so far, on this process: choices of each expert, and balance, z-loss and dropped share,
+        # each of them a mean times the number of choices that it was taken over.
         self.register_buffer("step_load", torch.zeros(E, dtype=torch.long), persistent=False)
         self.register_buffer("step_losses", torch.zeros(3), persistent=False)
 
@@ -326,11 +330,12 @@ class Router(nn.Module):
     def beyond_capacity(self, chosen, gates, padding):
         """Returns which of the choices (B, T, K) find their expert full; padding (B, T) takes no text's place.
 
-        Each sequence has a capacity of its own, or a token's output would depend on what else is in the batch. Four
-        tokens that chose an expert with room for two, and their places in its queue:
+        Each sequence has a capacity of its own, or a token's output would depend on the other sequences of the batch;
+        its documents share it. A token's first choice has no precedence over another token's second. Four tokens that
+        chose an expert with room for two, and their places in its queue:
             gate                 0.4 0.7 0.1 0.6
             place by position    0   1   2   3      the last two are dropped
-            place by score       2   0   3   1      0.4 and 0.1 are dropped, though one came before 0.6
+            place by score       2   0   3   1      0.4 and 0.1 are dropped: 0.4 because of a later token
         """
         c = self.config
         B, T, K = chosen.shape
@@ -341,16 +346,17 @@ class Router(nn.Module):
             worth = gates.detach()
         else:
             worth = torch.zeros_like(gates)  # the sort is stable: equals stay in the order of their positions
-        worth = worth.masked_fill(padding[..., None], -math.inf)
+        # Padding stands behind all text, and before the tokens that did not choose the expert.
+        worth = worth.masked_fill(padding[..., None], -1.0)
         queue = gates.new_full((B, T, c.n_expert), -math.inf).scatter(-1, chosen, worth)
-        order = queue.argsort(dim=1, descending=True, stable=True)
-        place = order.argsort(dim=1)  # (B, T, E): sorted once more, each gets its place in the order
+        order = queue.argsort(dim=1, descending=True, stable=True)  # 1 3 0 2 in the example: who is first, second, ...
+        place = order.argsort(dim=1)  # (B, T, E): 2 0 3 1, where each one stands
         return place.gather(-1, chosen) >= capacity
 
     def statistics(self, logits, scores, chosen, dropped, padding):
         """Returns how often each expert was chosen (E,), the balance loss, the z-loss and the dropped share.
 
-        Padding (B, T) has no part in them, and in the mean over sequences each counts by its other tokens.
+        Padding (B, T) has no part in them: a sequence weighs as much as it has other tokens.
         Over "global" the balance loss takes the load of the last step, so that micro-batches change nothing; over
         "batch" it depends on how large a micro-batch is, and over "sequence" it wants each to use all experts.
         """
@@ -360,7 +366,7 @@ class Router(nn.Module):
         text_choices = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * text[..., None]  # (B, T, E)
         load = text_choices.sum(dim=1)  # (B, E)
         share = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)  # (B, T, E)
-        P = (share * text[..., None]).sum(dim=1) / n  # (B, E): what each sequence adds to the mean over all tokens
+        P = (share * text[..., None]).sum(dim=1) / n  # (B, E): of each sequence, a part of the mean over all tokens
         if self.config.balance_over == "global":
             total = self.load.sum()
             f = torch.where(total > 0, self.load / total, 1 / E)  # (E,), uniform before the first step
@@ -378,19 +384,22 @@ def has_grouped_mm(x, weight):
     """Says whether F.grouped_mm takes x (n_rows, n_in) and weight (E, n_in, n_out) without waiting for the device."""
     whole = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])  # it wants rows of whole 16 bytes
     if x.is_cuda:
-        hopper = torch.cuda.get_device_properties(x.device).major >= 9
-        return whole and hopper and x.dtype == torch.bfloat16
+        hopper_or_newer = torch.cuda.get_device_properties(x.device).major >= 9
+        return whole and hopper_or_newer and x.dtype == torch.bfloat16
     if x.dtype == torch.float32 and torch.compiler.is_compiling():
         return False
     return whole and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def grouped_matmul(x, weight, expert):
-    """Returns row i of x (n_rows, n_in) times weight[expert[i]] of (E, n_in, n_out), for all rows, sorted by expert.
+    """Returns row i of x (n_rows, n_in) times weight[expert[i]] of (E, n_in, n_out) for all rows: expert is sorted.
 
-    Where torch has no such product, the rows are cut into blocks of b, each with rows of one expert only. With b = 2:
+    Where torch has no such product, the rows are cut into blocks of b, each with rows of one expert only. With E = 3
+    experts and b = 2 (in truth b would be 1 here):
         expert    0 0 0 2 2
-        place     0 1 2 4 5        place 3 is padding
+        ends      3 3 5            of each expert's rows
+        filler    1 0 0            so many rows fill each expert's last block
+        place     0 1 2 4 5        of each row among the blocks; 3 is filler
         owner     0 0 2 0          the expert of each block; the last block is not needed
     """
     n_rows, n_in = x.shape
@@ -399,10 +408,10 @@ def grouped_matmul(x, weight, expert):
     ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)  # (E,)
     if has_grouped_mm(x, weight):
         return F.grouped_mm(x, weight, offs=ends.int())
-    b = -(-n_rows // (2 * E))  # half the mean load: smaller blocks have less padding, and more copies of weights
+    b = -(-n_rows // (2 * E))  # half the mean load: smaller blocks have less filler, and more copies of weights
     n = E + (n_rows - E) // b  # the most blocks that can be needed: one an expert, and one for b rows beyond those
-    padding = -ends.diff(prepend=ends.new_zeros(1)) % b  # (E,): rows that fill an expert's last block
-    place = torch.arange(n_rows, device=x.device) + (padding.cumsum(0) - padding)[expert]  # (n_rows,)
+    filler = -ends.diff(prepend=ends.new_zeros(1)) % b  # (E,)
+    place = torch.arange(n_rows, device=x.device) + (filler.cumsum(0) - filler)[expert]  # (n_rows,)
     owner = expert.new_zeros(n).scatter(0, place // b, expert)  # (n,)
     blocks = x.new_zeros(n * b, n_in).index_copy(0, place, x).view(n, b, n_in)
     y = torch.bmm(blocks, weight.index_select(0, owner))  # (n, b, n_out)
@@ -441,10 +450,10 @@ class MoE(nn.Module):
     def forward(self, x, padding):
         """Returns the output (B, T, C) and, in training, the router's statistics, which leave padding (B, T) out."""
         chosen, gates, statistics = self.router(x, padding)  # (B, T, K), (B, T, K)
-        rows = x.flatten(0, 1)  # (N, C)
+        flat = x.flatten(0, 1)  # (N, C)
         if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-            rows = rows.to(torch.get_autocast_dtype(x.device.type))  # F.grouped_mm does not cast by itself
-        y = self.experts(rows, chosen.flatten(0, 1), gates.flatten(0, 1)).view_as(x)
+            flat = flat.to(torch.get_autocast_dtype(x.device.type))  # F.grouped_mm does not cast by itself
+        y = self.experts(flat, chosen.flatten(0, 1), gates.flatten(0, 1)).view_as(x)
         if self.shared is not None:
             shared = self.shared(x)
             if self.shared_router is not None:
@@ -459,7 +468,8 @@ class MoE(nn.Module):
             chosen    2 0 | 0 1 | 0 2
             expert    0 0 0 1 2 2        the choices, sorted
             order     1 2 4 3 0 5        where each stood before
-            token     0 1 2 1 0 2        order // 2, whose row it takes
+            token     0 1 2 1 0 2        order // 2: whose row it takes
+            back      4 0 1 3 2 5        order.argsort(): where each choice stands now
         """
         N, K = chosen.shape
         # 1. sort the choices by expert
@@ -469,7 +479,8 @@ class MoE(nn.Module):
         h = F.silu(self.w_gate(rows, expert)) * self.w_up(rows, expert)  # (N K, n_expert_inner)
         y = self.w_down(h, expert)  # (N K, C)
         # 3. bring the rows back to their tokens, weigh and add them
-        y = y.index_select(0, order.argsort()).view(N, K, -1)
+        back = order.argsort()
+        y = y.index_select(0, back).view(N, K, -1)
         return (y * gates[..., None].to(y.dtype)).sum(dim=1)
 
 
@@ -629,8 +640,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None, last_only=False, per_token=False):
         """Returns the logits (B, T, V) of idx (B, T), or with targets (B, T) the mean loss; targets of -1 are ignored.
 
-        A cache holds the tokens before idx, and takes up idx. last_only: logits (B, 1, V) of the last token.
-        per_token: the negative log-probability of each target (B, T), 0 where ignored, and the auxiliary loss.
+        In training the loss has the auxiliary loss added. A cache holds the tokens before idx, and takes up idx.
+        last_only: logits (B, 1, V) of the last token. per_token: the negative log-probability of each target (B, T), 0
+        where ignored, and the auxiliary loss, which is 0 outside training.
         """
         positions, mask = self.positions_and_mask(idx, cache)
         rope = rope_cos_sin(positions, self.config)
@@ -704,9 +716,10 @@ class GPT(nn.Module):
         return torch.cat(losses).view_as(targets)
 
     def padding(self, idx):
-        """Returns which of the tokens idx (B, T) fill up a row behind its text: eot_id with no text after it.
+        """Returns which of the tokens idx (B, T) fill up a row behind its text: eot_id before another, or at the end.
 
-        They are routed like all others, but do not count in what evens the load. With eot_id 9:
+        They are routed like all others, but do not count in what evens the load. So does not a document of no tokens,
+        nor one that begins with the last token of a row. With eot_id 9:
             idx 9 5 9 7 9 9  ->  padding 0 0 0 0 1 1;  nothing is padding where eot_id is -1
         """
         is_eot = idx == self.config.eot_id  # (B, T)
@@ -734,7 +747,7 @@ class GPT(nn.Module):
         """Ends an optimizer step: its load, of all processes, moves the biases and enters the next balance loss."""
         routers = [self.blocks[layer].mlp.router for layer in self.config.moe_layers]
         load = sum_over_processes(torch.stack([router.step_load for router in routers]))  # (L, E)
-        losses = sum_over_processes(torch.stack([router.step_losses for router in routers]))  # (L, 2)
+        losses = sum_over_processes(torch.stack([router.step_losses for router in routers]))  # (L, columns)
         for router, of_layer in zip(routers, load):
             router.load.copy_(of_layer)
             router.bias += self.config.bias_rate * (of_layer.float().mean() - of_layer).sign()

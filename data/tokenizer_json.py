@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.bpe import BYTE_OF, EOT, MAX_ID, PATTERNS, SPELLING, TURN_ENDS, format_ranks, parse_ranks
+from data.text import read_json
 
 END_OF_TEXT = (EOT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")  # as it is known by name
 
@@ -71,10 +72,7 @@ NAMES = {
 
 def read_object(path: Path) -> dict:
     """Returns the object that a JSON file holds; raises ValueError, with the file's name, if it holds none."""
-    try:
-        d = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is no JSON ({e}): was it cut short?") from None
+    d = read_json(path)
     check(d, {}, path)
     return d
 
@@ -153,8 +151,8 @@ def document_marker(d: dict, path: Path, ids: dict[str, int]) -> str | None:
     """Returns the token that begins a document, None where a file's tokens `ids` have none for it.
 
     It is the one that is put before every text; else one that is known to end a text; else what tokenizer_config.json
-    calls so. It never is the end of a turn, as <|im_end|> of Qwen3, which tokenizer_config.json calls eos_token: a
-    document that began at each would hide the turns of a chat from each other.
+    calls so, or the configs of the model beside it. It never is the end of a turn, as <|im_end|> of Qwen3, which
+    tokenizer_config.json calls eos_token: a document that began at each would hide the turns of a chat from each other.
     """
     config = read_config(path)
     bos = config.get("bos_token")
@@ -163,6 +161,7 @@ def document_marker(d: dict, path: Path, ids: dict[str, int]) -> str | None:
     if config.get("add_bos_token"):
         candidates.append(bos)
     candidates += [*END_OF_TEXT, config.get("eos_token"), bos]
+    candidates += [spelled.get(i) for i in ids_of_model(path)]
     for token in candidates:
         if token in ids and token not in TURN_ENDS:
             return token
@@ -184,6 +183,19 @@ def read_config(path: Path) -> dict:
             check(token, str, f"{file}: {key}")
         config[key] = token
     return config
+
+
+def ids_of_model(path: Path) -> list[int]:
+    """Returns the ids that end and begin a text by the configs of the model that a tokenizer's file stands beside."""
+    ids = []
+    for name in ("generation_config.json", "config.json"):
+        file = path.with_name(name)
+        if file.exists():
+            config = read_object(file)
+            for key in ("eos_token_id", "bos_token_id"):
+                found = config.get(key)
+                ids += found if isinstance(found, list) else [found]
+    return [i for i in ids if isinstance(i, int)]
 
 
 def read_characters(d, special):
@@ -239,7 +251,7 @@ def read_bpe(d, path, added):
         check(pair, [str], f"{path}: model: merges[{i}]")
         merged.append("".join(pair))
     made = set(merged)
-    plain = {token: i for token, i in vocab.items() if token in made or added.get(token) != i}
+    plain = {token: i for token, i in vocab.items() if token in made or len(token) == 1 or added.get(token) != i}
     if any(len(token) > 1 and token not in made or not BYTE_OF.keys() >= set(token) for token in plain):
         return None  # a token that no merge of bytes makes
     spacing = ("lstrip", "rstrip", "single_word")  # tokens that take the spaces around them or want a word of their own

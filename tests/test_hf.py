@@ -102,7 +102,7 @@ def test_a_folder_of_many_files_and_the_rope_keys_of_transformers_5_load_alike(t
     (many / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     save_file({name: torch.zeros_like(weights[name])}, many / "consolidated.safetensors")  # no part of it
     rope = config.pop("rope_scaling") | {"rope_theta": config.pop("rope_theta")}
-    (many / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    (many / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}), "utf-8-sig")  # as of an editor
     assert hf.load(many).config == hf.load(folder).config == model.config
     assert torch.equal(hf.load(many)(tokens(1, 50)), model(tokens(1, 50)))
 
@@ -117,28 +117,38 @@ def test_gpt2_weights_without_prefix_and_with_stored_masks_load_as_the_hub_has_t
     assert torch.equal(hf.load(folder)(tokens(1, 50)), model(tokens(1, 50)))
 
 
-# Sizes at which a tiny model has the values that transformers takes for absent keys.
+# What older versions of transformers did not write, or a person may leave out, and the sizes at which a tiny model has
+# the values that transformers takes then.
+LEFT_OUT = """
+max_position_embeddings n_positions num_key_value_heads head_dim rope_theta rms_norm_eps layer_norm_epsilon n_inner
+tie_word_embeddings hidden_act activation_function attention_bias mlp_bias use_sliding_window sliding_window
+num_experts_per_tok norm_topk_prob decoder_sparse_step first_k_dense_replace q_lora_rank rope_interleave
+partial_rotary_factor bos_token_id eos_token_id scale_attn_weights scale_attn_by_inverse_layer_idx architectures
+"""
 AT_DEFAULTS = {
-    "qwen3": dict(head_dim=128, n_head=32, n_kv_head=32, tie_embeddings=False),
-    "llama": dict(tie_embeddings=False, block_size=2048),
-    "gpt2": {},
-    "deepseek_v3": dict(n_layer=3, q_rank=1536, tie_embeddings=False),
-    "qwen3_moe": dict(normalize_gates=False, n_head=4, n_kv_head=4, tie_embeddings=False),
-    "qwen2_moe": dict(normalize_gates=False, n_head=16, n_kv_head=16, tie_embeddings=False),
-    "qwen3_next": dict(head_dim=256, tie_embeddings=False),
-    "smollm3": dict(layer_pattern="an", rope_theta=2e6, n_kv_head=4),
-}
+    "qwen3": dict(head_dim=128, n_head=64, n_kv_head=32, tie_embeddings=False, block_size=32768),
+    "llama": dict(tie_embeddings=False, block_size=2048, n_kv_head=4),
+    "gpt2": dict(block_size=1024),
+    "deepseek_v3": dict(n_layer=3, q_rank=1536, tie_embeddings=False, block_size=4096),
+    "qwen3_moe": dict(
+        normalize_gates=False, n_head=4, n_kv_head=4, tie_embeddings=False, block_size=32768, n_expert=9,
+        n_expert_per_token=8,
+    ),
+    "qwen2_moe": dict(
+        normalize_gates=False, n_head=16, n_kv_head=16, head_dim=4, tie_embeddings=False, block_size=32768, n_expert=9,
+        n_expert_per_token=4,
+    ),
+    "qwen3_next": dict(head_dim=256, tie_embeddings=False, block_size=32768),
+    "smollm3": dict(layer_pattern="an", rope_theta=2e6, n_kv_head=4, block_size=32768),
+}  # fmt: skip
 
 
 @each_architecture
+@pytest.mark.filterwarnings("error")
 def test_keys_that_a_config_leaves_out_have_the_values_that_transformers_takes(model_type, tmp_path):
     model = tiny(model_type, **AT_DEFAULTS[model_type])
     folder, config, _ = saved(model, tmp_path / "a")
-    defaults = hf.ARCHITECTURES[model_type].defaults
-    ids = ("bos_token_id", "eos_token_id")
-    for key in defaults.keys() - {"qkv_bias", *ids}:  # the default of qkv_bias is refused
-        assert config.pop(key) == defaults[key]
-    for key in (*ids, "hidden_act", "use_sliding_window"):
+    for key in LEFT_OUT.split():
         config.pop(key, None)
     (folder / "config.json").write_text(json.dumps(config))
     assert torch.equal(hf.load(folder)(tokens(2, 12)), model(tokens(2, 12)))
@@ -308,6 +318,12 @@ ALTERED = {  # what a config.json says, and the words of the refusal
         (dict(rope_parameters=dict(full_attention=dict(rope_theta=1e4))), "full_attention of RoPE"),
         (dict(rope_scaling=dict(rope_type="yarn", factor=4.0, beta_fast=16)), "beta_fast=16"),
         (dict(rope_scaling=dict(rope_type="linear")), "no factor"),
+        (
+            dict(rope_scaling=dict(type="yarn", factor=4.0), rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+            "rope_scaling, and rope_parameters that differ from it",
+        ),
+        (dict(rope_theta=1), "rope_theta=1 must be a number above 1"),
+        (dict(num_key_value_heads=3), "config.json: n_head=4 is not divisible by n_kv_head=3"),
     ],
     "llama": [
         (dict(attention_bias=True), "attention_bias=True"),
@@ -708,6 +724,17 @@ def test_pickled_weights_and_paths_that_lead_out_of_a_folder_are_not_read(model_
     assert not (tmp_path / "mark").exists()
 
 
+def test_pickled_weights_become_safetensors_by_the_command_that_the_refusal_names(tmp_path):
+    pytest.importorskip("transformers")
+    model = build("gpt2")
+    folder, _, weights = saved(model, tmp_path / "a")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    command = refused(hf.load, folder).split("convert it:  python -c ")[1]
+    exec(command.strip('"'))
+    assert torch.equal(hf.load(folder)(tokens(2, 12)), model(tokens(2, 12)))
+
+
 WRONG = ("64", -1, 0.5, True, [[]], {"a": 1}, 10**400)  # what no key of KINDS may be, but for those in MAY_BE
 MAY_BE = {
     "a number above 0 and up to 10^12": [0.5],
@@ -734,7 +761,7 @@ def test_every_key_of_the_tables_has_a_kind():
         assert set(keys) >= set(architecture.fields.values()) | architecture.defaults.keys() - {"qkv_bias"}
 
 
-@pytest.mark.parametrize("text", ["[1]", "5", "null", '"config"', "[" * 100_000, '{"a": 1', "\ufeff{}", "\xff"])
+@pytest.mark.parametrize("text", ["[1]", "5", "null", '"config"', "[" * 100_000, '{"a": 1', "\xff"])
 def test_a_file_that_holds_no_object_is_refused_by_its_name(text, tmp_path):
     folder, _, _ = saved(build("baseline"), tmp_path / "a")
     (folder / "model.safetensors").rename(folder / "part.safetensors")
@@ -822,6 +849,22 @@ def test_a_head_of_its_own_is_read_whatever_config_json_says_and_one_of_gpt2_is_
     hf.load(folder)
     save_file(weights | {"lm_head.weight": torch.ones(97, 64)}, folder / "model.safetensors")
     assert "lm_head.weight is not the embedding" in refused(hf.load, folder)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt2"])
+def test_an_embedding_that_is_stored_as_the_head_alone_is_read_as_both(model_type, tmp_path):
+    model = tiny(model_type)
+    folder, _, weights = saved(model, tmp_path / "a")
+    embed = hf.ARCHITECTURES[model_type].names["embed"] + ".weight"
+    weights["lm_head.weight"] = weights.pop(embed)  # as safetensors.torch.save_model leaves it
+    save_file(weights, folder / "model.safetensors")
+    assert torch.equal(hf.load(folder)(tokens(2, 12)), model(tokens(2, 12)))
+    assert torch.equal(dict(hf.weights_of(folder))["embed.weight"], model.embed.weight)
+
+    if model_type == "qwen3":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | dict(tie_word_embeddings=False)))
+        assert f"lack 1 weights: {embed}" in refused(hf.load, folder)
 
 
 def test_end_tokens_are_those_of_generation_config_or_else_of_config_or_else_of_the_model_type(tmp_path):

@@ -328,7 +328,7 @@ def test_a_pattern_is_repeated_and_cut_to_the_layers(pattern, layers):
         (dict(layer_pattern="dddx"), "layer_pattern='dddx': x is no kind of layer"),  # where it would be cut off too
         (dict(layer_pattern=""), "layer_pattern='' says nothing"),
         (dict(n_value_head=5), "n_value_head=5 is not a multiple of n_key_head=2"),
-        (dict(rotary_fraction=0.3125), "rotary_fraction=0.3125 are 5 of head_dim=16 numbers"),
+        (dict(rotary_fraction=0.3125), "rotary_fraction=0.3125 turns 5 of head_dim=16 numbers"),
         (dict(rotary_fraction=1.5), "24 of head_dim=16"),
         (dict(rotary_fraction=0.0), "0 of head_dim=16"),
         (dict(head_dim=15, rotary_fraction=1.0), "head_dim=15 is odd"),

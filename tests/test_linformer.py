@@ -335,9 +335,9 @@ def test_pooling_and_what_has_ended_are_those_of_deepseek_v4():
     [
         (dict(window=0), "window=0 is not between 1 and block_size=64"),
         (dict(window=65), "window=65 is not between 1 and block_size=64"),
-        (dict(n_slot=0), "window=4 is not divisible by n_slot=0"),
-        (dict(n_slot=3), "window=4 is not divisible by n_slot=3"),
-        (dict(n_slot=8), "window=4 is not divisible by n_slot=8"),
+        (dict(n_slot=0), "n_slot=0 does not divide window=4"),
+        (dict(n_slot=3), "n_slot=3 does not divide window=4"),
+        (dict(n_slot=8), "n_slot=8 does not divide window=4"),
     ],
 )
 def test_what_makes_no_model_is_refused_with_the_numbers(options, says):

@@ -278,6 +278,7 @@ def test_a_mistral_without_a_window_is_read_as_the_llama_that_it_is(tmp_path):
 def test_a_mistral_with_a_window_is_read_and_saved_as_a_smollm3_of_local_layers(tmp_path):
     torch.manual_seed(0)
     theirs = mistral(window=9).eval().double()
+    theirs.config.use_sliding_window = False  # of Qwen3, and nothing to a Mistral
     theirs.save_pretrained(tmp_path / "theirs")
     ours = hf.load(tmp_path / "theirs", dtype=torch.float64)
     want = theirs(tokens(2, 50)).logits
@@ -291,6 +292,7 @@ def test_a_mistral_with_a_window_is_read_and_saved_as_a_smollm3_of_local_layers(
 def test_a_window_as_long_as_the_longest_text_hides_nothing(tmp_path):
     torch.manual_seed(0)
     mistral(window=256).save_pretrained(tmp_path)
+    assert hf.config_of(tmp_path)[0] == "baseline"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 256)), theirs(tokens(1, 256)).logits, atol=1e-4, rtol=0)
 
@@ -305,15 +307,91 @@ def test_a_config_without_key_heads_has_as_many_as_query_heads(tmp_path):
     torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 50)), theirs(tokens(1, 50)).logits, atol=1e-4, rtol=0)
 
 
-def test_files_of_many_shards_load_like_one(tmp_path):
+SIZES = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+    max_position_embeddings=256, initializer_range=0.2, hidden_act="silu", rms_norm_eps=1e-05, use_cache=True,
+    torch_dtype="bfloat16",
+)  # fmt: skip
+QWEN = SIZES | dict(
+    rope_theta=1000000, max_window_layers=28, sliding_window=None, use_sliding_window=False, attention_dropout=0.0,
+    num_key_value_heads=2, bos_token_id=0, eos_token_id=1,
+)  # fmt: skip
+EXPERTS = dict(
+    moe_intermediate_size=24, num_experts=8, num_experts_per_tok=3, decoder_sparse_step=1, router_aux_loss_coef=0.001,
+    output_router_logits=False,
+)  # fmt: skip
+PUBLISHED = {  # the keys that config.json has on the Hub, with small sizes
+    "gpt2": dict(
+        model_type="gpt2", activation_function="gelu_new", attn_pdrop=0.1, bos_token_id=50256, embd_pdrop=0.1,
+        eos_token_id=50256, initializer_range=0.2, layer_norm_epsilon=1e-05, n_ctx=64, n_embd=32, n_head=4, n_layer=2,
+        n_positions=64, resid_pdrop=0.1, summary_activation=None, summary_first_dropout=0.1, vocab_size=97,
+        summary_proj_to_labels=True, summary_type="cls_index", summary_use_proj=True,
+        task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}},
+    ),
+    "Llama-2-7b": SIZES | dict(
+        model_type="llama", pad_token_id=0, pretraining_tp=1, rope_scaling=None, tie_word_embeddings=False,
+        num_key_value_heads=4, bos_token_id=1, eos_token_id=2,
+    ),
+    "llama-7b": SIZES | dict(model_type="llama", bos_token_id=1, eos_token_id=2, pad_token_id=-1),
+    "SmolLM2-135M": SIZES | dict(
+        model_type="llama", attention_bias=False, is_llama_config=True, mlp_bias=False, num_key_value_heads=2,
+        pretraining_tp=1, rope_interleaved=False, rope_scaling=None, rope_theta=100000, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=0,
+    ),
+    "Mistral-7B-v0.3": SIZES | dict(
+        model_type="mistral", num_key_value_heads=2, rope_theta=1000000.0, sliding_window=None,
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    ),
+    "Mistral-7B-v0.1": SIZES | dict(
+        model_type="mistral", num_key_value_heads=2, rope_theta=10000.0, sliding_window=64, tie_word_embeddings=False,
+    ),
+    "Qwen3-0.6B": QWEN | dict(
+        model_type="qwen3", attention_bias=False, head_dim=16, rope_scaling=None, tie_word_embeddings=True,
+    ),
+    "Qwen3-30B-A3B": QWEN | EXPERTS | dict(
+        model_type="qwen3_moe", attention_bias=False, head_dim=16, rope_scaling=None, tie_word_embeddings=False,
+        norm_topk_prob=True, mlp_only_layers=[],
+    ),
+    "Qwen2-57B-A14B without biases": QWEN | EXPERTS | dict(
+        model_type="qwen2_moe", shared_expert_intermediate_size=48, sliding_window=128, qkv_bias=False,
+        norm_topk_prob=False, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_folder_as_the_hub_has_it_has_the_logits_of_transformers(name, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(PUBLISHED[name]))
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(tmp_path), dtype=torch.float32, attn_implementation="eager"
+    )
+    theirs.eval().save_pretrained(tmp_path, max_shard_size="40KB")
+    config.write_text(json.dumps(PUBLISHED[name]))
+    for beside in ("adapter_model.safetensors", "consolidated.safetensors", "model-00009-of-00009.safetensors"):
+        (tmp_path / beside).write_bytes(b"none of the weights")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"none that is read")
+    x = tokens(2, 64)
+    want = theirs(x).logits
+    assert (tmp_path / "model.safetensors.index.json").exists() and want.std() > 0.5
+    torch.testing.assert_close(hf.load(tmp_path)(x), want, atol=1e-4, rtol=0)
+
+
+def test_the_weights_of_many_files_are_those_that_transformers_reads(tmp_path):
     torch.manual_seed(0)
     theirs = qwen3(rope="yarn")
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 50)), theirs(tokens(1, 50)).logits, atol=1e-4, rtol=0)
 
+    qwen3(rope="yarn").save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "model.safetensors").rename(tmp_path / "model.safetensors")  # beside an index without it
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(hf.load(tmp_path)(tokens(1, 50)), theirs(tokens(1, 50)).logits, atol=1e-4, rtol=0)
 
-@pytest.mark.parametrize("architecture", hf.ARCHITECTURES.values(), ids=hf.ARCHITECTURES)
+
+@pytest.mark.parametrize("architecture", hf.READABLE.values(), ids=hf.READABLE)
 def test_the_tables_keys_and_defaults_are_those_of_transformers(architecture):
     config = transformers.CONFIG_MAPPING[architecture.model_type]()
     theirs = config.to_dict() | (getattr(config, "rope_parameters", None) or {})

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import generate
+import hf
 import sample
 from data import tokenizer_json
 from data.bpe import CHAT_TOKENS
 from data.tokenizers import PATTERNS, load_tokenizer
 from tests.test_tokenizers import save_hugging_face
-from tests.tiny import module
+from tests.tiny import ROOT, build, module
 from training import checkpoint
 from training import load as load_module
 from training.load import load
@@ -121,37 +122,6 @@ def test_text_arrives_piece_by_piece_and_whole_characters_only(run, monkeypatch,
     assert "😀" in written and not any("\ufffd" in piece for piece in written)
 
 
-def test_a_stop_text_ends_the_sample_before_it_and_never_shows_a_part_of_it():
-    def cut(pieces, stops, begin=0):
-        return "".join(sample.until_stop(iter(pieces), stops, begin))
-
-    whole = "one END two"
-    assert cut(list(whole), ["END"]) == "one "
-    assert cut(["one E", "ND two"], ["two", "END"]) == "one "
-    assert cut(list(whole), ["end"]) == whole
-    assert cut(list(whole), ["END"], begin=6) == whole  # within the prompt it is no stop
-    assert cut(list(whole), []) == whole
-    assert cut(list("END of it"), ["END"]) == ""
-
-
-def test_where_a_text_stops_does_not_depend_on_how_it_comes_in_pieces():
-    def cut(pieces, stops, begin):
-        return "".join(sample.until_stop(iter(pieces), stops, begin))
-
-    assert cut(["ab", "c"], ["abc", "b"], 0) == cut(["abc"], ["abc", "b"], 0) == "a"
-    assert cut(["ab"], ["b", "ab"], 0) == cut(["a", "b"], ["b", "ab"], 0) == ""
-    draw = random.Random(0)
-    for _ in range(3000):
-        text = "".join(draw.choices("abc", k=8))
-        stops = ["".join(draw.choices("abc", k=draw.randint(1, 4))) for _ in range(3)]
-        begin = draw.choice([0, 0, 2])
-        pieces = []
-        while sum(map(len, pieces)) < len(text):
-            shown = sum(map(len, pieces))
-            pieces.append(text[shown : shown + draw.randint(0, 4)])
-        assert cut(pieces, stops, begin) == cut(list(text), stops, begin), (text, stops, pieces)
-
-
 def test_a_stop_text_works_from_the_command_line_for_every_sample(run, capsys):
     arguments = (run[0], "--prompt", "q", "--num_samples", 2, "--max_new_tokens", 60, "--temperature", 1.0)
     free = text_of(capsys, *arguments)
@@ -219,10 +189,11 @@ def test_a_chat_keeps_the_conversation_in_the_chat_format(chatty, prompts, monke
     assert second.endswith("<|im_end|>\n<|im_start|>user\nmore<|im_end|><|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_what_a_person_types_never_becomes_a_token_of_the_chat(chatty, prompts, capsys):
+@pytest.mark.parametrize("way, turns", [([], 0), (["--chat"], 1), (["--chat", "--system", "<|im_end|><think>"], 2)])
+def test_what_a_person_types_never_becomes_a_token_of_the_chat(chatty, prompts, capsys, way, turns):
     folder, _, tokenizer = chatty
-    text_of(capsys, folder, "--chat", "--prompt", "<|im_end|><think>", "--max_new_tokens", 2)
-    assert prompts[0].count(tokenizer.special_tokens["<|im_end|>"]) == 1
+    text_of(capsys, folder, "--prompt", "<|im_end|><think>", "--max_new_tokens", 2, *way)
+    assert prompts[0].count(tokenizer.special_tokens["<|im_end|>"]) == turns
     assert tokenizer.special_tokens["<think>"] not in prompts[0]
 
 
@@ -259,6 +230,21 @@ def test_what_was_thought_of_earlier_answers_is_left_out(chatty, monkeypatch, ca
     assert asked[2].startswith(f"<|endoftext|>{turns}<|im_start|>user\nthree<|im_end|>\n")
 
 
+@pytest.mark.parametrize("name, warned", [("baseline", False), ("sliding", True)])  # a Qwen3 and a SmolLM3
+def test_the_template_of_another_model_is_said_not_to_be_read(name, warned, tmp_path, capsys):
+    tokenizer = load_tokenizer("byte", CHAT_TOKENS)
+    model = build(name, vocab_size=tokenizer.vocab_size, qk_norm=name == "baseline")
+    files = tokenizer.to_hf()
+    hf.save(model, tmp_path / "a", files)
+    files["tokenizer_config.json"]["chat_template"] = "{{ messages }}"
+    hf.save(model, tmp_path / "b", files)
+    hf.save(model, tmp_path / "c", files | {"chat_template.jinja": b"{{ messages }}"})
+    for folder, has_template in (("a", False), ("b", True), ("c", True)):
+        sample.main([str(tmp_path / folder), "--chat", "--prompt", "a", "--max_new_tokens", "1"])
+        said = f"warning: chats are asked in the form of Qwen3's, and not by the template of {tmp_path / folder}\n"
+        assert capsys.readouterr().err == (said if warned and has_template else "")
+
+
 def test_a_budget_ends_the_thinking_of_a_chat(chatty, capsys):
     folder, _, _ = chatty
     arguments = (folder, "--chat", "--prompt", "hi", "--think", "--max_new_tokens", 12, "--temperature", 0)
@@ -273,7 +259,6 @@ def test_what_is_of_a_chat_is_refused_elsewhere(run, chatty):
     for option in (["--think"], ["--no_think"], ["--think_budget", "5"], ["--system", "x"]):
         assert "of a chat: give --chat or --interactive" in error_of(chatty[0], *option)
         assert "has no token <|im_start|>" in error_of(run[0], "--chat", *option)
-    assert "--think_budget -1" in error_of(chatty[0], "--chat", "--think_budget", "-1")
 
 
 def test_without_chat_tokens_each_line_is_continued_by_itself(run, monkeypatch, capsys):
@@ -444,6 +429,29 @@ def test_a_published_llama_says_what_it_says_in_transformers(kind, vocab_size, b
     torch.testing.assert_close(again(prompt).logits, theirs(prompt).logits)
 
 
+def test_a_prompt_for_a_sentencepiece_model_alone_begins_with_its_own_token_unless_the_config_says_no(tmp_path):
+    as_llama2(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    for config, prefix in (({}, [1]), (dict(add_bos_token=True), [1]), (dict(add_bos_token=False), [])):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert load_module.find_tokenizer(tmp_path, None)[1] == prefix
+
+
+def test_a_vocabulary_and_merges_become_a_tokenizer_by_the_command_that_the_refusal_names(tmp_path):
+    pytest.importorskip("transformers")
+    folder = tmp_path / "a"
+    hf.save(build("gpt2", vocab_size=601), folder)
+    whole = json.loads(save_hugging_face(tmp_path, "gpt2", added=["<|endoftext|>"]).read_text())
+    vocabulary = whole["model"]["vocab"] | {"<|endoftext|>": 600}
+    merges = [" ".join(pair) for pair in whole["model"]["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    exec(error_of(folder).split("python -c ")[1].strip().strip('"'))
+    tokenizer = load(folder)[1]
+    assert tokenizer.encode("def test it") == load_tokenizer(str(tmp_path / "tokenizer.json")).encode("def test it")
+    assert tokenizer.eot_id == 600
+
+
 def test_a_folder_of_2019_without_a_model_type_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dict(n_ctx=64, n_embd=32, n_head=2, n_layer=2, vocab_size=320)))
     assert "model_type=None; these can be read: " in error_of(tmp_path)
@@ -451,7 +459,8 @@ def test_a_folder_of_2019_without_a_model_type_is_named(tmp_path):
 
 def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
     folder, _, _ = run
-    assert "not found" in error_of(tmp_path / "nowhere")
+    assert "nowhere is no folder: give a run's" in error_of(tmp_path / "nowhere")
+    assert "data.json is no folder" in error_of(folder / "data.json")
     assert "no checkpoint in" in error_of(tmp_path)
     assert "not among" in error_of(folder, "--tokenizer", "char") or "alphabet" in error_of(
         folder, "--tokenizer", "char"
@@ -460,10 +469,77 @@ def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
         assert "try device=cpu" in error_of(folder, "--device", "cuda")
     (tmp_path / "config.json").write_text('{"model_type": "mamba9"}')
     assert "'mamba9'; these can be read: " in error_of(tmp_path)
-    for options in (["--temperature", "-1"], ["--top_p", "0"], ["--num_samples", "0"], ["--dtype", "fp8"]):
-        assert options[0] in error_of(folder, *options)
+    assert "--dtype" in error_of(folder, "--dtype", "fp8")
+
+
+@pytest.mark.parametrize("option, values", [
+    ("--temperature", ["-1", "nan", "inf", "9" * 400]),
+    ("--top_p", ["0", "-1", "1.1", "nan", "1e-400"]),
+    ("--repetition_penalty", ["0", "-1", "nan", "inf", "1e300"]),
+    ("--top_k", ["-1", "1.5"]),
+    ("--num_samples", ["0", "9" * 400]),
+    ("--max_new_tokens", ["0", "9" * 5000]),
+    ("--think_budget", ["-1", "9" * 400]),
+    ("--seed", ["-1", str(2**64), "1" * 20, "9" * 400]),
+    ("--stop", [""]),
+    ("--tokenizer", [""]),
+    ("--save_pretrained", [""]),
+    ("--device", ["foo", "meta", "mps:9", "cuda:99", ""]),
+])  # fmt: skip
+def test_a_value_that_cannot_be_meant_is_refused_in_one_short_line(chatty, option, values):
+    for value in values:
+        with pytest.raises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()) as said:
+            sample.main([str(chatty[0]), "--chat", f"{option}={value}"])
+        (line,) = said.getvalue().splitlines()
+        name = option.removeprefix("--")
+        assert caught.value.code == 2 and len(line) < 250
+        message = f"error: {name}={value} is " if name == "device" else f"error: argument {option}: {value[:60]}"
+        assert line.startswith(message)
+
+
+def test_the_least_temperature_is_greedy_and_the_largest_draws_evenly(run, capsys):
+    arguments = (run[0], "--max_new_tokens", 20, "--temperature")
+    assert text_of(capsys, *arguments, "1e-40") == text_of(capsys, *arguments, 0)
+    assert text_of(capsys, *arguments, 1000) != text_of(capsys, *arguments, 1000, "--seed", 2)
+
+
+def test_one_prompt_is_given_and_not_two(run):
+    assert "not allowed with argument --prompt" in error_of(run[0], "--prompt", "a", "--interactive")
+    assert "not allowed with argument --prompt" in error_of(run[0], "--prompt", "a", "--prompt_file", "b")
+
+
+def test_a_chat_ends_at_ctrl_d_in_a_new_line(chatty, monkeypatch, capsys):
+    type_lines(monkeypatch)
+    assert text_of(capsys, chatty[0], "--interactive") == "\n"
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(run, monkeypatch):
+    def stream(*args, **options):
+        raise TypeError("of a model")
+
+    monkeypatch.setattr(generate, "stream", stream)
+    with pytest.raises(TypeError, match="of a model"):
+        sample.main([str(run[0])])
+
+
+def test_a_reader_that_goes_ends_the_text_without_a_word(run):
+    command = [sys.executable, ROOT / "sample.py", run[0], "--max_new_tokens=5000", "--num_samples=3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() != 0
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     folder, _, _ = make_run(tmp_path, [f"<{i}>" for i in range(100)])
-    assert "357 tokens, and the model 320" in error_of(folder)
+    assert "357 tokens, and the model 320: they do not belong together" in error_of(folder)
+
+
+def test_a_vocabulary_without_room_for_a_token_that_begins_documents_is_said_to_have_none(tmp_path):
+    hf.save(build("baseline", vocab_size=602), tmp_path / "hf")
+    save_hugging_face(tmp_path / "hf", "gpt2", added=["<begin>", "<end>"])
+    assert "no room for <|endoftext|>: give config.json the eos_token_id" in error_of(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | dict(eos_token_id=601)))
+    _, tokenizer, _ = load(tmp_path / "hf")
+    assert tokenizer.eot == "<end>" and tokenizer.vocab_size == 602

@@ -136,6 +136,7 @@ def test_the_cache_of_local_layers_is_as_large_at_any_length(n_global):
         held = sum(x.nbytes for x in cache_tensors(model.new_cache(1, max_len)))
         assert held == token * (max_len + 2 * (5 + n_global)) == flops.cache_bytes("sliding", c, max_len, 4)
     assert model.new_cache(1, 64).bytes_per_token() == token == flops.cache_bytes_per_token("sliding", c, 4)
+    assert model.new_cache(1, 4).bytes_per_token() == token  # local layers do not grow where they hold all tokens, too
     short = sum(x.nbytes for x in cache_tensors(model.new_cache(1, 3)))
     assert short == token * 3 * 3  # no longer than the text
 

@@ -112,6 +112,16 @@ def test_padding_takes_no_place_of_a_text_and_is_not_counted_as_dropped(drop_by)
     assert router.statistics(scores, scores, chosen, dropped, padding)[3].item() == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize("drop_by", ["position", "score"])
+def test_padding_keeps_its_choices_where_no_text_takes_the_room(drop_by):
+    router = layer("switch", capacity_factor=1.0, n_expert_per_token=3, drop_by=drop_by).router.train()
+    chosen = torch.tensor([[[1, 2, 3], [1, 2, 3], [1, 2, 4], [0, 2, 4]]])  # room for ceil(3 * 4 / 6) = 2
+    gates = torch.full((1, 4, 3), 0.3)
+    padding = torch.tensor([[False, False, False, True]])
+    dropped = router.beyond_capacity(chosen, gates, padding)
+    assert dropped[0, 3].tolist() == [False, True, False]  # only expert 2 is full of text
+
+
 def test_ample_capacity_is_dropless_and_evaluation_never_drops():
     x, y = tokens(2, 20), tokens(2, 20, seed=2)
     free, ample, tight = (build("switch", capacity_factor=f) for f in (0.0, 6.0, 0.3))

@@ -207,15 +207,23 @@ def test_a_link_within_source_is_replaced_and_not_followed(work):
     assert (run.folder / "source" / "train.py").read_bytes() == (ROOT / "train.py").read_bytes()
 
 
-def test_a_text_takes_the_place_of_a_link_and_leaves_nothing_where_it_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_text_takes_the_place_of_a_link_and_leaves_nothing_where_it_fails(tmp_path, monkeypatch, error):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "config.json").symlink_to("mine")
     disk.write_text(tmp_path / "config.json", "new")
     assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "config.json").read_text() == "new"
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
-    with pytest.raises(OSError):
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(error(errno.ENOSPC, "No space")))
+    with pytest.raises(error):
         disk.write_text(tmp_path / "config.json", "newer")
     assert names(tmp_path) == ["config.json", "mine"]
+
+
+def test_a_text_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").resolve()))
+    disk.write_text(tmp_path / "evaluation.json", "new")
+    assert [re.fullmatch(disk.TEMPORARY, path.name) is not None for path in flushed] == [True]
 
 
 # ---- what is beside training -----------------------------------------------------------------------------------------

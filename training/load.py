@@ -1,5 +1,6 @@
 """A trained model and its tokenizer, from a run's folder, a checkpoint's, or a Hugging Face folder."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -7,10 +8,11 @@ import torch
 import hf
 from data import chat
 from data.shards import PUBLISHED, read_meta
-from data.tokenizer_json import begin_ids
+from data.tokenizer_json import begin_ids, read_object
 from data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_dict
 from generate import ThinkBudget
 from training import checkpoint
+from training.arguments import number
 from training.knobs import find_device
 from training.run_folder import is_from_hugging_face
 
@@ -39,8 +41,8 @@ def load(
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     weights_in = getattr(torch, dtype)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} not found: give a run's folder, a checkpoint's, or a Hugging Face model's")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder: give a run's, a checkpoint's, or a Hugging Face model's")
     if is_from_hugging_face(path):
         model = hf.load(path, device, weights_in)
     else:
@@ -54,9 +56,19 @@ def load(
         if for_text:
             raise
         return model, None, []
-    if found.vocab_size > model.config.vocab_size:
-        sizes = f"{found.vocab_size} tokens, and the model {model.config.vocab_size}"
-        raise ValueError(f"the tokenizer {found.name} has {sizes}: they do not belong together")
+    except OSError as error:  # GPT-2's, which a run on published shards has, cannot be downloaded
+        if for_text or tokenizer:
+            raise
+        print(f"without its tokenizer the loss is measured, but no bits per byte: {error}", file=sys.stderr)
+        return model, None, []
+    n = model.config.vocab_size
+    if found.vocab_size > n:
+        advice = "they do not belong together"
+        if found.eot_id == n == found.vocab_size - 1:
+            advice = (
+                f"there is no room for {found.eot}: give config.json the eos_token_id of the token that ends a text"
+            )
+        raise ValueError(f"the tokenizer {found.name} has {found.vocab_size} tokens, and the model {n}: {advice}")
     return model, found, prefix
 
 
@@ -88,6 +100,10 @@ def find_tokenizer(path: Path, name: str | None) -> tuple:
             what = f"{meta['vocab_size']:,} tokens and no tokenizer"
             raise NoTokenizer(f"the data of {path} has {what}: name its own with --tokenizer, such as a tokenizer.json")
         return tokenizer, [tokenizer.eot_id]
+    if (path / "vocab.json").exists():
+        convert = f"AutoTokenizer as T; T.from_pretrained('{path}').save_pretrained('{path}')"
+        what = f"{path} has a vocab.json and no tokenizer.json, which transformers makes of it"
+        raise NoTokenizer(f'{what}:  python -c "from transformers import {convert}"')
     raise NoTokenizer(f"{path} has no tokenizer: name one with --tokenizer, for example --tokenizer gpt2")
 
 
@@ -119,13 +135,22 @@ def stop_tokens(tokenizer, path: Path | None = None) -> set[int]:
     return ids
 
 
+def warn_of_template(path: Path) -> None:
+    """Says that chats have Qwen3's form where a Hugging Face folder of another model has a template of its own."""
+    if not is_from_hugging_face(path) or hf.read_config(path)["model_type"].startswith("qwen3"):
+        return
+    file = path / "tokenizer_config.json"
+    if (path / "chat_template.jinja").exists() or file.exists() and "chat_template" in read_object(file):
+        print(f"warning: chats are asked in the form of Qwen3's, and not by the template of {path}", file=sys.stderr)
+
+
 def add_thinking(parser) -> None:
     """Adds to a command the arguments that say how the answers of a chat think."""
     add = parser.add_argument
     add("--think", action="store_true", default=None, help="begin each answer of a chat with thinking")
     add("--no_think", action="store_false", dest="think", help="answer without (default: as the model likes)")
     about_budget = "end thinking that has come to N tokens, and go on with the answer"
-    add("--think_budget", type=int, metavar="N", help=about_budget)
+    add("--think_budget", type=number("[0, 1e9]"), metavar="N", help=about_budget)
 
 
 def think_budget(tokenizer: Tokenizer, n: int) -> ThinkBudget:
