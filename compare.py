@@ -319,7 +319,7 @@ def options(run):
 
 def is_finished(run: Run) -> bool:
     """Returns whether it was done before. ValueError where another run stands in its folder."""
-    if not run_folder.exists(run.folder):
+    if not (run_folder.exists(run.folder) and run_folder.has_begun(run.folder)):
         return False
     saved = read_json(run.folder / "config.json", model=str, model_config=dict, knobs=dict)
     saved = {"model": saved["model"], **saved["model_config"], **saved["knobs"]}

@@ -167,7 +167,7 @@ def interval_of(key, default):
     if not isinstance(default, int | float):
         return "(-inf, inf)"
     high = f"{MOST}]" if isinstance(default, int) else "inf)"
-    return f"[{min(default, 0)}, {high}"
+    return f"[{min(0, default)}, {high}"
 
 
 def model_files():

@@ -1635,6 +1635,41 @@ MUTANTS = [
         "return max(sweep, key=sweep.get)",
         "test_verdicts.py -k gain",
     ),
+    Mutant(
+        "a name that a config file sets by globals() is lost",
+        "configurator.py",
+        "if is_helper and name not in self.knobs:",
+        "if name not in self.knobs:",
+        "test_configurator.py -k never_lost",
+    ),
+    Mutant(
+        "a number that no table names may be negative",
+        "configurator.py",
+        "{min(0, default)}",
+        "-inf",
+        "test_configurator.py -k 'ones_own_model or without_a_least'",
+    ),
+    Mutant(
+        "a knob may do nothing",
+        "training/knobs.py",
+        "    refuse_idle(config)\n",
+        "",
+        "test_policy.py -k samples_that_pass",
+    ),
+    Mutant(
+        "a stage may have a knob that does nothing",
+        "training/stages.py",
+        "                refuse_idle(values)\n",
+        "",
+        "test_stages.py -k impossible",
+    ),
+    Mutant(
+        "a run is deleted for one whose data cannot be read",
+        "train.py",
+        "plan.try_first_batches(eval_tokens, rank, world_size, device)",
+        "pass",
+        "test_train.py -k before_a_folder",
+    ),
 ]
 
 

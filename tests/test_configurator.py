@@ -363,7 +363,7 @@ def test_resolve_knows_the_literals_above_the_call_of_configure_and_no_others(tm
 
 def test_resolve_has_all_knobs_of_train_py():
     root = Path(__file__).parent.parent
-    source = (root / "train.py").read_text().split("try:\n    config = configure(")[0]
+    source = (root / "train.py").read_text().split("with output.errors_in_one_line():\n    config = configure(")[0]
     found = {"__file__": str(root / "train.py"), "__name__": "knobs"}
     exec(compile(source, "train.py", "exec"), found)
     arguments = [str(root / "config" / "train_moe.py"), "--n_expert=64", "--tf32=False"]
