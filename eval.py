@@ -14,12 +14,13 @@ import argparse
 import json
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import chat
-from data.loader import eval_batches
+from data.loader import eval_batches, read_mixture
 from data.shards import Shards
 from data.text import print_any_text
 from data.tokenizers import tokenizer_from_dict
@@ -73,10 +74,10 @@ def parse_arguments(argv):
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
-def data_of(args) -> str:
-    """Returns the folder of shards that is asked for: by default what the run was trained on."""
+def data_of(args) -> list[str]:
+    """Returns the folders of shards that are asked for: by default what the run was trained on."""
     if args.data:
-        return args.data
+        return [args.data]
     file = args.path / "config.json"
     saved = json.loads(file.read_text()) if file.exists() else {}
     script = saved.get("script", "train.py")
@@ -84,19 +85,19 @@ def data_of(args) -> str:
         raise ValueError(
             f"{args.path} is a run of {script}, which reads no token shards: give --data FOLDER, or --tasks"
         )
-    folder = saved.get("knobs", {}).get("data")
-    if not folder:
+    data = saved.get("knobs", {}).get("data")
+    if not data:
         raise ValueError(f"{args.path} does not say what it was trained on: give --data FOLDER")
-    return folder
+    return [str(folder) for folder, _ in read_mixture(data)]
 
 
-def losses(model, tokenizer, folder, args) -> dict:
-    """Returns {split: loss_report} of the folder of shards."""
+def losses(model, tokenizer, folders, args) -> dict:
+    """Returns {split: loss_report} of a folder of shards, {"FOLDER SPLIT": loss_report} of several."""
     device = str(model.embed.weight.device)
     block_size = args.block_size or model.config.block_size
     splits = ("train", "val") if args.split == "both" else (args.split,)
     reports = {}
-    for split in splits:
+    for folder, split in product(folders, splits):
         shards = Shards(folder, split)
         check_tokenizer(shards, tokenizer)
         if shards.vocab_size > model.config.vocab_size:
@@ -105,7 +106,8 @@ def losses(model, tokenizer, folder, args) -> dict:
         bytes_of = bytes_of_tokens(tokenizer, model.config.vocab_size, shards)
         batches = eval_batches(shards, block_size, args.eval_tokens, args.batch_size, device=device)
         batches = tqdm(batches, f"{split}, batches", leave=False, disable=None)
-        reports[split] = loss_report(loss_sums(model, batches, bytes_of))
+        name = split if len(folders) == 1 else f"{folder} {split}"
+        reports[name] = loss_report(loss_sums(model, batches, bytes_of))
     return reports
 
 
@@ -193,12 +195,13 @@ def chat_options(args, tokenizer):
 
 
 def print_losses(reports):
-    print(f"{'split':8}{'tokens':>14}{'bytes':>14}{'loss':>10}{'perplexity':>13}{'bits per byte':>15}")
-    for split, report in reports.items():
+    width = max(map(len, reports)) + 3
+    print(f"{'split':{width}}{'tokens':>14}{'bytes':>14}{'loss':>10}{'perplexity':>13}{'bits per byte':>15}")
+    for name, report in reports.items():
         bits = "n/a"
         if report["bits_per_byte"] is not None:
             bits = f"{report['bits_per_byte']:.4f}"
-        sizes = f"{split:8}{report['tokens']:14,}{report['bytes']:14,}"
+        sizes = f"{name:{width}}{report['tokens']:14,}{report['bytes']:14,}"
         print(f"{sizes}{report['loss']:10.4f}{report['perplexity']:13,.3f}{bits:>15}")
 
 

@@ -651,7 +651,10 @@ def vocab_size(data, default):
     """Returns the vocabulary of tokenized data, rounded up as train.py does, or the default where there is none."""
     meta = Path(data) / "meta.json"
     if meta.exists():
-        return math.ceil(json.loads(meta.read_text(encoding="utf-8"))["vocab_size"] / 64) * 64
+        try:
+            return math.ceil(json.loads(meta.read_bytes())["vocab_size"] / 64) * 64
+        except (ValueError, TypeError, KeyError) as error:
+            fail(f"{meta} does not say how large the vocabulary is ({error!r}): prepare the data again")
     print(f"{data}/meta.json is not here: vocab_size is taken to be {default:,}")
     return default
 
@@ -804,12 +807,13 @@ def show(found, T):
 
 
 def gpu_here():
-    """Returns the name of the GPU of this machine, "" where there is none that the table knows."""
+    """Returns the name of the GPU of this machine, "" where the table does not know it, or where it is in slices."""
     if not shutil.which("nvidia-smi"):
         return ""
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    name = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
-    return name if known_gpu(name) else ""
+    query = ["nvidia-smi", "--query-gpu=name,mig.mode.current", "--format=csv,noheader"]
+    first = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
+    name, _, slices = first.partition(", ")
+    return name if known_gpu(name) and slices != "Enabled" else ""
 
 
 def main(argv=None):
@@ -830,6 +834,7 @@ def main(argv=None):
     add("--match_by", choices=("flops", "parameters"), default="flops", help="what (%(default)s)")
     add("--match_optimizer", action="store_true", help="count the optimizer's FLOPs of each step, too")
     args, argv = parser.parse_known_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may have letters that the output lacks
     if not 0 < args.mfu <= 1:
         fail(f"--mfu {args.mfu}: a share of the peak is above 0 and at most 1: 0.3 to 0.5 is usual")
     gpu = args.device or gpu_here()

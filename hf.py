@@ -100,7 +100,7 @@ def empty_model(folder):
         config = variant.GPTConfig(**fields)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
-    with torch.device("meta"):
+    with torch.device("meta"):  # draws no initial weights, which would all be overwritten
         model = variant.GPT(config)
     places_of(header, model, architecture)  # raises where a weight is missing or does not fit
     return model, architecture, header
@@ -154,7 +154,7 @@ def read_config(folder):
 def read_json(file):
     """Returns the object that a file holds."""
     try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
+        contents = json.loads(file.read_text(encoding="utf-8-sig"))  # an editor may put a mark before it
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged or no JSON ({error}): fetch it again") from None
     if not isinstance(contents, dict):

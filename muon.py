@@ -212,7 +212,8 @@ class MuonAdamW(torch.optim.Optimizer):
             directions = orthogonal_updates(group, updates)
 
         # 5. leave alone the matrices of a stack that have no gradient: experts which no token of this step has chosen
-        # would go on at full size for hundreds of steps, since what is left of their momentum is scaled up
+        # would go on at full size for hundreds of steps, since what is left of their momentum is scaled up. They decay
+        # like all weights.
         for grad, direction in zip(grads, directions):
             if grad.ndim == 3:
                 idle = grad.abs().amax(dim=(1, 2), keepdim=True) == 0  # (E, 1, 1)

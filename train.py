@@ -5,8 +5,8 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_baseline.py
 
 Read from top to bottom: knobs, devices, data, model, optimizer, run folder, loop. The batch is given in tokens;
-the number of devices and micro_batch change how it is computed, and not the result, but for what dropout and
-router_jitter draw. `--help` lists all the knobs.
+the number of devices and micro_batch change how it is computed, and not the result. Exceptions are what dropout and
+router_jitter draw, and balance_over=batch, which evens each micro-batch. `--help` lists all the knobs.
 """
 
 import importlib
@@ -382,7 +382,7 @@ while True:
         processes.fail(error)
     own_targets = 0
     own_text = []  # of each micro-batch, the tokens that its auxiliary losses are means over
-    if stage.ignores_targets:
+    if stage.is_uneven:
         own_targets = sum((y >= 0).sum().item() for _, y in batches)
         own_text = [text_tokens(raw_model, x) for x, _ in batches]
     targets, text, stop = processes.all_sum([own_targets, sum(own_text), signals.count()], device)
@@ -395,7 +395,7 @@ while True:
     # micro-batches' means would favour windows with few targets. Auxiliary losses are means over all tokens instead,
     # but for padding where the model knows it.
     # Dropout and router_jitter are drawn from (seed, step, process), with nothing to store for a resume. What they draw
-    # is all that depends on micro_batch.
+    # depends on micro_batch.
     torch.manual_seed((((seed << 24) + step) * 4096 + rank) % 2**64)  # room for 2^24 steps and 4096 processes
     total_loss = torch.zeros((), device=device)
     for i, (x, y) in enumerate(batches):
@@ -404,7 +404,7 @@ while True:
         # Gradients go between processes in the last backward alone: before it they only add up.
         with processes.backward_of(net, is_last, reshard):
             with autocast:
-                if stage.ignores_targets:  # a loss for each token, at the price of computing the logits twice
+                if stage.is_uneven:  # a loss for each token, at the price of computing the logits twice
                     losses, auxiliary = net(x, y, per_token=True)
                     share = own_text[i] * world_size / max(text, 1)
                     loss = losses.sum() * world_size / max(targets, 1) + auxiliary * share

@@ -18,10 +18,16 @@ tokenizer.json   24 tokens: digits one by one, and one token for each word of th
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":  # this folder on the path would shadow the installed package `tokenizers`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import numpy as np
+
+from data.text import print_any_text
 
 HELD_OUT = 400
 THINKING_SHARE = 0.25  # of the first conversations
@@ -169,7 +175,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rl", type=int, default=4_000, help="questions (default: 4,000)")
     args = parser.parse_args(argv)
     sizes = {"pretrain": args.pretrain, "sft": args.sft, "fusion": args.fusion, "rl": args.rl}
-    write_all(args.out, args.seed, sizes)
+    for name, number in (sizes | {"seed": args.seed}).items():
+        if number < 0:
+            parser.error(f"--{name} {number}: give a number from 0")
+    print_any_text()
+    try:
+        write_all(args.out, args.seed, sizes)
+    except OSError as error:
+        sys.exit(f"arithmetic.py: {error}")
     print(f"wrote {', '.join(sorted(path.name for path in args.out.glob('*.json*')))} in {args.out}")
 
 

@@ -259,7 +259,8 @@ def listed(row, where):
     messages = []
     for turn in turns:
         role = turn.get("role", turn.get("from"))
-        role = ROLES.get(role, role)
+        if isinstance(role, str):
+            role = ROLES.get(role, role)
         content = turn.get("content", turn.get("value"))
         thinking = turn.get("thinking") or turn.get("reasoning_content")
         if thinking:
@@ -361,6 +362,8 @@ def main() -> None:
     add("--switches", action="store_true")
     add("--turns", choices=["all", "last"], default="all")
     args = parser.parse_args()
+    if args.show < 0:
+        parser.error(f"--show {args.show}: give a number from 0")
     print_any_text()
     try:
         tokenizer = load_tokenizer(args.tokenizer, CHAT_TOKENS)

@@ -48,6 +48,14 @@ TEXT_OPTIONS = "tokenizer add_tokens eot field max_doc_tokens max_documents max_
 TEXT_OPTIONS += ["skip_bad", "input", "workers"]
 CHAT_OPTIONS = "think", "switches", "turns"
 MQAR_OPTIONS = *MQAR._fields, "documents", "seed"
+MOST = 10**13  # tokens, of which no data has more
+LARGEST = {  # of the numbers that begin at 1
+    "shard_tokens": 2**31 - 1,  # which the header of a shard can count
+    "max_documents": MOST,
+    "max_doc_tokens": MOST,
+    "max_tokens": MOST,
+    "workers": 1000,
+}
 worker = {}  # a worker process's settings
 
 
@@ -752,13 +760,6 @@ def prepare(*sources: str | Path, **options) -> Path:
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
-
-
 def make_parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {name:12} {named.about} [{named.tokenizer}]" for name, named in NAMED.items())
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
@@ -777,19 +778,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--out", help="folder to write (default: data/NAME)")
     add("--val_fraction", type=float, help="share of the documents that validates")
-    add("--shard_tokens", type=positive, default=100_000_000, help="tokens in a file")
+    add("--shard_tokens", type=int, default=100_000_000, help="tokens in a file")
     add = text.add_argument
     add("--tokenizer", help="byte, char, gpt2, cl100k_base, o200k_base, a file, bpe:FILE, or bpe:8192 to train one")
     add("--add_tokens", type=lambda s: CHAT_TOKENS if s == "chat" else s.split(","), default=[], help="A,B,... or chat")
     add("--eot", metavar="TOKEN", help="begins every document, where that is not to be the token that the file names")
     add("--field", default="text", help="of a .jsonl, or column of a .csv, .tsv or .parquet, that has the text")
-    add("--max_documents", type=positive, help="take no more than this many, of train and validation together")
-    add("--max_doc_tokens", type=positive, help="cut documents to this many tokens, eot included")
-    add("--max_tokens", type=positive, help="stop when train has this many, for sets without end")
+    add("--max_documents", type=int, help="take no more than this many, of train and validation together")
+    add("--max_doc_tokens", type=int, help="cut documents to this many tokens, eot included")
+    add("--max_tokens", type=int, help="stop when train has this many, for sets without end")
     add("--split_at_eot", action="store_true", help=f"a document ends where a .txt spells out {EOT}")
     add("--skip_bad", action="store_true", help="leave out files and lines that cannot be read, and count them")
     add("--input", help="a local copy (file or folder) of a named set")
-    add("--workers", type=positive, help="processes (default: by the size of the text and the cores)")
+    add("--workers", type=int, help="processes (default: by the size of the text and the cores)")
     add = chats.add_argument
     add(
         "--chat",
@@ -822,6 +823,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check_options(args, parser) -> None:
     """Finds out if it is text, conversations, another tool's token files, or mqar; refuses options of the others."""
+    for key, largest in LARGEST.items():
+        number = getattr(args, key)
+        if number is not None and not 1 <= number <= largest:
+            raise ValueError(f"--{key}={number} is not from 1 to {largest:,}")
     args.token_files = None
     meaningless = [*MQAR_OPTIONS, *CHAT_OPTIONS]
     if args.chat:
@@ -860,7 +865,7 @@ def main(argv: list[str] | None = None) -> None:
         make_folder(args)
     except KeyboardInterrupt:
         sys.exit("prepare.py: interrupted: nothing was changed")
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError, OverflowError) as error:
         sys.exit(f"prepare.py: {error}")
 
 

@@ -6,6 +6,7 @@
 A source is a named set of data/sources.py, or a file of rows.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def problems(source: str | Path, bad: Callable = stop) -> Iterator[tuple[list[di
     """
     for where, row in find_rows([str(source)], None, None).read():
         try:
-            yield question_of(row, where), row | {"gold": gold_of(row)}
+            yield question_of(row, where), row | {"gold": gold_of(row, where)}
         except Unreadable as error:
             bad(error)
 
@@ -54,11 +55,14 @@ def up_to_question(messages, where):
     return messages[: questions[-1] + 1]
 
 
-def gold_of(row: dict) -> str | None:
+def gold_of(row: dict, where: str = "a row") -> str | None:
     r"""Returns the result of a row's problem: what it names so, what is behind ####, or what is in \boxed{...}."""
     for field in ("gold", "expected_answer", "answer"):
-        if row.get(field) is not None:
-            return str(row[field]).rpartition("####")[2].strip()
+        value = row.get(field)
+        if isinstance(value, bool | list | dict):
+            raise Unreadable(f"{where}: {field} is {value!r:.40}, and neither a text nor a number")
+        if value is not None:
+            return str(value).rpartition("####")[2].strip()
     if isinstance(row.get("solution"), str):
         return boxed(row["solution"])
     return None
@@ -113,11 +117,16 @@ def answer_of(row, where, field):
 
 def best_and_worst(row, where):
     """Returns a row of completions with scores as one with chosen and rejected; None where all have the same score."""
+    if not isinstance(row["completions"], list):
+        raise Unreadable(f"{where}: completions is {row['completions']!r:.40}, not a list")
     scored = []
     for completion in row["completions"]:
         try:
-            scored.append((float(completion["overall_score"]), completion["response"]))
-        except (TypeError, KeyError, ValueError):
+            score = float(completion["overall_score"])
+            if math.isnan(score):
+                raise ValueError
+            scored.append((score, completion["response"]))
+        except (TypeError, KeyError, ValueError, OverflowError):
             raise Unreadable(
                 f"{where}: a completion has no response with an overall_score: {completion!r:.60}"
             ) from None

@@ -96,9 +96,9 @@ def train(
 
 
 def lines(texts):
-    """Yields the lines of texts, each long one in several."""
+    """Yields the lines of texts, each long one in several. What ends a document ends a line, and is no text."""
     for text in texts:
-        for line in text.splitlines():
+        for line in text.replace(EOT, "\n").splitlines():
             for begin in range(0, len(line), LONGEST_LINE):
                 yield line[begin : begin + LONGEST_LINE]
 

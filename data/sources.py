@@ -141,9 +141,15 @@ def find_rows(sources: list[str], copy: str | None, skipped: Skipped | None) -> 
 
     paths = find_files([copy] if copy else sources, ROW_KINDS, ROW_SETS)
 
+    def bad(error):
+        leave_out(error, skipped)
+
     def read_rows():
         for path in paths:
-            yield from whole_rows(path, lambda error: leave_out(error, skipped))
+            try:
+                yield from text.rows(path, bad=bad)
+            except Unreadable as error:
+                bad(error)
 
     return Rows(identity_of(paths), read_rows)
 
@@ -305,7 +311,7 @@ def read(
             if skipped is not None:
                 for _ in text.parts(path):  # an error in the middle would come too late to leave it out
                     pass
-            yield File(path, path, with_marker)
+            yield File(path, path, with_marker if name.endswith(".txt") else set())  # only a .txt can be split there
     except Unreadable as error:
         bad(error)
 
@@ -315,24 +321,6 @@ def text_of_page(path):
         return text_of_html(text.read_text(path), path)
     except ValueError as error:
         raise Unreadable(str(error)) from None
-
-
-def whole_rows(path: Path, bad: Callable) -> Iterator[tuple[str, Any]]:
-    """Yields ("FILE line N", row) of every row of a file; that of a .json is an item of its list."""
-    name = text.name_inside(path)
-    try:
-        if name.endswith(".jsonl"):
-            yield from text.json_lines(path, bad)
-        elif name.endswith(".parquet"):
-            yield from text.parquet_rows(path)
-        else:
-            items = text.read_json(path)
-            if not isinstance(items, list):
-                raise Unreadable(f"{path}: is {type(items).__name__}, not a list of rows: a row a line is a .jsonl")
-            for number, row in enumerate(items, 1):
-                yield f"{path} row {number}", row
-    except Unreadable as error:
-        bad(error)
 
 
 def check_whole(path):

@@ -15,7 +15,6 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -271,11 +270,27 @@ def json_lines(path: Path | str, bad: Callable = stop) -> Iterator[tuple[str, An
                 yield place, value
 
 
-def rows(path: Path, field: str, bad: Callable = stop) -> Iterator[tuple[str, Any]]:
-    """Returns ("FILE line N", row) of every row of a file whose rows have their text in a field."""
+def json_items(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields ("FILE item N", item) of what a file of JSON lists: by itself, or under "Data" as TriviaQA's does.
+
+    An object without such a list is the one item, as a file of MATH is.
+    """
+    found = read_json(path)
+    if isinstance(found, dict):
+        found = found.get("Data", [found])
+    if not isinstance(found, list):
+        raise Unreadable(f"{path}: holds no rows, but {found!r:.40}")
+    for number, item in enumerate(found, 1):
+        yield f"{path} item {number}", item
+
+
+def rows(path: Path, field: str | None = None, bad: Callable = stop) -> Iterator[tuple[str, Any]]:
+    """Returns ("FILE line N", row) of every row of a file. field: where rows have their text, if they are a text."""
     name = name_inside(path)
     if name.endswith(".jsonl"):
         return json_lines(path, bad)
+    if name.endswith(".json"):
+        return json_items(path)
     if name.endswith(".parquet"):
         return parquet_rows(path, field)
     return table_rows(path, field, bad)
@@ -292,26 +307,47 @@ def text_field(row: Any, where: str, field: str = "text") -> str:
 
 
 def table_rows(path: Path, field: str, bad: Callable = stop) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields ("FILE line N", {column: text}) of every row of a table that is not blank; its first row has the columns.
+    """Yields ("FILE line N", {column: text}) of every row of a table; its first row has the columns."""
+    found = csv_rows(path, lambda row: field in row, bad)
+    _, columns = next(found, ("", []))
+    for place, row in found:
+        yield place, dict(zip(columns, row))
 
-    The separator is the first of , ; and tab with which one of the columns is called `field`.
+
+def csv_rows(path: Path, fits: Callable, bad: Callable = stop) -> Iterator[tuple[str, list[str]]]:
+    """Yields ("FILE line N", fields) of every row of a table that is not blank, each with as many as the first has.
+
+    The separator is the first of , ; and tab with which the first row fits: Excel takes ; where a comma is decimal.
     """
     csv.field_size_limit(2**31 - 1)  # by itself a field of more than 131,072 characters is an error
-    with open_utf8(path) as file:
-        lines = decoded_lines(file, path)
-        header = next(lines, "")
-        fitting = [mark for mark in ",;\t" if field in first_row(header, mark)]
-        reader = csv.reader(chain([header], lines), delimiter=(fitting or [","])[0], strict=True)
-        try:
-            columns = next(reader, [])
+    number = 0
+    try:
+        fitting = [mark for mark in ",;\t" if fits(first_row(path, mark))]
+        with open_utf8(path) as file:
+            reader = csv.reader(decoded_lines(file, path), delimiter=(fitting or [","])[0], strict=True)
+            columns = 0
             for row in reader:
-                place = f"{path} line {reader.line_num}"
-                if len(row) == len(columns):
-                    yield place, dict(zip(columns, row))
-                elif row:
-                    bad(Unreadable(f"{place}: the first row has {len(columns)} columns, and this one {len(row)}"))
-        except csv.Error as error:
-            raise Unreadable(f"{path} line {reader.line_num}: no CSV: {error}") from None
+                number = reader.line_num
+                place = f"{path} line {number}"
+                if not is_filled(row):
+                    continue
+                columns = columns or len(row)
+                if len(row) == columns:
+                    yield place, row
+                else:
+                    bad(Unreadable(f"{place}: the first row has {columns} columns, and this one {len(row)}"))
+    except csv.Error as error:
+        raise Unreadable(f"{path}, after line {number}: no CSV: {error}") from None
+
+
+def first_row(path, delimiter):
+    with open_utf8(path) as file:
+        reader = csv.reader(decoded_lines(file, path), delimiter=delimiter)
+        return next(filter(is_filled, reader), [])
+
+
+def is_filled(row):
+    return any(field.strip() for field in row)
 
 
 def decoded_lines(file, where):
@@ -337,33 +373,6 @@ def parquet_rows(path: Path, field: str | None = None) -> Iterator[tuple[str, di
                     yield f"{path} row {number}", row
     except (OSError, ArrowException) as error:
         raise Unreadable(f"{path}, after row {number}: no parquet file: {error}") from None
-
-
-def csv_rows(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
-    """Yields ("FILE line N", fields) of every row of a table that is not blank, each with so many columns.
-
-    The separator is the first of , ; and tab with which the first row has so many: Excel takes ; where a comma is
-    decimal.
-    """
-    text = read_text(path)
-    number = 0
-    try:
-        fitting = [mark for mark in ",;\t" if len(first_row(text, mark)) == columns]
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=(fitting or [","])[0], strict=True)
-        for row in reader:
-            number = reader.line_num
-            if not row:
-                continue
-            if len(row) != columns:
-                raise Unreadable(f"{path} line {number}: a row has {columns} columns, and this one {len(row)}")
-            yield f"{path} line {number}", row
-    except csv.Error as error:
-        raise Unreadable(f"{path}, after line {number}: no CSV: {error}") from None
-
-
-def first_row(text, delimiter):
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    return next(filter(None, reader), [])
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.bpe import BYTE_OF, END_OF_TEXT, EOT, MAX_ID, PATTERNS, SPELLING, TURN_ENDS, format_ranks, parse_ranks
+from data.text import read_json
 
 EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
@@ -69,10 +70,7 @@ NAMES = {
 
 def read_object(path: Path) -> dict:
     """Returns the object that a JSON file holds; raises ValueError, with the file's name, if it holds none."""
-    try:
-        d = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is no JSON ({e}): was it cut short?") from None
+    d = read_json(path)
     check(d, {}, path)
     return d
 
@@ -251,7 +249,7 @@ def read_bpe(d, path, added):
         check(pair, [str], f"{path}: model: merges[{i}]")
         merged.append("".join(pair))
     made = set(merged)
-    plain = {token: i for token, i in vocab.items() if token in made or added.get(token) != i}
+    plain = {token: i for token, i in vocab.items() if token in made or len(token) == 1 or added.get(token) != i}
     if any(len(token) > 1 and token not in made or not BYTE_OF.keys() >= set(token) for token in plain):
         return None  # a token that no merge of bytes makes
     spacing = ("lstrip", "rstrip", "single_word")  # tokens that take the spaces around them or want a word of their own

@@ -52,6 +52,13 @@ def encode(core, text: str, special: bool, name: str) -> list[int]:
         return core.encode(text, add_special_tokens=False).ids
 
 
+def unknown_ids(core, file: str) -> set[int]:
+    """Returns the id that a file's model gives to text which has no token, in a set that is empty where none has."""
+    model = json.loads(file)["model"]
+    ids = {model.get("unk_id"), core.token_to_id(model.get("unk_token") or "")}
+    return ids - {None}
+
+
 def pieces(core, file: str, added: dict[str, int], name: str) -> dict[int, bytes]:
     """Returns what each id stands for, those of the tokens `added` included, which are spelled as in a text."""
     decoder = json.loads(file).get("decoder") or {"type": "Fuse"}

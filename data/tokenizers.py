@@ -37,7 +37,7 @@ import regex
 from data import sentencepiece_model, sources, tokenizer_json, tokenizer_package
 from data.bpe import END_OF_TEXT, EOT, PATTERNS, TURN_ENDS, alternatives, format_ranks, parse_ranks
 from data.bpe_training import chunks, chunks_of_text, count_words, merge_words, write_sample
-from data.text import read_text
+from data.text import print_any_text, read_text
 
 MAX_PATTERN = 4096  # characters; those that are known have up to 600
 
@@ -57,8 +57,11 @@ class Tokenizer:
         self.kind = kind
         self.name = name
         self.special_tokens = dict(special_tokens)
-        self._normalized_tokens = data.get("added_normalized", {})
-        self.added_tokens = data.get("added", {}) | self._normalized_tokens
+        normalized = data.get("added_normalized", {})
+        self.added_tokens = data.get("added", {}) | normalized
+        self._normalized_tokens = normalized  # as they look in normalized text
+        if data.get("nfc"):
+            self._normalized_tokens = {unicodedata.normalize("NFC", token): i for token, i in normalized.items()}
         self._data = data
         self._adds_space = False
         if kind == "byte":
@@ -101,7 +104,7 @@ class Tokenizer:
                 )
             self._bytes[i] = token.encode()
         self._special_ids = set(self.special_tokens.values())
-        self._regex = _regex_of(tokens.keys() - self._normalized_tokens.keys())
+        self._regex = _regex_of(tokens.keys() - normalized.keys())
         self._normalized_regex = _regex_of(self._normalized_tokens)
         self.vocab_size = max(self._bytes) + 1
         eot = data.get("eot", EOT)
@@ -117,7 +120,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as e:
             why = f"the lone surrogate {text[e.start]!r} at character {e.start} is no valid Unicode"
-            raise ValueError(f"{why}: read files as UTF-8 with errors='strict'") from None
+            raise ValueError(f"{why}: it is of bytes that are not UTF-8, or half of a pair: leave it out") from None
         if self.kind == "huggingface":
             return tokenizer_package.encode(self._core, text, special, self.name)
         tokens = dict(self.added_tokens)
@@ -173,8 +176,13 @@ class Tokenizer:
             start = i in self._special_ids
 
     def token_bytes(self) -> np.ndarray:
-        """int32 (vocab_size,): bytes of text that each id stands for, 0 for special tokens and unused ids."""
+        """int32 (vocab_size,): bytes of text that each id stands for, 0 for special tokens and unused ids.
+
+        Above 0 for one such as [UNK], although it is special: text stands behind it, if not that of its spelling.
+        """
         plain = self._bytes.keys() - self._special_ids
+        if self.kind == "huggingface":
+            plain |= tokenizer_package.unknown_ids(self._core, self._data["file"]) - {self.eot_id}
         return np.array([len(self._bytes[i]) if i in plain else 0 for i in range(self.vocab_size)], dtype=np.int32)
 
     def to_dict(self) -> dict:
@@ -384,6 +392,10 @@ def main() -> None:
     for key in meaningless:
         if getattr(args, key) is not None:
             parser.error(f"--{key} means nothing to --kind {args.kind}: leave it out")
+    for key in ("vocab_size", "workers"):
+        if getattr(args, key) < 1:
+            parser.error(f"--{key} {getattr(args, key)}: give a number from 1")
+    print_any_text()
     train_one = command_bpe if args.kind == "bpe" else command_sentencepiece
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -402,10 +414,8 @@ def training_files(names: list[str], folder: Path) -> list[Path]:
                 raise ValueError(f"{name} is no text: name another set, or files")
             files.append(folder / f"{name}.jsonl")
             write_sample(files[-1], chain.from_iterable(map(chunks_of_text, text.documents())))
-        elif Path(name).is_dir():
-            files += sources.find_files([name], sources.KINDS, sources.NAMED)
         else:
-            files.append(Path(name))
+            files += sources.find_files([name], sources.KINDS, sources.NAMED)
     return files
 
 

@@ -6,8 +6,9 @@
     humaneval (prompt, test, entry_point)
     any other name: your own file, of {"context", "choices", "label"} or of {"context", "answer"}
 
-Files: .jsonl, .json, .csv, each also .gz; .parquet (with pyarrow); or a folder of them, all of which are read. A row
-that is not what its task says is an error that names the file and the line: scores of other questions would be none.
+Files: .jsonl, .json, .csv, each also .gz or .zst; .parquet (with pyarrow); or a folder of them, which are all read. A
+row that is not what its task says is an error that names the file and the line: scores of other questions would be
+none.
 Prompts, stops and scores are those of lm-evaluation-harness 0.4 (for math minerva_math's prompt, but the answer is the
 boxed one, compared as text), so numbers can be compared with published ones.
 """
@@ -18,8 +19,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.text import boxed, csv_rows, json_lines, read_json
+from data.sources import find_files
+from data.text import boxed, csv_rows, name_inside
+from data.text import rows as rows_of_file
 from evals.judge import Case
+
+KINDS = (".jsonl", ".json", ".csv", ".parquet")
 
 
 class Question(NamedTuple):
@@ -48,53 +53,23 @@ class Task(NamedTuple):
 
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields every row of a file, or of all the files in a folder, with its place: ("file.jsonl line 3", row)."""
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    if path.is_dir():
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            yield from rows(file)
-    elif kind == "jsonl":
-        yield from json_lines(path)
-    elif kind == "json":
-        yield from rows_of_json(path)
-    elif kind == "csv":
-        yield from rows_of_mmlu(path)
-    elif kind == "parquet":
-        yield from rows_of_parquet(path)
-    else:
-        raise ValueError(f"{path}: tasks are read from .jsonl, .json, .csv (each also .gz) and .parquet")
-
-
-def rows_of_json(path):
-    """Yields the items of a list; those under "Data", as in TriviaQA's; or the one row that a file of MATH is."""
-    found = read_json(path)
-    if isinstance(found, dict):
-        found = found.get("Data", [found])
-    if not isinstance(found, list):
-        raise ValueError(f"{path}: holds no rows, but {found!r:.40}")
-    for number, row in enumerate(found, 1):
-        yield f"{path} item {number}", row
+    for file in find_files([str(path)], KINDS, {}):
+        if name_inside(file).endswith(".csv"):
+            yield from rows_of_mmlu(file)
+        else:
+            yield from rows_of_file(file)
 
 
 def rows_of_mmlu(path):
     """Yields MMLU's own tables, a subject a file: the question, four choices, a letter; they have no header."""
     subject = re.sub("_(test|dev|val)$", "", path.name.partition(".")[0])
-    for place, (question, *choices, letter) in csv_rows(path, columns=6):
+    for place, row in csv_rows(path, lambda row: len(row) == 6):
+        if len(row) != 6:
+            raise ValueError(f"{place}: a table of MMLU has 6 columns, and this one {len(row)}")
+        question, *choices, letter = row
         if letter not in list("ABCD"):
             raise ValueError(f"{place}: the answer {letter!r} is none of A, B, C, D")
         yield place, dict(question=question, choices=choices, answer="ABCD".index(letter), subject=subject)
-
-
-def rows_of_parquet(path):
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError(f"{path} needs pyarrow: pip install pyarrow  (or give the data as .jsonl)") from None
-    try:
-        found = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no parquet file: {error}") from None
-    for number, row in enumerate(found, 1):
-        yield f"{path} row {number}", row
 
 
 def find(spec: str, folder: str | None) -> tuple[str, Path]:

@@ -136,10 +136,17 @@ MUTANTS = [
         "test_models.py -k 'scaled and baseline'",
     ),
     Mutant(
-        "eps of query and key norms fixed",
+        "eps of query norms fixed",
         "model_baseline.py",
         "self.q_norm = RMSNorm(D, config.norm_eps)",
         "self.q_norm = RMSNorm(D, 1e-6)",
+        "test_parity.py -k 'qwen3 and logits and plain'",
+    ),
+    Mutant(
+        "eps of key norms fixed",
+        "model_baseline.py",
+        "self.k_norm = RMSNorm(D, config.norm_eps)",
+        "self.k_norm = RMSNorm(D, 1e-6)",
         "test_parity.py -k 'qwen3 and logits and plain'",
     ),
     Mutant(
@@ -175,6 +182,13 @@ MUTANTS = [
         "model_gated.py",
         "q = q * self.wq_gate(x).view_as(q).sigmoid()",
         "q = self.q_norm(q * self.wq_gate(x).view_as(q).sigmoid())",
+        "test_gated.py -k equations",
+    ),
+    Mutant(
+        "gates after the positions",
+        "model_gated.py",
+        "q, k = self.rotate(q, k, rope)",
+        "gate = self.wq_gate(x).view_as(q).sigmoid(); q, k = self.rotate(q / gate, k, rope); q = q * gate",
         "test_gated.py -k equations",
     ),
     Mutant(
@@ -368,6 +382,13 @@ MUTANTS = [
         "test_moe.py -k perfect_balance",
     ),
     Mutant(
+        "sigmoid shares not of sum 1, of limited capacity",
+        "model_switch.py",
+        "share = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)",
+        "share = scores",
+        "test_switch.py -k perfect_balance",
+    ),
+    Mutant(
         "groups of one expert",
         "model_moe.py",
         "groups.topk(min(2, groups.size(-1))).values",
@@ -401,6 +422,13 @@ MUTANTS = [
         "torch.stack((balance, z)).detach() * load.sum()",
         "torch.stack((balance, z)).detach() * router.load.numel()",
         "test_moe.py -k metrics_are",
+    ),
+    Mutant(
+        "balance by the load of the step so far",
+        "model_moe.py",
+        "f = torch.where(total > 0, self.load / total, 1 / E)",
+        "f = torch.where(total > 0, (self.load + self.step_load) / (total + self.step_load.sum()), 1 / E)",
+        "test_train.py -k 'auxiliary_losses_do_not and moe-knobs0'",
     ),
     Mutant(
         "layers of experts as they were given",
@@ -581,6 +609,20 @@ MUTANTS = [
         "",
         "test_flops.py -k 'optimizers_flops and baseline'",
     ),
+    Mutant(
+        "a peak by a part of the name",
+        "flops.py",
+        'rows = [row for row in GPUS if name in row[0].split(" | ")]',
+        'rows = [row for row in GPUS if any(known in name for known in row[0].split(" | "))]',
+        "test_flops.py -k peak",
+    ),
+    Mutant(
+        "an optimizer that costs nothing",
+        "compare.py",
+        'of_optimizer, _ = flops.optimizer_cost(model, gpt_config(config), config["optimizer"])',
+        "pass",
+        "test_compare.py -k optimizer_s_flops",
+    ),
     # ---- training ----
     Mutant(
         "a step not finite is taken",
@@ -616,6 +658,20 @@ MUTANTS = [
         "share = own_text[i] * world_size / max(text, 1)",
         "pass",
         "test_train.py -k auxiliary_losses_do_not",
+    ),
+    Mutant(
+        "auxiliary losses by the text of one process",
+        "train.py",
+        "share = own_text[i] * world_size / max(text, 1)",
+        "share = own_text[i] / max(sum(own_text), 1)",
+        "test_train.py -k two_processes_train_experts",
+    ),
+    Mutant(
+        "padding is where targets are ignored",
+        "training/stages.py",
+        "stage.is_uneven = True",
+        "pass",
+        "test_train.py -k 'auxiliary_losses_do_not and moe-knobs2'",
     ),
     Mutant(
         "padding counts in the balance loss",
@@ -658,6 +714,27 @@ MUTANTS = [
         "bits_per_byte = text_nats / math.log(2) / size",
         "bits_per_byte = nats / math.log(2) / size",
         "test_train.py -k bits_per_byte_equal",
+    ),
+    Mutant(
+        "text that has no token counts nothing",
+        "data/tokenizers.py",
+        'plain |= tokenizer_package.unknown_ids(self._core, self._data["file"]) - {self.eot_id}',
+        "pass",
+        "test_tokenizers.py -k unknown_stands",
+    ),
+    Mutant(
+        "bits per byte of what is left of a text",
+        "training/loss.py",
+        'if shards and "text_bytes" in shards.meta:',
+        "if False:",
+        "test_eval.py -k lost_some",
+    ),
+    Mutant(
+        "an evaluation without targets",
+        "training/loss.py",
+        "if tokens == 0:",
+        "if tokens < 0:",
+        "test_train.py -k evaluation_without_any",
     ),
     Mutant(
         "a spike lowers no bar",
@@ -729,6 +806,13 @@ MUTANTS = [
         "positions.get(stage.order, {}), cells",
         "{}, cells",
         "test_stages.py -k no_stage_sees",
+    ),
+    Mutant(
+        "windows before a step, as if its batch had always been that",
+        "training/stages.py",
+        "stage.loader.go_on(step, tokens // stage.block_size)",
+        "stage.loader.go_on(step, tokens // stage.batch_tokens)",
+        "test_train.py -k with_another_batch",
     ),
     Mutant(
         "a model stays as its first stage made it",
@@ -1437,6 +1521,13 @@ MUTANTS = [
         "return tokenizer, begin_ids(file, tokenizer)",
         "return tokenizer, []",
         "test_sample.py -k published",
+    ),
+    Mutant(
+        "a rope that sharpens scores, taken for one that does not",
+        "hf.py",
+        '        "linear": dict(mscale_all_dim=None),',
+        '        "linear": dict(mscale_all_dim=1.0),',
+        "test_hf.py -k 'cannot_compute and deepseek_v3'",
     ),
     Mutant(
         "one degree of freedom too many",

@@ -134,6 +134,16 @@ def test_the_same_seed_writes_the_same_and_another_seed_the_same_held_out_proble
         assert ((tmp_path / "2" / path.name).read_bytes() == path.read_bytes()) == same
 
 
+def test_what_cannot_be_written_is_an_error_of_one_line(tmp_path, capsys):
+    for option in ("--seed=-1", "--rl=-5"):
+        with pytest.raises(SystemExit):
+            arithmetic.main(["--out", str(tmp_path / "out"), *SIZES, option])
+        assert f"{option.replace('=', ' ')}: give a number from 0" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="arithmetic.py: .*File exists"):
+        arithmetic.main(["--out", str(tmp_path / "file"), *SIZES])
+
+
 def test_prepared_for_pretraining_every_document_is_a_fact_or_a_worked_sum(folder, tmp_path):
     out = prepare(folder / "pretrain.jsonl", tokenizer=str(folder / "tokenizer.json"), out=str(tmp_path / "shards"))
     tokenizer = load_tokenizer(str(folder / "tokenizer.json"))

@@ -239,6 +239,7 @@ def test_a_solution_becomes_thinking_where_that_is_asked_for_and_thinking_goes_w
         ({"prompt": "Hi", "response": 3}, 'the field "response" is 3'),
         ({"messages": "Hi"}, "its messages are 'Hi', not a list of objects"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "the role 'tool'"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"the role \['user'\]"),
     ],
 )
 def test_a_row_that_fits_no_form_is_refused_with_its_place(row, message):
@@ -477,13 +478,15 @@ def test_problems_of_a_file_may_have_several_turns_and_no_answer(tmp_path):
         {"prompt": [user("5"), assistant("6")], "tests": "x"},
         {"prompt": "7", "answer": "8"},
         {"text": "none"},
+        {"question": "9", "answer": ["10"]},
     ]
     path = write_rows(tmp_path / "problems.jsonl", rows)
     bad = []
     found = list(problems(path, bad.append))
     assert [messages for messages, _ in found] == [rows[0]["messages"], [user("5")], [user("7")]]
     assert [row["gold"] for _, row in found] == ["4", None, "8"] and found[1][1]["tests"] == "x"
-    assert "problems.jsonl line 4: no problem" in str(bad[0]) and len(bad) == 1
+    assert "problems.jsonl line 4: no problem" in str(bad[0])
+    assert "problems.jsonl line 5: answer is ['10'], and neither a text nor a number" in str(bad[1]) and len(bad) == 2
     with pytest.raises(ValueError, match="problems.jsonl line 4"):
         list(problems(path))
 
@@ -504,6 +507,23 @@ def test_a_pair_is_the_best_and_the_worst_and_ties_are_none(tmp_path):
         scores = [completion["overall_score"] for completion in row["completions"]]
         assert chosen == [assistant(f"{row['instruction']} {max(scores)}")]
         assert rejected == [assistant(f"{row['instruction']} {min(scores)}")]
+
+
+@pytest.mark.parametrize(
+    "completions, message",
+    [
+        ('[{"response": "a", "overall_score": NINES}]', "a completion has no response with an overall_score"),
+        ('[{"response": "a", "overall_score": NaN}]', "a completion has no response with an overall_score"),
+        ('[{"response": "a", "overall_score": "good"}]', "a completion has no response with an overall_score"),
+        ("[7]", "a completion has no response with an overall_score"),
+        ("7", "completions is 7, not a list"),
+    ],
+)
+def test_completions_without_scores_are_an_error_with_their_line(tmp_path, completions, message):
+    completions = completions.replace("NINES", "9" * 400)
+    (tmp_path / "pairs.jsonl").write_text(f'\n{{"instruction": "q", "completions": {completions}}}\n')
+    with pytest.raises(ValueError, match=f"pairs.jsonl line 2: {message}"):
+        list(pairs(tmp_path / "pairs.jsonl"))
 
 
 def test_pairs_are_read_from_the_hub_and_from_rows_of_texts_and_of_messages(tmp_path, hub):
@@ -530,3 +550,7 @@ def test_the_command_shows_tokens_with_what_is_learned_in_brackets(tmp_path, mon
     assert shown.startswith("<|endoftext|>|<|im_start|>|u|s|e|r|\n|0|+|1|?|<|im_end|>|")
     assert "|a|n|t|\n|[<think>]|[\n]|[0]|" in shown and "[#]|[ ]|[1]|[<|im_end|>]|\n" in shown
     assert shown.count("tokens are learned)") == 2
+    monkeypatch.setattr(sys, "argv", ["chat.py", str(path), "--tokenizer", "byte", "--show", "-1"])
+    with pytest.raises(SystemExit):
+        chat.main()
+    assert "--show -1: give a number from 0" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ import data.prepare as prepare_module
 import data.sources as sources_module
 import data.successor as successor_module
 import data.text as text_module
-from data import bpe_training
+from data import bpe_training, token_files
 from data.bpe_training import count_words
 from data.html_text import text_of_html
 from data.prepare import main as prepare
@@ -445,7 +446,7 @@ def test_pysource_without_torch_is_a_clear_error(monkeypatch, tmp_path):
         ("a.png", b"PNG", r"a.png: can read .txt, .md, .*, .parquet and .gz or .zst of them: call it .txt"),
         ("a.csv", b"id,body\n1,x\n", r"a.csv line 2: needs a field \"text\", found \['body', 'id'\]"),
         ("a.csv", b"id,text\n1,x\n2\n", r"a.csv line 3: the first row has 2 columns, and this one 1"),
-        ("a.csv", b'text\n"a"b\n', r"a.csv line 2: no CSV"),
+        ("a.csv", b'text\n"a"b\n', r"a.csv, after line 1: no CSV"),
         ("a.csv", b"text\nfine\xe4", r"a.csv: not UTF-8 text: byte 0xe4 at offset 9"),
         ("a.html", b"<![foo]>", r"a.html: no HTML: unknown status keyword 'foo'"),
     ],
@@ -707,7 +708,7 @@ def test_pages_and_tables_in_a_folder_are_documents(tmp_path):
     (source / "b.htm.gz").write_bytes(gzip.compress(b"<p>another</p>"))
     (source / "c.csv").write_text('id,text\n1,"one, and\n""two"""\n\n2,three\n')
     (source / "d.tsv").write_text("text\tid\nfour, five\t4\n")
-    (source / "e.csv").write_text("id;text\n6;six\n")
+    (source / "e.csv").write_text("\n;\nid;text\n6;six\n;\n\n", encoding="utf-8-sig")  # as Excel saves empty rows
     assert documents_of(tmp_path, source) == ["a page", "another", "four, five", 'one, and\n"two"', "six", "three"]
 
 
@@ -1107,7 +1108,7 @@ def test_no_worker_outlives_a_run_that_is_ended_by_a_signal(tmp_path, number, to
             os.kill(int(pid), signal.SIGKILL)
 
 
-def test_data_that_other_text_made_is_never_replaced_without_being_named(tmp_path, monkeypatch, capsys):
+def test_data_that_other_text_made_is_never_replaced_without_being_named(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "__file__", str(tmp_path / "data" / "prepare.py"))
     for folder, name in (("a", "wiki.en.txt"), ("a", "wiki.de.txt"), ("b", "wiki.en.txt")):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -1119,10 +1120,35 @@ def test_data_that_other_text_made_is_never_replaced_without_being_named(tmp_pat
     with pytest.raises(SystemExit, match="wiki.en was made of .*/a/wiki.en.txt: choose another folder with --out"):
         prepare_module.main(other)
     prepare_module.main([*other, "--out", str(tmp_path / "data" / "wiki.en")])  # which names it
-    for number in ("--max_doc_tokens=-1", "--max_tokens=0", "--shard_tokens=0", "--workers=0"):
-        with pytest.raises(SystemExit):
-            prepare_module.main([*other, number])
-        assert "is not 1 or more" in capsys.readouterr().err
+    (tmp_path / "a" / "mqar.txt").write_text("called like a named set " * 99)
+    prepare_module.main([str(tmp_path / "a" / "mqar.txt"), "--tokenizer", "byte"])
+    with pytest.raises(SystemExit, match="mqar was made of .*/a/mqar.txt: choose another folder with --out"):
+        prepare_module.main(["mqar"])
+
+
+@pytest.mark.parametrize("option", ["max_doc_tokens", "max_tokens", "max_documents", "shard_tokens", "workers"])
+@pytest.mark.parametrize("number", [0, -1, 10**30])
+def test_a_number_that_cannot_be_meant_is_refused_by_the_command_and_by_the_function(tmp_path, option, number):
+    source = write_documents(tmp_path / "a.jsonl", 30)
+    message = f"--{option}={number} is not from 1 to [0-9,]+$"
+    with pytest.raises(ValueError, match=message):
+        prepare_module.prepare(source, out=str(tmp_path / "out"), tokenizer="byte", **{option: number})
+    with pytest.raises(SystemExit, match=message):
+        prepare([source, "--out", str(tmp_path / "out"), "--tokenizer", "byte", f"--{option}={number}"])
+
+
+def test_a_shard_has_no_more_tokens_than_its_header_can_count(tmp_path):
+    with pytest.raises(ValueError, match="--shard_tokens=2147483648 is not from 1 to 2,147,483,647"):
+        prepare_module.prepare("mqar", out=str(tmp_path / "out"), shard_tokens=2**31)
+
+
+def test_what_does_not_fit_the_memory_is_an_error_of_one_line(tmp_path, monkeypatch):
+    def allocate(*_, **__):
+        raise MemoryError("Unable to allocate 2.98 TiB for an array")
+
+    monkeypatch.setattr(prepare_module, "write_mqar", allocate)
+    with pytest.raises(SystemExit, match="prepare.py: Unable to allocate 2.98 TiB"):
+        prepare(["mqar", "--keys", "100_000_000", "--out", str(tmp_path / "out")])
 
 
 def test_a_file_is_of_the_split_whose_name_is_a_word_of_its_own(tmp_path):
@@ -1228,7 +1254,9 @@ def test_an_end_of_text_that_is_spelled_out_splits_documents_on_request_and_is_s
     text = "\n<|endoftext|>\n".join(documents)
     run = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "byte", "--val_fraction", "0.5"]
     (tmp_path / "a.txt").write_text(text)
-    prepare(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(text_module, "parts", partial(text_module.parts, size=10))  # none of them has a whole marker
+        prepare(run)
     assert "a.txt spells out <|endoftext|>, which stays text: --split_at_eot begins" in capsys.readouterr().err
     assert "".join(texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")) == text
     for source in (run[0], "-"):
@@ -1238,7 +1266,8 @@ def test_an_end_of_text_that_is_spelled_out_splits_documents_on_request_and_is_s
         texts = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")
         assert sorted(texts) == sorted(documents)
     (tmp_path / "a.txt").write_text("no marker " * 9)
-    prepare(run)
+    (tmp_path / "b.md").write_text(text)  # which is a document whatever is in it
+    prepare([str(tmp_path / "b.md"), *run])
     assert "spells out" not in capsys.readouterr().err
 
 
@@ -1336,6 +1365,13 @@ def test_token_files_of_nanogpt_and_build_nanogpt_become_shards_by_one_command(t
         assert np.array_equal(train.read(0, 4000), tokens[:4000]) and np.array_equal(val.read(0, 1000), tokens[4000:])
         assert (train.vocab_size, train.eot_id, train.meta["tokenizer"]) == (50257, EOT, None)
         assert train.meta["documents"] == {"train": 40, "val": 10}
+    for path in (tmp_path / "nano").glob("*.bin"):  # as of a larger vocabulary, which does not fit into 16 bits
+        np.fromfile(path, np.uint16).astype(np.uint32).tofile(path)
+    prepare([str(tmp_path / "nano"), "--out", str(tmp_path / "out")])
+    assert np.array_equal(Shards(tmp_path / "out", "train").read(0, 4000), tokens[:4000])
+    larger = [i for i in range(3, 300, 7)] + [70_000, 128_000]
+    np.array(larger, np.uint32).tofile(tmp_path / "nano" / "train.bin")
+    assert np.concatenate(list(token_files.read(tmp_path / "nano" / "train.bin", 128_256))).tolist() == larger
     with pytest.raises(
         SystemExit, match=r"train.bin: tokens from \d+ to \d+, and a vocabulary of 257: name its tokenizer"
     ):

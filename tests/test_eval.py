@@ -14,8 +14,9 @@ import torch
 import eval as evaluation
 import generate as generate_module
 import hf
+import training.load as load_module
 from data.bpe import CHAT_TOKENS
-from data.shards import write_shard
+from data.shards import PUBLISHED, write_shard
 from data.tokenizers import load_tokenizer
 from evals.scorer import Request, Scorer, evaluate_task, windows
 from evals.tasks import TASKS, Question, accuracies, boxed, final_answer, load_task, plain_math
@@ -189,7 +190,7 @@ def test_bits_per_byte_are_of_the_text_where_a_tokenizer_lost_some(run, data, tm
     assert rows[-1]["val_bits_per_byte"] == pytest.approx(trained["bits_per_byte"], rel=1e-4)
 
 
-def test_a_run_on_shards_without_a_tokenizer_has_a_loss_and_no_text(run, tmp_path, capsys):
+def test_a_run_on_shards_without_a_tokenizer_has_a_loss_and_no_text(run, tmp_path, capsys, monkeypatch):
     """As on the shards of Llama 3's tokens that are published: no file says which tokenizer they are of."""
     folder, model, _ = make_run(tmp_path / "run")
     (tmp_path / "data").mkdir()
@@ -211,6 +212,16 @@ def test_a_run_on_shards_without_a_tokenizer_has_a_loss_and_no_text(run, tmp_pat
     assert "300 tokens and no tokenizer: name its own with --tokenizer" in error_of(
         capsys, folder, "--tasks", f"m={task}"
     )
+
+    def download(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(load_module, "load_tokenizer", download)
+    monkeypatch.setitem(PUBLISHED, 2, (300, 0))  # as if they were GPT-2's, whose tokenizer is downloaded
+    got = results_of(tmp_path, folder, "--data", tmp_path / "data", "--split", "val")["loss"]["val"]
+    assert got["tokens"] == 199 and got["bits_per_byte"] is None
+    for option in (["--tokenizer", "gpt2"], ["--tasks", f"m={task}"]):
+        assert "no network" in error_of(capsys, folder, "--data", tmp_path / "data", *option)
     (tmp_path / "data" / "meta.json").unlink()  # then they are Llama 3's
     assert "128256 tokens, and the model 320" in error_of(capsys, folder, "--data", tmp_path / "data", "--split", "val")
 
@@ -463,6 +474,7 @@ MMLU_PROMPT = "Which of these, if any, is right?\nA. one\nB. two\nC. three\nD. f
         MMLU_ROW.encode("utf-8-sig"),  # as Excel saves
         MMLU_ROW.encode("utf-16"),
         (MMLU_ROW + "\r\n").encode(),
+        ("\r\n" + MMLU_ROW + ",,,,,\r\n").encode(),
         b"Which of these, if any, is right?;one;two;three;four;C\n",  # Excel where the comma is decimal
         b"Which of these, if any, is right?\tone\ttwo\tthree\tfour\tC\n",
     ],
@@ -480,7 +492,7 @@ def test_a_table_of_mmlu_is_read_as_it_was_saved(tmp_path, table):
         ("q,one,two,three,four, C", "the answer ' C' is none of"),
         ("q,one,two,three,four,CD", "the answer 'CD' is none of"),
         ("q,one,two,three,four,", "the answer '' is none of"),
-        ("q,one,two,three,C", "a row has 6 columns, and this one 5"),
+        ("q,one,two,three,C", "the first row has 6 columns, and this one 5"),
         ('"q,one,two,three,four,C', "no CSV: unexpected end of data"),
     ],
 )
@@ -533,6 +545,22 @@ def test_answers_of_triviaqa_are_compared_as_the_harness_compares_them(tmp_path)
     task, (question,) = load_task("triviaqa", jsonl(tmp_path / "t.jsonl", [row]))
     answers = {"  the v": True, "THE V": True, "The V ": False, "usa": False, " u.s a": False, "u S a ": True}
     assert {text: task.grade(text, question)["exact_match"] for text in answers} == answers
+
+
+def test_of_a_folder_as_it_is_downloaded_the_files_of_rows_are_read_and_the_others_counted(tmp_path, capsys):
+    rows = [choice_rows("hellaswag", i) for i in range(20)]
+    (tmp_path / ".cache").mkdir()
+    jsonl(tmp_path / ".cache" / "old.jsonl", rows[:1])
+    (tmp_path / "README.md").write_text("about it")
+    jsonl(tmp_path / "a.jsonl", rows[:10])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(tmp_path / "b", rows[10:]).read_bytes()))
+    (tmp_path / "b").unlink()
+    assert len(load_task("hellaswag", tmp_path)[1]) == 20
+    left_out = f"left out of {tmp_path}: 1 hidden folder, 1 .md (read are .jsonl, .json, .csv, .parquet and"
+    assert left_out in capsys.readouterr().err
+    (tmp_path / "notes.docx").touch()
+    with pytest.raises(ValueError, match="notes.docx: can read .jsonl, .json, .csv, .parquet and .gz or .zst of them"):
+        load_task("hellaswag", tmp_path / "notes.docx")
 
 
 def test_parquet_files_are_read(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import re
 import shlex
@@ -404,6 +405,19 @@ def test_a_peak_belongs_to_no_device_of_another_name():
         assert flops.peak_flops(device, "bfloat16") is None, device
 
 
+@pytest.mark.parametrize(
+    ("printed", "found"),
+    [("NVIDIA H200, Disabled", "NVIDIA H200"), ("NVIDIA GeForce RTX 4090, [N/A]", "NVIDIA GeForce RTX 4090"),
+     ("NVIDIA H200, Enabled", ""), ("NVIDIA GeForce RTX 4090 Laptop GPU, [N/A]", ""), ("", "")],
+)  # fmt: skip
+def test_the_gpu_here_counts_where_it_is_known_and_not_cut_into_slices(printed, found, tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\necho '{printed}'\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert flops.gpu_here() == found
+
+
 def test_the_name_of_the_cpu_is_cpu():
     assert flops.device_name("cpu") == "cpu" and not torch.device("cpu").index
 
@@ -576,6 +590,14 @@ def test_vocab_size_0_is_that_of_the_data_or_said_to_be_guessed(report, tmp_path
     found, lines = report(f"--data={tmp_path}/none")
     assert found["config"]["vocab_size"] == 50304
     assert lines[0] == f"{tmp_path}/none/meta.json is not here: vocab_size is taken to be 50,304"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"vocab_size": "many"}'])
+def test_a_meta_json_without_a_vocabulary_is_an_error_of_one_line(report, tmp_path, capsys, text):
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(SystemExit):
+        report(f"--data={tmp_path}")
+    assert "meta.json does not say how large the vocabulary is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("knob", ["n_expert_inner", "max_steps"])

@@ -102,7 +102,7 @@ def test_a_folder_of_many_files_and_the_rope_keys_of_transformers_5_load_alike(t
     (many / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     save_file({name: torch.zeros_like(weights[name])}, many / "consolidated.safetensors")  # no part of it
     rope = config.pop("rope_scaling") | {"rope_theta": config.pop("rope_theta")}
-    (many / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    (many / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}), "utf-8-sig")  # as of an editor
     assert hf.load(many).config == hf.load(folder).config == model.config
     assert torch.equal(hf.load(many)(tokens(1, 50)), model(tokens(1, 50)))
 
@@ -761,7 +761,7 @@ def test_every_key_of_the_tables_has_a_kind():
         assert set(keys) >= set(architecture.fields.values()) | architecture.defaults.keys() - {"qkv_bias"}
 
 
-@pytest.mark.parametrize("text", ["[1]", "5", "null", '"config"', "[" * 100_000, '{"a": 1', "\ufeff{}", "\xff"])
+@pytest.mark.parametrize("text", ["[1]", "5", "null", '"config"', "[" * 100_000, '{"a": 1', "\xff"])
 def test_a_file_that_holds_no_object_is_refused_by_its_name(text, tmp_path):
     folder, _, _ = saved(build("baseline"), tmp_path / "a")
     (folder / "model.safetensors").rename(folder / "part.safetensors")

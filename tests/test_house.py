@@ -1,6 +1,7 @@
 """The arrows between files run one way: commands, then folders, then what one copies along."""
 
 import ast
+import re
 import sys
 from functools import cache
 
@@ -68,6 +69,13 @@ def test_no_folder_imports_a_folder_that_imports_it():
 def test_there_is_no_circle_and_the_longest_chain_of_imports_is_eight_files():
     chain = max((longest_chain(name) for name in FILES), key=len)
     assert len(chain) <= 8, " -> ".join(chain)
+
+
+def test_every_command_prints_what_its_output_has_no_letters_for_as_escapes():
+    for name in FILES.keys() - MODELS:
+        text = FILES[name].read_text()
+        if name in COMMANDS or '__name__ == "__main__"' in text:
+            assert re.search(r'^ *print_any_text\(\)|reconfigure\(errors="backslashreplace"\)', text, re.M), name
 
 
 def test_our_folders_hide_no_module_that_python_has():

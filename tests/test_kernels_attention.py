@@ -105,9 +105,9 @@ def test_scores_that_exp_would_overflow_on_leave_everything_finite():
             assert (a - b).norm() < 1e-3 * b.norm()
 
 
-@pytest.mark.parametrize("std, bounds", [(36, [1.25, 1.5, 2.0, 6.0]), (400, [1.5, 2.0, 3.0, 20.0])])
+@pytest.mark.parametrize("std, bounds", [(36, [1.25, 1.3, 2.0, 5.0]), (400, [1.5, 1.5, 3.0, 25.0])])
 def test_the_error_of_dv_in_fp32_grows_with_the_scores_as_far_as_the_docs_say(std, bounds):
-    q, k, v = draw(1, 2, 1, 100, 32)
+    q, k, v = draw(1, 1, 1, 200, 64)
     given = [q * std**0.5, k * std**0.5, v]
     exact = results(kernels.flash_attention_ref, [x.double() for x in given])
     ours, theirs = (results(f, given) for f in (kernels.flash_attention, kernels.flash_attention_ref))

@@ -122,7 +122,7 @@ def test_a_dry_run_that_takes_time_refuses_what_has_no_room(work):
 def test_steps_that_take_too_long_are_refused():
     net = torch.nn.Linear(4, 4)
     stage = SimpleNamespace(loader=SimpleNamespace(batches=lambda step: [(torch.ones(1, 4), None)]),
-                            ignores_targets=False)  # fmt: skip
+                            is_uneven=False)  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dry_run, "loss_of", lambda net, x, y, stage: net(x).sum())
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
 from configurator import resolve
 from data.shards import Shards, write_shard
 from tests.test_train import (
@@ -103,7 +104,7 @@ def test_two_processes_go_through_stages_like_one(work):
 def test_a_run_with_stages_does_not_go_on_with_another_batch(work, staged):
     copy_until(staged, work / "rebatched", 12)
     message = fail(work, "rebatched", "--resume", **FIRST | dict(batch_tokens=512), stages=STAGES)
-    assert "step 12 of these stages has 6,144 tokens before it, and the run had 3,072" in message
+    assert "step 12 of these stages has 6,144 tokens before it, and the run had 3,072: go on with its stages" in message
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -196,12 +197,18 @@ def test_long_positions_are_better_after_a_stage_of_long_windows(work):
 
 
 # ---- mixtures --------------------------------------------------------------------------------------------------------
-def test_a_mixture_is_evaluated_as_a_whole_and_by_its_texts(work):
+def test_a_mixture_is_evaluated_as_a_whole_and_by_its_texts(work, monkeypatch):
     run = train(work, "mixed", data=["data:3", "more:1"], eval_tokens=800)
     row = run.evaluations[-1]
     assert abs(0.75 * row["val_loss_data"] + 0.25 * row["val_loss_more"] - row["val_loss"]) < 1e-6
     assert f"data {row['val_loss_data']:.4f} | more {row['val_loss_more']:.4f}" in run.out
     assert "epochs of data" in run.out and "epochs of more" in run.out
+    monkeypatch.chdir(work)
+    for name, share in (("data", 600), ("more", 200)):  # of eval_tokens
+        evaluation.main([str(run.folder / "latest"), "--eval_tokens", str(share), "--json", "loss.json"])
+        found = json.loads((work / "loss.json").read_text())["loss"]
+        assert found.keys() == {"data train", "data val", "more train", "more val"}
+        assert abs(found[f"{name} val"]["loss"] - row[f"val_loss_{name}"]) < 1e-6
 
 
 def test_a_resumed_mixture_needs_every_text_as_it_was(work):

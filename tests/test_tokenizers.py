@@ -20,6 +20,7 @@ import regex
 import tiktoken
 
 from data import bpe_training as trainer
+from data import sentencepiece_model as sp_model
 from data import tokenizer_json
 from data import tokenizers as ours
 from data.bpe import CHAT_TOKENS
@@ -193,6 +194,16 @@ def test_token_bytes_add_up_to_the_bytes_of_the_text(tok):
     assert all(n_bytes[i] == 0 for i in tok.special_tokens.values())
     extra = tok.kind == "sentencepiece"  # its space before the text
     assert n_bytes[tok.encode(MIXED)].sum() == len(MIXED.encode()) + extra
+
+
+def test_the_token_of_what_is_unknown_stands_for_text_although_it_is_special(tmp_path):
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "[BOS]": 1, "cat": 2}, unk_token="[UNK]"))
+    words.add_special_tokens(["[UNK]", "[BOS]"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    tok = load_tokenizer(str(tmp_path / "tokenizer.json"), eot="[BOS]")
+    assert tok.encode("dog") == [0] and tok.token_bytes().tolist() == [5, 0, 3]
 
 
 def test_ids_that_stand_for_nothing_are_an_error(tok):
@@ -545,6 +556,8 @@ ADDED = {
     "words of a fine-tuned GPT-2": [("<gene>", False, True), ("COVID-19", False, True), ("\u00e9t\u00e9", False, True)],
     "thoughts of Qwen3": [("<think>", False, False), ("<|im_end|>", True, False), ("<|im_end|> ", False, False)],
     "a word that merges make": [("self", False, False)],
+    "letters, which are bytes too": [("b", False, False), ("x", False, True)],
+    "letters that NFC composes": [("e\u0301te\u0301", False, True)],
 }
 
 
@@ -715,9 +728,18 @@ def test_a_malformed_tokenizer_json_is_refused_with_its_file_and_its_key(keys, t
 def test_a_tokenizers_file_that_holds_no_object_is_refused_by_its_name(text, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=f"{name} is "):
+        with pytest.raises(ValueError, match=f"{name}( is |: not JSON)"):
             load_tokenizer(str(tmp_path / "tokenizer.json"))
         save_hugging_face(tmp_path, "gpt2")
+
+
+def test_a_byte_order_mark_before_a_tokenizers_files_is_no_part_of_them(tmp_path):
+    path = save_hugging_face(tmp_path, "gpt2", added=["<s>", "<a>"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    expected = load_tokenizer(str(path)).to_dict()
+    for file in tmp_path.iterdir():
+        file.write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert load_tokenizer(str(path)).to_dict() == expected and expected["eot"] == "<s>"
 
 
 def test_a_malformed_tokenizer_of_ours_is_refused_by_what_is_wrong(bpe):
@@ -950,6 +972,13 @@ def test_a_folder_is_trained_on_and_a_set_that_is_no_text_is_refused(tmp_path, m
     assert len(tok.encode("one two three four")) < 8
     with pytest.raises(SystemExit, match="mqar is no text"):
         train_here(monkeypatch, "mqar", "--out", tmp_path / "y.json")
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "one"}]))  # its keys and brackets would be trained on
+    with pytest.raises(SystemExit, match="rows.json: can read .txt, .*: call it .txt if it is plain text"):
+        train_here(monkeypatch, tmp_path / "rows.json", "--out", tmp_path / "y.json")
+
+
+def test_sentencepiece_is_not_trained_on_the_marks_between_documents():
+    assert list(sp_model.lines([f"one\n{EOT}\ntwo{EOT}three"])) == ["one", "two", "three"]
 
 
 def run_train(*args):
@@ -972,7 +1001,7 @@ def test_the_command_writes_the_same_file_again_whatever_the_workers(tmp_path, f
         "special_tokens": {EOT: 498, "<s>": 499} | {t: 500 + i for i, t in enumerate(CHAT_TOKENS)}
     }
     out.write_bytes(written[0][:-100])
-    with pytest.raises(ValueError, match="bpe.json is no JSON .*cut short"):
+    with pytest.raises(ValueError, match="bpe.json: not JSON: Unterminated string"):
         load_tokenizer(f"bpe:{out}")
 
 
@@ -1021,14 +1050,16 @@ def test_sentencepiece_that_cannot_be_trained_so_is_an_error_that_says_why(tmp_p
         (b"abc", ["--vocab_size", "256"], "vocab_size=256 must be more than 256 bytes + 1 special tokens"),
         (b"a\xff", [], "x.txt: not UTF-8 text: byte 0xff at offset 1"),
         (b"abc", ["--special_tokens", "a b"], "must not be empty or have spaces inside: ['a b']"),
-        (None, [], "x.txt: cannot be read: No such file"),
+        (b"abc", ["--vocab_size", "-1"], "--vocab_size -1: give a number from 1"),
+        (b"abc", ["--workers", "0"], "--workers 0: give a number from 1"),
+        (None, [], "x.txt: there is no such file, and no set of this name"),
     ],
 )
 def test_bad_input_to_training_is_an_error_that_says_what_to_do(tmp_path, content, options, message):
     if content is not None:
         (tmp_path / "x.txt").write_bytes(content)
     done = run_train(tmp_path / "x.txt", "--workers", 1, "--out", tmp_path / "out.json", *options)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "out.json").exists()
+    assert done.returncode and "Traceback" not in done.stderr and not (tmp_path / "out.json").exists()
     pattern = message if ".*" in message else regex.escape(message)
     assert regex.search(pattern, done.stderr), done.stderr
 

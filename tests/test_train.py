@@ -26,12 +26,14 @@ import torch.nn.functional as F
 
 import hf
 import model_baseline
+from configurator import resolve
 from data.loader import Loader
 from data.shards import Shards, write_shard
 from data.tokenizers import load_tokenizer
 from tests.tiny import ROOT, TINY
 from training import checkpoint, pictures, signals
 from training.signals import DIVERGED
+from training.stages import Plan
 from training.stored import Stored
 
 FORK = get_context("forkserver")  # forks of a process that has imported all this: a run starts in a tenth of the time
@@ -390,8 +392,9 @@ def test_losses_do_not_depend_on_micro_batch_or_the_number_of_processes(work, ma
 
 @pytest.mark.xdist_group("processes")
 def test_two_processes_train_experts_like_one(work):
-    """The loads that balance loss and biases go by are those of all processes."""
+    """The loads that balance loss and biases go by are those of all processes, and so are targets and padding."""
     knobs = dict.fromkeys(SIZES) | TINY["moe"] | dict(block_size=32, vocab_size=0, bias_rate=0.01, micro_batch=8)
+    knobs |= dict(document_mask=True, mask_document_crossing=True, z_loss=0.1)
     config = ROOT / "config" / "train_moe.py"
     one = train(work, "experts1", config, **knobs)
     results = [finish(*run) for run in together(work, 2, config, out_dir="experts2", **knobs)]
@@ -834,8 +837,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(work, base):
 
 def test_a_finished_run_resumed_does_nothing_and_with_more_steps_goes_on(work, base):
     copy_until(base, work / "longer", 30)
-    assert same(train(work, "longer", "--resume", **LONG), base, 30)
-    longer = train(work, "longer", "--resume", **LONG | dict(max_steps=32, learning_rate=1e-3))
+    again = train(work, "longer", "--resume", **LONG)
+    assert same(again, base, 30) and "another order" not in again.out
+    longer = train(work, "longer", "--resume", **LONG | dict(max_steps=32, learning_rate=1e-3, seed=2))
+    assert "so the text comes in another order" in longer.out
     assert [row["step"] for row in longer.steps] == list(range(1, 33))
     assert "changed since the checkpoint: learning_rate: 0.005 -> 0.001" in longer.out
     assert abs(longer.steps[-1]["lr"] - 5e-4 * (1 + math.cos(math.pi * 28 / 29))) < 1e-12
@@ -937,18 +942,37 @@ def test_a_run_that_goes_on_with_another_batch_says_so_and_sees_the_windows_that
     copy_until(base, work / "rebatched", 10)
     run = train(work, "rebatched", "--resume", **LONG | dict(batch_tokens=512, max_steps=12))
     assert "10 steps had 2,560 tokens, and the batch is another now: 2 steps are left" in run.out
-    shards = Shards(work / "data", "train")
-    loader = Loader(shards, 32, 8, seed=1)
-    resumed = Loader(shards, 32, 16, seed=1)
-    resumed.go_on(10, 80)
-    assert resumed.windows(10) == loader.windows(10) + loader.windows(11)
+    assert run.steps[-1]["tokens"] == 2560 + 2 * 512
+    begun, resumed = (plan_of(work, batch_tokens=n) for n in (256, 512))
+    resumed.go_on(10, 2560)
+    assert pieces_of(resumed, 10) == pieces_of(begun, 10) + pieces_of(begun, 11)
 
 
-@pytest.mark.parametrize("knob", [dict(mask_document_crossing=True), dict(pack="documents", document_mask=True)])
-def test_auxiliary_losses_do_not_depend_on_micro_batch_where_targets_are_ignored(work, knob):
-    """Windows have unequal numbers of targets, and of padding; balance and z-loss are means over all other tokens."""
-    sizes = dict.fromkeys(SIZES) | TINY["moe"] | dict(block_size=32, vocab_size=0, balance_loss=0.5, z_loss=0.1)
-    knobs = sizes | dict(model="moe", max_steps=4) | knob
-    whole, parts = (train(work, f"{[*knob][0]} {n}", micro_batch=n, **knobs) for n in (8, 1))
-    for key in ("loss", "grad_norm"):
+def plan_of(work, **knobs):
+    knobs = KNOBS | dict(data=work / "data") | knobs
+    config = resolve(ROOT / "train.py", [f"--{key}={value}" for key, value in knobs.items()])
+    plan = Plan(config, ROOT / "train.py", model_baseline.GPTConfig)
+    plan.lay_out(config["max_steps"], rank=0, world_size=1, device="cpu")
+    return plan
+
+
+def pieces_of(plan, step):
+    return [window.pieces for window in plan.at(step).loader.windows(step)]
+
+
+@pytest.mark.parametrize(
+    ("model", "knobs"),
+    [
+        ("moe", {}),
+        ("moe", dict(mask_document_crossing=True)),
+        ("moe", dict(document_mask=True)),  # a document that begins with a window's last token is padding
+        ("switch", dict(document_mask=True, pack="documents")),
+    ],
+)
+def test_auxiliary_losses_do_not_depend_on_micro_batch(work, model, knobs):
+    """Windows may have unequal numbers of targets, and of padding: balance and z-loss are means over all else."""
+    sizes = dict.fromkeys(SIZES) | TINY[model] | dict(block_size=32, vocab_size=0, balance_loss=0.5, z_loss=0.1)
+    knobs = sizes | dict(model=model, max_steps=4) | knobs
+    whole, parts = (train(work, f"auxiliary {n}", "--overwrite", micro_batch=n, **knobs) for n in (8, 1))
+    for key in ("loss", "grad_norm", "balance_loss", "z_loss"):
         assert close([row[key] for row in whole.steps], [row[key] for row in parts.steps]), key

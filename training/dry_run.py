@@ -150,7 +150,7 @@ def line(seconds: list[float], max_steps: int) -> str:
 
 
 def loss_of(net, x, y, stage):
-    if stage.ignores_targets:
+    if stage.is_uneven:
         losses, auxiliary = net(x, y, per_token=True)
         return losses.sum() + auxiliary
     return net(x, y)

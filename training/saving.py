@@ -7,6 +7,9 @@ from distributed.processes import fail, on_first, rank
 from training import atomic, checkpoint, run_folder
 from training.disk import CheckpointError, read_json
 
+# The knobs by which the order of the text goes.
+ORDER = ("seed", "block_size", "pack", "long_documents", "document_start_probability")
+
 
 class Saver:
     """Saves steps of a run. On a full disk a run that has steps left goes on: what was saved before stays."""
@@ -106,6 +109,8 @@ def go_on_from(path: Path, model, optimizer, scaler, config: dict, identity: dic
     before = checkpoint.load_config(path)
     for line in checkpoint.changed_keys(before, config):
         say(f"changed since the checkpoint: {line}")
+    if any(before["knobs"].get(key) != config["knobs"].get(key) for key in ORDER):
+        say("so the text comes in another order: within this epoch some of it comes twice, and some not at all")
     optimizer_then = before["knobs"]["optimizer"]
     if optimizer_then != config["knobs"]["optimizer"]:
         raise ValueError(f"{path} has the state of optimizer={optimizer_then}: resume with that")

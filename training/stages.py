@@ -50,7 +50,8 @@ class Stage:
         # Stages of one order go on where the one before stopped; packed windows of each size have their own.
         self.order = "stream" if self.pack == "stream" else self.block_size
         learns_all = all(shards.learns_all for shards, _ in texts)
-        self.ignores_targets = self.mask_document_crossing or self.pack == "documents" or not learns_all
+        ignores_targets = self.mask_document_crossing or self.pack == "documents" or not learns_all
+        self.is_uneven = ignores_targets  # windows have unequal numbers of what the losses are means over
 
     @property
     def val_names(self) -> list[str]:
@@ -181,6 +182,8 @@ class Plan:
                 stage.fields["eot_id"] = eot_id
             with naming(stage.when):
                 stage.model_config = GPTConfig(**stage.fields)
+            if hasattr(GPT, "padding") and stage.model_config.eot_id >= 0:  # an empty document is padding to it
+                stage.is_uneven = True
         if len(self.stages) == 1:
             return
         shapes = shapes_of(GPT, self.stages[0].model_config)
@@ -230,7 +233,8 @@ class Plan:
         if len(self.stages) > 1:
             planned = self.tokens_before(step)
             raise ValueError(
-                f"step {step} of these stages has {planned:,} tokens before it, and the run had {tokens:,}"
+                f"step {step} of these stages has {planned:,} tokens before it, and the run had {tokens:,}: "
+                "go on with its stages and its batch_tokens"
             )
         stage = self.stages[0]
         stage.loader.go_on(step, tokens // stage.block_size)
