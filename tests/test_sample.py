@@ -512,7 +512,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 def test_a_vocabulary_without_room_for_a_token_that_begins_documents_is_said_to_have_none(tmp_path):
     hf.save(build("baseline", vocab_size=602), tmp_path / "hf")
     save_hugging_face(tmp_path / "hf", "gpt2", added=["<begin>", "<end>"])
-    assert "and the model 602: no room for <|endoftext|>: give config.json the eos_token_id" in error_of(tmp_path / "hf")
+    assert "the model 602: no room for <|endoftext|>: give config.json the eos_token_id" in error_of(tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     (tmp_path / "hf/config.json").write_text(json.dumps(config | dict(eos_token_id=601)))
     _, tokenizer, _ = load(tmp_path / "hf")
