@@ -40,8 +40,9 @@ def load(
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     weights_in = getattr(torch, dtype)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder: give a run's, a checkpoint's, or a Hugging Face model's")
+    if not (path / "config.json").exists() and not checkpoint.folders(path):
+        kinds = "a run's folder, a checkpoint's, or that of a Hugging Face model, with its config.json"
+        raise FileNotFoundError(f"no model in {path}: give {kinds}")
     if is_from_hugging_face(path):
         model = hf.load(path, device, weights_in)
     else:
