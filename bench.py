@@ -17,6 +17,8 @@ and the median of the rounds' ratios counts. What each command does is a file of
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +38,9 @@ from benchmarks import (
     workload,
 )
 from data.text import print_any_text
+from training import output
+from training.arguments import Parser, number
+from training.knobs import find_device
 
 ROOT = Path(__file__).resolve().parent
 # Each has RESULT, the name of its files; measure(arguments) -> results; markdown(result) -> its tables; and where there
@@ -52,13 +57,12 @@ BENCHMARKS = {
     "rollout": rollout,
     "posttrain": posttrain,
 }
-LEAST = {"rounds": 1, "tokens": 1, "batch": 1, "prompt": 1, "new": 2, "steps": 1}
+SIZE = number("[1, 1e9]")
+SEED = number("[0, 4294967295]")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", default=str(ROOT / "results"), help="where the results go")
     parser.add_argument("--data", default=str(ROOT / "data/shakespeare"), help="a folder that data/prepare.py made")
     parser.add_argument("--device", default="auto", help="cuda or cpu; auto: cuda if it is there")
@@ -68,19 +72,19 @@ def make_parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
 
     command = add_command("shakespeare", "steps and seconds to a validation loss")
-    command.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    command.add_argument("--seeds", type=SEED, nargs="+", default=[1, 2, 3])
 
     command = add_command("train", "training tokens/s, MFU and memory")
     add_rounds(command, 9)
     add_config(command)
-    command.add_argument("--tokens", type=int, default=4096, help="at least so many in each turn")
+    command.add_argument("--tokens", type=SIZE, default=4096, help="at least so many in each turn")
 
     command = add_command("decode", "tokens/s of prefill and decoding, bandwidth and memory")
     add_rounds(command, 9)
     add_config(command)
-    command.add_argument("--batch", type=int, default=1, help="sequences at once")
-    command.add_argument("--prompt", type=int, default=128, help="tokens")
-    command.add_argument("--new", type=int, default=64, help="tokens to generate")
+    command.add_argument("--batch", type=SIZE, default=1, help="sequences at once")
+    command.add_argument("--prompt", type=SIZE, default=128, help="tokens")
+    command.add_argument("--new", type=number("[2, 1e9]"), default=64, help="tokens to generate")
     command.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     command.add_argument("--compile", action="store_true", help="measure a compiled step too (always on a GPU)")
 
@@ -93,17 +97,17 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(data="data/stdlib")
 
     command = add_command("loader", "the loader's share of a step, and its memory")
-    command.add_argument("--steps", type=int, default=200)
+    command.add_argument("--steps", type=SIZE, default=200)
 
     add_rounds(add_command("rollout", "sampling for reinforcement learning, with a cache and without"), 5)
 
     command = add_command("posttrain", "from nothing to a model that thinks when told to")
-    command.add_argument("--seeds", type=int, nargs="+", default=[1], help="of all that follows pretraining")
+    command.add_argument("--seeds", type=SEED, nargs="+", default=[1], help="of all that follows pretraining")
     return parser
 
 
 def add_rounds(command, rounds):
-    command.add_argument("--rounds", type=int, default=rounds, help="times that all which is compared takes its turn")
+    command.add_argument("--rounds", type=SIZE, default=rounds, help="times that all which is compared takes its turn")
 
 
 def add_config(command):
@@ -118,11 +122,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         args.config += knobs
     elif knobs:
         parser.error(f"unknown arguments: {' '.join(knobs)}")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}, but torch {torch.__version__} sees no CUDA device: try --device cpu")
-    for name, least in LEAST.items():
-        if getattr(args, name, least) < least:
-            parser.error(f"--{name} {getattr(args, name)}: try {least} or more")
     return args
 
 
@@ -144,10 +143,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     torch.set_float32_matmul_precision("high" if torch.cuda.is_available() else "highest")  # as train.py
     benchmark = BENCHMARKS[args.command]
-    label = workload.label_of(getattr(args, "config", []))
-    for result in benchmark.measure(args):
-        save(benchmark, result, label, Path(args.out))
+    try:
+        with output.errors_in_one_line():
+            find_device(args.device)
+            label = workload.label_of(getattr(args, "config", []))
+            for result in benchmark.measure(args):
+                save(benchmark, result, label, Path(args.out))
+    except subprocess.CalledProcessError as error:  # a run of train.py, which has said why
+        sys.exit(error.returncode)
 
 
 if __name__ == "__main__":
+    output.outlast_readers()
     main()

@@ -38,7 +38,8 @@ from benchmarks import comparison, timing, verdicts
 from configurator import resolve
 from data.shards import Shards
 from data.text import print_any_text
-from training import run_folder
+from training import output, run_folder
+from training.arguments import Parser, not_empty, number
 from training.disk import read_json
 from training.knobs import check
 from training.signals import DIVERGED
@@ -48,7 +49,7 @@ TRAIN = ROOT / "train.py"
 MORE_RATES = 2  # at most, beyond the ends of the sweep
 EVALUATIONS = 5  # of a run
 MATCHES = ("flops", "flops_per_token", "parameters")
-OWN_KNOBS = ("--seed", "--max_steps", "--out_dir")  # what the comparison sets for each run
+OWN_KNOBS = {"seed", "max_steps", "out_dir", "eval_every", "save_every", "keep_last"}  # it sets them for each run
 NOT_COMPARED = ("eot_id", "out_dir", "data")  # a finished run may have moved, and its data have a fingerprint
 FROM_LENGTH = ("max_steps", "eval_every", "save_every")
 
@@ -76,20 +77,15 @@ class Run(NamedTuple):
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-def number(text):
-    """Returns a finite number above 0; argparse names the option of another one."""
-    x = float(text)
-    if not 0 < x < math.inf:
-        raise ValueError(text)
-    return x
+above_0 = number("(0, 1e30]", float)
 
 
 def numbers(text):
-    return [number(x) for x in text.split(",")]
+    return [above_0(x) for x in text.split(",")]
 
 
 def folder(text):
-    return str(Path(text).expanduser())
+    return str(Path(not_empty(text)).expanduser())
 
 
 def yes_or_no(text):
@@ -99,9 +95,7 @@ def yes_or_no(text):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--models", default="baseline", help="variants, with commas; the first is what the others are compared with")
     add("--vary", metavar="KNOB=A,B,...", help="the values of one knob as variants of the model, or of MODEL.KNOB")
@@ -110,19 +104,21 @@ def parse_arguments(argv):
     add("--match_optimizer", type=yes_or_no, nargs="?", default=True, const=True, metavar="False",
         help="count the optimizer's FLOPs of each step, too (%(default)s)")  # fmt: skip
     add("--knob", help="which knob to solve (default: a width that the variant has)")
-    add("--budget", type=number, default=1e13, help="training FLOPs of a run; with another match, of the first variant")
+    about_budget = "training FLOPs of a run; with another match, of the first variant"
+    add("--budget", type=above_0, default=1e13, help=about_budget)
     add("--budgets", type=numbers, help="several budgets: curves of loss against size at each (isoflop)")
     add("--sizes", help="the sizes for --budgets, with commas: KNOB=VALUE:KNOB=VALUE,...")
-    add("--seeds", type=int, default=3, help="runs at the best learning rate, each with another seed; a third as many "
-        "try each of the rates before")  # fmt: skip
+    add("--seeds", type=number("[1, 1000]"), default=3, help="runs at the best learning rate, each with another seed; "
+        "a third as many try each of the rates before")  # fmt: skip
     add("--lrs", type=numbers, default="0.5,1,2", help="the learning rates to try, as multiples of the config's")
-    add("--data", help="a folder that data/prepare.py made (default: the config's)")
+    add("--data", type=not_empty, help="a folder that data/prepare.py made (default: the config's)")
     add("--out_dir", type=folder, default="out/compare", help="the runs, one folder each")
-    add("--jobs", type=int, default=1, help="runs at once: each gets its share of the cores, and one of the GPUs")
+    about_jobs = "runs at once: each gets its share of the cores, and one of the GPUs"
+    add("--jobs", type=number("[1, 1000]"), default=1, help=about_jobs)
     add("--results", type=folder, help="where the result goes: FILE.json, FILE.md and FILE.png (default: "
         "OUT_DIR/comparison)")  # fmt: skip
     add("--title", default="Variants at equal compute")
-    add("--rounds", type=int, default=5, help="of measuring the speed; 0: leave it out")
+    add("--rounds", type=number("[0, 1e9]"), default=5, help="of measuring the speed; 0: leave it out")
     args, more = parser.parse_known_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     args.more = more
@@ -130,16 +126,19 @@ def parse_arguments(argv):
         args.more = [str(ROOT / "config/compare_cpu.py"), *more]
     if args.results is None:
         args.results = f"{args.out_dir}/comparison"
-    if args.seeds < 1 or args.jobs < 1:
-        parser.error(f"--seeds {args.seeds} --jobs {args.jobs}: give numbers above 0")
     args.sweep_seeds = verdicts.sweep_seeds(len(args.lrs), args.seeds)
     args.compared_seeds = range(args.sweep_seeds + 1, args.sweep_seeds + args.seeds + 1)
     if bool(args.budgets) != bool(args.sizes):
         parser.error("--budgets and --sizes go together")
-    fixed = [word for word in args.more if word.partition("=")[0] in OWN_KNOBS]
-    if fixed:
-        parser.error(f"{' '.join(fixed)}: compare.py sets these itself, by --seeds, --budget and --out_dir")
+    check_knobs(args.more)
     return args
+
+
+def check_knobs(words):
+    """Raises ValueError where knobs, each given as "--KNOB=VALUE" or "KNOB=VALUE", would be lost."""
+    fixed = [word for word in words if word.removeprefix("--").partition("=")[0] in OWN_KNOBS]
+    if fixed:
+        raise ValueError(f"{' '.join(fixed)}: compare.py sets these itself, by --seeds, --budget and --out_dir")
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -157,6 +156,7 @@ def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant
     """Returns the variant of this name. like: the one whose tokens it gets, and whose cost a token or parameters."""
     # 1. its knobs
     model, *knobs = name.split(":")
+    check_knobs(knobs)
     arguments = [*args.more, f"--model={model}", *(f"--{knob}" for knob in knobs)]
     if args.data:
         arguments.append(f"--data={args.data}")
@@ -337,7 +337,7 @@ def is_finished(run: Run) -> bool:
 
 
 def train(run: Run, slots: SimpleQueue, jobs: int, processes: list) -> Run:
-    """Runs train.py to its end, or goes on with it. slots: the free ones of the jobs. RuntimeError where it fails."""
+    """Runs train.py to its end, or goes on with it; ChildProcessError where it fails. slots: the free ones of jobs."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, TRAIN, *run.variant.arguments, *as_arguments(options(run))]
     if run_folder.exists(run.folder):
@@ -361,7 +361,7 @@ def train(run: Run, slots: SimpleQueue, jobs: int, processes: list) -> Run:
         printed = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
         errors = [line for line in printed if line.startswith("error: ")]
         last = (errors or printed or [""])[-1]
-        raise RuntimeError(f"{run.folder} ended with code {code}; in {log}: {last}")
+        raise ChildProcessError(f"{run.folder} ended with code {code}; in {log}: {last}")
     return run
 
 
@@ -577,21 +577,18 @@ def compare(args) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     print_any_text()
-    args = parse_arguments(argv)
-    results = [Path(f"{args.results}.{kind}") for kind in ("json", "md", "png")]
     try:
-        folder = results[0].parent
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"--results {args.results}: {folder} cannot be written to: choose another folder")
-        result = compare(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with output.errors_in_one_line():
+            args = parse_arguments(argv)
+            json_file, markdown_file, picture = [Path(f"{args.results}.{kind}") for kind in ("json", "md", "png")]
+            folder = json_file.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise ValueError(f"--results {args.results}: {folder} cannot be written to: choose another folder")
+            result = compare(args)
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    json_file, markdown_file, picture = results
     json_file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     markdown_file.write_text(comparison.markdown(result))
     comparison.plot(result, picture)
@@ -599,4 +596,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    output.outlast_readers()
     main()

@@ -2,9 +2,9 @@
 
     python train.py config/x.py config/y.py --learning_rate=3e-4 --compile        (a bare --flag is --flag=True)
 
-A knob is a plain value that the script assigns above that call, one a line with a comment. Where one is called `model`,
-every field of model_<model>.GPTConfig is a knob too. The later wins: GPTConfig, script, config files in order, command
-line.
+A knob is a plain value that the script assigns above that call, one a line with a comment; a name in capitals is none.
+Where one is called `model`, every field of model_<model>.GPTConfig is a knob too. The later wins: GPTConfig, script,
+config files in order, command line.
 A config file is Python and is run, with every knob's value so far as a global: run only files you trust.
 `where_present = dict(n_inner=512, kv_rank=64)` in it sets what the chosen model has, and names what it skips: the one
 way in which a knob may be unknown.
@@ -22,25 +22,33 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 SIMPLE = (bool, int, float, str, list, dict, tuple, type(None))
-RANGES = {  # where the numbers lie that can be meant, by knob; [ and ] belong to it, ( and ) do not
-    "[1, inf)": "block_size n_layer n_head n_kv_head head_dim n_embd n_inner n_expert n_expert_per_token "
-    "n_expert_inner window n_slot key_block n_local_block top_k_block n_index_head index_dim index_topk decay_rank "
-    "max_steps batch_tokens micro_batch muon_steps max_skipped eval_every save_every log_every timeout "
-    "group_size problems_per_step problems_per_round pairs_per_step max_new_tokens rollout_rows updates_per_batch",
+MOST = 2**31 - 1  # of an integer
+# Where the numbers lie that can be meant, by knob; [ and ] belong to it, ( and ) do not. What stands neither here nor
+# in the knob's own annotation, as Annotated[float, "[-1, 1]"], is 0 or more, or not below a default that is negative.
+RANGES = {
+    f"[1, {MOST}]": "block_size n_head n_kv_head head_dim n_embd n_inner n_expert n_expert_per_token n_expert_inner "
+    "moe_every n_group n_group_per_token window n_slot key_block n_local_block top_k_block n_index_head index_dim "
+    "index_topk decay_rank kv_rank nope_dim rope_dim v_dim n_key_head n_value_head key_dim value_dim conv_kernel "
+    "max_steps batch_tokens micro_batch max_skipped eval_every save_every log_every timeout group_size "
+    "problems_per_step problems_per_round pairs_per_step max_new_tokens rollout_rows updates_per_batch",
+    "[1, 1000]": "n_layer muon_steps",  # each takes its time
     "[0, 4294967295]": "seed",  # 32 bits, which every generator takes
-    "[0, inf)": "vocab_size warmup_steps lr_batch_tokens min_lr weight_decay grad_clip eval_tokens keep_last "
-    "keep_every sample_every minutes norm_eps logit_softcap attention_softcap n_global_token init_std n_shared_expert "
-    "n_dense_layer q_rank block_stride n_global_block balance_loss z_loss bias_rate think_budget clip_high beta "
-    "log_samples eval_problems eval_samples online nll_coef centering best_of",
-    "(0, inf)": "learning_rate rope_theta local_rope_theta rope_factor temperature",
+    "(0, 10]": "learning_rate init_std",
+    "(0, 100]": "gate_scale",
+    "[1, inf)": "rope_theta local_rope_theta",
+    "[0.01, 100]": "temperature",
+    "[0.01, inf)": "rope_factor",
     "[0, 1)": "ema beta1 beta2 muon_momentum dropout router_jitter",
     "[0, 1]": "decay_fraction document_start_probability clip_low",
-    "[0, 0.5]": "label_smoothing",
+    "(0, 1]": "rotary_fraction norm_eps",
+    "[0, 0.5)": "label_smoothing",
 }
+FLOAT32 = (1.2e-38, 3.4e38)  # the sizes of its numbers, beside 0: a smaller one would become 0, a larger one infinite
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 
 
@@ -51,6 +59,7 @@ class Knob:
     default: object
     kinds: set  # names of the types that it takes, "None" among them; empty: any type
     choices: tuple  # the values of its Literal; empty: any value of these types
+    interval: str  # where its numbers lie, as RANGES has it
     comment: str
     group: str  # the comment line above the knobs that it stands with
 
@@ -66,6 +75,21 @@ def type_name(value):
     if value is None:
         return "None"
     return type(value).__name__
+
+
+@contextmanager
+def mistakes_named(path):
+    """Turns what the user's Python in a file raises into one line with the file and the line."""
+    try:
+        yield
+    except SyntaxError as error:
+        fail(f"{error.filename} line {error.lineno}: {error.msg}")
+    except Exception as error:
+        place = path
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == path:
+                place = f"{path} line {frame.lineno}"
+        fail(f"{place}: {type(error).__name__}: {error}")
 
 
 # ---- what knobs there are -------------------------------------------------------------------------------------------
@@ -98,18 +122,21 @@ def read_knobs(path, defaults, class_name=None):
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in defaults:
                 default = defaults[node.id]
-                kinds, choices = kinds_and_choices(statement, default)
-                knobs[node.id] = Knob(default, kinds, choices, comment, group)
+                kinds, choices, interval = kinds_choices_and_interval(statement, default)
+                interval = interval or interval_of(node.id, default)
+                knobs[node.id] = Knob(default, kinds, choices, interval, comment, group)
     return knobs
 
 
-def kinds_and_choices(assignment, default):
-    """Returns the names of the types that a knob takes, and the values of its Literal, by its annotation and default.
+def kinds_choices_and_interval(assignment, default):
+    """Returns what a knob's annotation and default say: names of the types that it takes, the values of its Literal,
+    and the interval of its Annotated.
 
     bool | Literal["auto"] takes bools, and of the strings "auto" alone.
     """
     kinds = set()
     choices = ()
+    interval = ""
     if isinstance(assignment, ast.AnnAssign):
         parts = [assignment.annotation]
         while isinstance(parts[-1], ast.BinOp):  # a | b | c is (a | b) | c
@@ -117,7 +144,11 @@ def kinds_and_choices(assignment, default):
             parts += [union.right, union.left]
         for part in parts:
             name = ast.unparse(part).split("[")[0]  # list[int] is a list
-            if name == "Literal":
+            if name == "Annotated":
+                kind, text = part.slice.elts
+                kinds.add(kind.id)
+                interval = text.value
+            elif name == "Literal":
                 choices = ast.literal_eval(part.slice)
                 choices = choices if isinstance(choices, tuple) else (choices,)
                 kinds.update(type_name(choice) for choice in choices)
@@ -125,7 +156,18 @@ def kinds_and_choices(assignment, default):
                 kinds.add(name)
     if kinds or default is not None:  # a bare None says nothing about what else the knob takes
         kinds.add(type_name(default))
-    return kinds, choices
+    return kinds, choices, interval
+
+
+def interval_of(key, default):
+    """Returns where the numbers of a knob lie, by its name, or else by its default."""
+    for interval, names in RANGES.items():
+        if key in names.split():
+            return interval
+    if not isinstance(default, int | float):
+        return "(-inf, inf)"
+    high = f"{MOST}]" if isinstance(default, int) else "inf)"
+    return f"[{min(default, 0)}, {high}"
 
 
 def model_files():
@@ -155,14 +197,17 @@ def run_config_class(path, changed):
     The file is run as far as there, and not what it imports of torch, which takes seconds: a GPTConfig is plain numbers
     and text.
     """
-    statements = []
-    for statement in ast.parse(path.read_bytes()).body:
-        if not re.match(r"(import|from) torch\b", ast.unparse(statement)):
-            statements.append(statement)
-        if getattr(statement, "name", None) == "GPTConfig":
-            break
-    found = {"__name__": __name__}
-    exec(compile(ast.Module(statements, []), str(path), "exec"), found)
+    with mistakes_named(str(path)):
+        statements = []
+        for statement in ast.parse(path.read_bytes(), str(path)).body:
+            if not re.match(r"(import|from) torch\b", ast.unparse(statement)):
+                statements.append(statement)
+            if getattr(statement, "name", None) == "GPTConfig":
+                break
+        found = {"__name__": __name__}
+        exec(compile(ast.Module(statements, []), str(path), "exec"), found)
+    if not dataclasses.is_dataclass(found.get("GPTConfig")):
+        fail(f"{path} has no dataclass GPTConfig, whose fields are a model's knobs")
     return found["GPTConfig"]
 
 
@@ -175,6 +220,8 @@ def model_knobs(name):
     config, path = config_class(name)
     defaults = {}
     for field in dataclasses.fields(config):
+        if field.default is field.default_factory is dataclasses.MISSING:
+            fail(f"{path}: GPTConfig.{field.name} has no default")
         if field.default_factory is dataclasses.MISSING:
             defaults[field.name] = field.default
         else:
@@ -190,7 +237,7 @@ class Namespace(dict):
 
     def __init__(self, script_knobs, options, starting_from):
         self.script_knobs = script_knobs
-        self.options = options  # {knob: text}, of the command line
+        self.options = options  # {knob: text}, of the command line; True for a bare flag
         self.starting_from = starting_from
         self.given = {}  # {name: value}, as config files have set them
         self.file_of = {}  # {name: the config file that set it last}
@@ -200,35 +247,49 @@ class Namespace(dict):
 
     def choose_model(self):
         """Adds the knobs of the chosen model: the command line's choice, or the files' so far, or the script's."""
-        said = self.given | self.options
         start = {}
-        if self.starting_from and said.get("init_from"):
-            start = self.starting_from(said["init_from"])
+        if self.starting_from and self.said("init_from"):
+            start = self.starting_from(self.said("init_from"))
         self.knobs = dict(self.script_knobs)
         choice = {}
         if "model" in self.script_knobs:
-            choice["model"] = said.get("model", start.get("model", self.script_knobs["model"].default))
+            choice["model"] = self.said("model", start.get("model"))
             for key, knob in model_knobs(choice["model"]).items():
                 self.knobs.setdefault(key, knob)  # the script's own knob of that name counts
         if start and choice["model"] == start["model"]:
-            for key, value in start.items():
+            for key in self.knobs.keys() & start.keys():
+                value = as_knob_takes(start[key], self.knobs[key])
+                check(key, value, self.knobs[key], f"{key}={shown(value)} of init_from={self.said('init_from')}")
                 self.knobs[key] = dataclasses.replace(self.knobs[key], default=value)
         defaults = {key: knob.default for key, knob in self.knobs.items()}
+        before = self.seen
         self.seen = defaults | self.given | choice
+        for name in before.keys() - self.seen.keys():
+            self.pop(name, None)  # a field of the model that was chosen before
         self.update(self.seen)  # update does not come by __setitem__, so none of this counts as set by a file
 
+    def said(self, name, default=None):
+        """Returns what the command line, or else the files so far, or else `default`, or the script say of a knob."""
+        knob = self.script_knobs[name]
+        value = default or knob.default
+        value = as_knob_takes((self.given | self.options).get(name, value), knob)
+        check(name, value, knob, f"{name}={shown(value)}")
+        return value
+
     def __setitem__(self, name, value):
-        super().__setitem__(name, value)
-        is_value = not (callable(value) or isinstance(value, ModuleType))
-        if name in self.knobs and not is_value:
-            fail(f"{name} in {self.path} is {type_with_article(value)}, which no knob takes: give its value")
-        if name.startswith("_") or not is_value:
-            return  # a file's helpers
-        if name == "where_present" and isinstance(value, dict):
+        if name == "where_present":
+            if not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
+                fail(f"where_present in {self.path} is no dict of knobs: write dict(n_inner=512)")
             for key, of_some_models in value.items():
                 self[key] = of_some_models
             self.where_present.update(value)
+            super().__setitem__(name, MappingProxyType(value))  # a later where_present["n_inner"] = 3 is an error
             return
+        super().__setitem__(name, value)
+        if name in self.knobs and not is_plain(value):
+            fail(f"{name} in {self.path} is {type_with_article(value)}, which no knob takes: give its value")
+        if name.startswith("_") or not is_plain(value):
+            return  # a file's helpers
         self.given[name] = value
         self.seen[name] = value
         self.file_of[name] = self.path
@@ -240,28 +301,33 @@ class Namespace(dict):
         """Runs a config file; its mistakes end the program with the file's name and line."""
         self.path = path
         self["__file__"] = path
-        try:
+        with mistakes_named(path):
             exec(compile(Path(path).read_bytes(), path, "exec"), self)
-        except SyntaxError as error:
-            fail(f"{error.filename} line {error.lineno}: {error.msg}")
-        except Exception as error:
-            place = path
-            for frame in traceback.extract_tb(error.__traceback__):
-                if frame.filename == path:
-                    place = f"{path} line {frame.lineno}"
-            fail(f"{place}: {type(error).__name__}: {error}")
         self.check_that_nothing_is_lost()
 
     def check_that_nothing_is_lost(self):
-        """Ends the program where a knob's global is not what was assigned to it at the file's top level.
+        """Ends the program where a global is not what was assigned to it at the file's top level.
 
         Python tells nobody of what `global` in a function, := in a comprehension, globals() and del do to it.
         """
-        for key in self.knobs:
-            if key not in self:
-                fail(f"{key} is deleted in {self.path}: give it a value")
-            if self[key] != self.seen[key]:
-                fail(f"{key}={self[key]!r} in {self.path} is not assigned at the file's top level: do that")
+        for name in self.knobs:
+            if name not in self:
+                fail(f"{name} is deleted in {self.path}: give it a value")
+        for name in [*self.given]:
+            if name not in self:  # a loop's variable, say, that the file needs no more
+                del self.given[name]
+        for name, value in self.items():
+            is_helper = name.startswith("_") or not is_plain(value) or name == "where_present"
+            if is_helper and name not in self.knobs:
+                continue
+            there = self.seen.get(name)
+            if value is not there and value != there:
+                fail(f"{name}={shown(value)} in {self.path} is not assigned at the file's top level: do that")
+
+
+def is_plain(value):
+    """Returns whether a value is none of a file's helpers."""
+    return not (callable(value) or isinstance(value, ModuleType))
 
 
 def type_with_article(value):
@@ -270,15 +336,15 @@ def type_with_article(value):
 
 
 def sort_arguments(argv):
-    """Returns the config files among the arguments, and {key: text} of what is written --key=text."""
+    """Returns the config files among the arguments, and {key: text} of what is written --key=text; --key is True."""
     files = []
     options = {}
     for argument in argv:
         key, equals, text = argument.removeprefix("--").partition("=")
         if argument.startswith("--"):
-            options[key] = text if equals else "True"
+            options[key] = text if equals else True
         elif argument == "-h":
-            options["help"] = "True"
+            options["help"] = True
         elif argument.endswith(".py"):
             files.append(argument)
         else:
@@ -292,7 +358,7 @@ def parse(text, kinds):
         return BOOLS[text]
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
     if isinstance(value, str):
         return text  # with its quotes
@@ -312,27 +378,42 @@ def check(key, value, knob, given_as):
         if "bool" in knob.kinds:
             choices += ["True", "False"]
         fail(f"{given_as}: try one of {', '.join(choices)}")
+    if isinstance(value, str) and value.startswith("~"):
+        fail(f"{given_as}: there is no such home folder")
+    if type(value) not in (int, float):
+        return
     if isinstance(value, float) and not math.isfinite(value):
         fail(f"{given_as}: give a finite number")
-    for interval, names in RANGES.items():
-        if key in names.split() and isinstance(value, int | float) and not lies_in(value, interval):
-            low = interval[1:].split(",")[0]
-            hint = f"it lies in {interval}"
-            if interval[0] == "[" and interval.endswith("inf)"):
-                hint = f"try {low} or more"
-            fail(f"{given_as}: {hint}")
+    if not lies_in(value, knob.interval):
+        low = knob.interval[1:].split(",")[0]
+        hint = f"it lies in {knob.interval}"
+        if knob.interval[0] == "[" and value < float(low):
+            hint = f"try {low} or more"
+        fail(f"{given_as}: {hint}")
+    if isinstance(value, float) and value and not FLOAT32[0] <= abs(value) <= FLOAT32[1]:
+        fail(f"{given_as}: give 0, or a number of a size from {FLOAT32[0]} to {FLOAT32[1]}, as float32 has it")
 
 
-def as_float(value, knob):
-    """Returns an int as a float where the knob takes floats alone."""
+def as_knob_takes(value, knob):
+    """Returns an int as a float where the knob takes floats alone, and ~ as the home folder."""
     if type(value) is int and "float" in knob.kinds and "int" not in knob.kinds:
         return float(value) if abs(value) < sys.float_info.max else math.inf
+    if isinstance(value, str) and value.startswith("~"):
+        return os.path.expanduser(value)  # a shell does so in front of an argument alone
     return value
 
 
 def shortened(text):
     """Returns a text that fits into a line of an error."""
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def shown(value):
+    """Returns a value as an error shows it."""
+    try:
+        return shortened(repr(value))
+    except ValueError:
+        return "a number of thousands of digits"  # which Python does not spell
 
 
 def lies_in(number, interval):
@@ -376,7 +457,10 @@ def configure(
     is_loud = not quiet and os.environ.get("RANK", "0") == "0"
 
     # 2. find the knobs, and what the config files make of them
-    simple = {key: value for key, value in script_globals.items() if type(value) in SIMPLE and not key.startswith("_")}
+    simple = {}
+    for key, value in script_globals.items():
+        if type(value) in SIMPLE and not key.startswith("_") and not key.isupper():
+            simple[key] = value
     script_knobs = read_knobs(script_globals["__file__"], simple)
     namespace = Namespace(script_knobs, options, starting_from)
     for file in files:
@@ -401,13 +485,11 @@ def configure(
             fail(f"unknown config key {key!r}{place}; {hint}")
         knob = knobs[key]
         if key in options:
-            given_as = f"{key}={shortened(value)}"
-            value = parse(value, knob.kinds)
+            given_as = f"{key}={shortened(str(value))}"
+            value = value if value is True else parse(value, knob.kinds)
         else:
-            given_as = f"{key}={shortened(repr(value))}{place}"
-        value = as_float(value, knob)
-        if isinstance(value, str) and value.startswith("~"):
-            value = os.path.expanduser(value)  # a shell does so in front of an argument alone
+            given_as = f"{key}={shown(value)}{place}"
+        value = as_knob_takes(value, knob)
         check(key, value, knob, given_as)
         values[key] = value
         if is_loud and value != knob.default:
@@ -430,8 +512,8 @@ def check_values(script: str | Path, config: dict, given: dict, place: str) -> d
     knobs = read_knobs(script, config) | model_knobs(config["model"])
     found = {}
     for key, value in given.items():
-        found[key] = as_float(value, knobs[key])
-        check(key, found[key], knobs[key], f"{key}={shortened(repr(value))} {place}")
+        found[key] = as_knob_takes(value, knobs[key])
+        check(key, found[key], knobs[key], f"{key}={shown(value)} {place}")
     return found
 
 

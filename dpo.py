@@ -33,7 +33,6 @@ from distributed import processes
 from evals import rewards as rewards_of
 from training import load, machine, output, pairs, start
 from training.answers import Problems, Sampler, evaluate, score
-from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pairs import Pair
 from training.pictures import Curve
@@ -215,7 +214,7 @@ class Watch:
 def main():
     output.outlast_readers()
     print_any_text()
-    try:
+    with output.errors_in_one_line():
         config = configure(globals(), starting_from=start.knobs_of)
         check_run(config)
         if beta == 0:
@@ -247,8 +246,6 @@ def main():
             identity["reference"] = fingerprint(reference)
         curve = Curve("accuracy", "eval_accuracy", "preference accuracy")
         run = Run(config, here, policy, tokenizer, identity, curve, evaluates=bool(held_out_pairs or held_out))
-    except (OSError, ValueError, CheckpointError) as error:
-        processes.fail(error)
     sampler = Sampler(
         policy, tokenizer, load.stop_tokens(tokenizer, Path(init_from)), max_new_tokens=max_new_tokens, seed=seed,
         autocast=here.autocast(), rows=rollout_rows,

@@ -10,7 +10,6 @@ python eval.py out/run --harness lambada_openai,piqa          (where lm-evaluati
 evals/tasks.py says which tasks there are and how their files look. Nothing in the folders that are read is changed.
 """
 
-import argparse
 import json
 import sys
 from importlib.util import find_spec
@@ -28,48 +27,49 @@ from evals import sandbox
 from evals.judge import judge
 from evals.scorer import ChatOptions, Scorer, evaluate_harness, evaluate_task
 from evals.tasks import find, load_task
-from training.checkpoint import CheckpointError
+from training import output
+from training.arguments import Parser, not_empty, number
 from training.load import add_thinking, hide_padding, load, stop_tokens, think_budget, warn_of_template
 from training.loss import bytes_of_tokens, loss_report, loss_sums
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
+    from_0 = number("[0, inf)")
     add("path", type=Path, help="a run's folder, a checkpoint's (out/run/best), or one with a Hugging Face model")
-    add("--data", help="a folder of token shards (default: the run's; with tasks: no loss, unless this is given)")
+    about_data = "a folder of token shards (default: the run's; with tasks: no loss, unless this is given)"
+    add("--data", type=not_empty, help=about_data)
     add("--split", default="both", choices=["train", "val", "both"])
-    add("--eval_tokens", type=int, default=262144, help="of each split, the first ones, as in train.py; 0: all")
-    add("--block_size", type=int, default=0, help="tokens in a window of data; 0: the model's")
+    add("--eval_tokens", type=from_0, default=262144, help="of each split, the first ones, as in train.py; 0: all")
+    add("--block_size", type=from_0, default=0, help="tokens in a window of data; 0: the model's")
     add("--tasks", type=lambda s: s.split(","), default=[], metavar="NAME[=PATH],...", help="see evals/tasks.py")
-    add("--task_dir", help="where the files NAME.jsonl of tasks without a path lie (--harness: its .yaml files)")
-    add("--num_fewshot", type=int, help="solved questions before each: the first of the file, not scored")
-    add("--limit", type=int, default=0, help="questions of each task; 0: all")
-    add("--max_new_tokens", type=int, default=0, help="of an answer that is written; 0: as the task says")
+    about_tasks = "where the files NAME.jsonl of tasks without a path lie (--harness: its .yaml files)"
+    add("--task_dir", type=not_empty, help=about_tasks)
+    add("--num_fewshot", type=from_0, help="solved questions before each: the first of the file, not scored")
+    add("--limit", type=from_0, default=0, help="questions of each task; 0: all")
+    add("--max_new_tokens", type=from_0, default=0, help="of an answer that is written; 0: as the task says")
     add("--chat", action="store_true", help="ask as a chat's user, and score what follows the thinking")
     add_thinking(parser)
     add("--allow_code_execution", action="store_true", help="run what the model writes (humaneval), within limits")
     add("--sandbox", default="full", choices=["full", "weak"], help="weak: with what this system has of it, if not all")
     add("--harness", type=lambda s: s.split(","), default=[], metavar="NAME,...", help="tasks of the package lm_eval")
-    add("--batch_size", type=int, default=8, help="sequences at once: lower it if memory runs out")
+    add("--batch_size", type=number("[1, inf)"), default=8, help="sequences at once: lower it if memory runs out")
     add("--device", default="auto", help="cuda, mps, cpu or auto")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="of the weights; auto: bfloat16 on CUDA, else float32")
-    add("--tokenizer", help="for a folder without one: gpt2, or a path (see data/tokenizers.py)")
+    add("--tokenizer", type=not_empty, help="for a folder without one: gpt2, or a path (see data/tokenizers.py)")
     add("--no_average", action="store_true", help="the weights themselves, where a run has their average, too (ema)")
     add("--json", type=Path, metavar="FILE", help="write the results there, too")
     args = parser.parse_args(argv)
-    for name in ("eval_tokens", "block_size", "num_fewshot", "limit", "max_new_tokens", "think_budget", "batch_size"):
-        least = 1 if name == "batch_size" else 0
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} {value}: give a number from {least}")
     if not args.chat and (args.think is not None or args.think_budget is not None):
         parser.error("--think, --no_think and --think_budget are of a chat: give --chat")
     if args.chat and (args.harness or args.num_fewshot or not args.tasks):
         parser.error("--chat asks the questions of --tasks, without examples and without --harness")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
+    if args.json and args.json.is_dir():
+        parser.error(f"--json {args.json} is a folder: give a file in it")
     return args
 
 
@@ -131,6 +131,8 @@ def load_tasks(args) -> dict:
     tasks = {}
     for spec in args.tasks:
         name, path = find(spec, args.task_dir)
+        if name in tasks:
+            raise ValueError(f"--tasks {','.join(args.tasks)} asks {name} twice: give each a name of its own")
         task, questions = load_task(name, path, args.num_fewshot or 0, args.limit)
         if args.chat and not questions[0].asked:
             raise ValueError(f"{name} is no question of a chat: evaluate it without --chat")
@@ -216,14 +218,12 @@ def print_scores(name, results):
 def main(argv=None):
     args = parse_arguments(argv)
     print_any_text()
-    try:
+    with output.errors_in_one_line():
         report = evaluate(args)
         if args.json:
             args.json.write_text(json.dumps(report, indent=2) + "\n")
-    except (OSError, ValueError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
+    output.outlast_readers()  # the results still go to --json
     main()

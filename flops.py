@@ -19,6 +19,7 @@ import math
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
@@ -843,18 +844,20 @@ def main(argv=None):
     if args.match:
         argv = matched(args, argv)
     knobs, _, config = built(argv)
-    if args.batch < 1 or not 0 <= args.context <= config.block_size:
+    if not 1 <= args.batch <= 1e9 or not 0 <= args.context <= config.block_size:
         fail(f"--batch {args.batch} --context {args.context}: try 1 or more, and up to block_size={config.block_size}")
     found = costs(knobs, config, gpu, args)
-    show(found, knobs["block_size"])
-    if args.json:
+    if args.json is not None:
         try:
             Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
         except OSError as error:
             fail(f"--json {args.json}: {error.strerror}")
+    show(found, knobs["block_size"])
     if args.match:
         print(f"\npython train.py {shlex.join(argv)}")
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # what nobody reads any further (`| head`) is no error
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

@@ -200,6 +200,44 @@ def log_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     return torch.zeros_like(probs).scatter(1, ids, probs).log()
 
 
+# ---- texts that end what is written ----------------------------------------------------------------------------------
+
+
+def first_stop(text: str, stops: Iterable[str], begin: int = 0) -> int | None:
+    """Returns where the stop that is complete first begins in a text behind `begin` characters; None without one.
+
+    Of stops that end together the longest counts. So it depends on the text alone and not on how that comes in pieces,
+    or on how far it goes on: of the stops abc and b in ab, abc and abcd it is b, at 1.
+    """
+    found = []
+    for stop in stops:
+        place = text.find(stop, begin)
+        if place >= 0:
+            found.append((place + len(stop), place))
+    if not found:
+        return None
+    _, place = min(found)
+    return place
+
+
+def until_stop(pieces: Iterable[str], stops: Sequence[str], begin: int = 0) -> Iterator[str]:
+    """Yields the text of the pieces as it comes, up to the first stop behind `begin` characters, and no part of it."""
+    longest = max((len(stop) for stop in stops), default=1)
+    text = ""
+    shown = 0
+    for piece in pieces:
+        text += piece
+        place = first_stop(text, stops, max(begin, shown))
+        if place is not None:
+            yield text[shown:place]
+            return
+        # The last longest - 1 characters may be the beginning of a stop: they wait for the next piece.
+        end = min(max(len(text) - longest + 1, begin), len(text))
+        yield text[shown:end]
+        shown = end
+    yield text[shown:]
+
+
 # ---- for reinforcement learning --------------------------------------------------------------------------------------
 
 

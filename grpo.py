@@ -39,7 +39,6 @@ from distributed import processes
 from evals import rewards as rewards_of
 from training import load, machine, output, start
 from training.answers import Problems, Sampler, evaluate, nothing_to_learn, samples_of, score, summary
-from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pictures import Curve
 from training.policy import build, fingerprint, frozen, load_like, logprobs, pad, reference_logprobs
@@ -248,7 +247,7 @@ def logprob_difference(batches):
 def main():
     output.outlast_readers()
     print_any_text()
-    try:
+    with output.errors_in_one_line():
         config = configure(globals(), starting_from=start.knobs_of)
         check_run(config)
         here = machine.join(device, dtype, timeout, deterministic=deterministic)
@@ -278,8 +277,6 @@ def main():
             identity["reference"] = fingerprint(reference)
         curve = Curve("reward", "eval_reward", "reward")
         run = Run(config, here, policy, tokenizer, identity, curve, evaluates=held_out is not None)
-    except (OSError, ValueError, CheckpointError) as error:
-        processes.fail(error)
     sampler = Sampler(
         policy, tokenizer, load.stop_tokens(tokenizer, Path(init_from)), max_new_tokens=max_new_tokens, seed=seed,
         autocast=here.autocast(), think_budget=think_budget, rows=rollout_rows,

@@ -28,7 +28,6 @@ from distributed import processes
 from evals import rewards as rewards_of
 from training import load, machine, output, pairs, start
 from training.answers import Problems, Sampler, score
-from training.checkpoint import CheckpointError
 from training.knobs import check_run
 from training.pictures import Curve
 from training.policy import build, frozen
@@ -153,7 +152,7 @@ def best_of_n(scorer, sampler, problems, graders, here):
 def main():
     output.outlast_readers()
     print_any_text()
-    try:
+    with output.errors_in_one_line():
         config = configure(globals(), starting_from=start.knobs_of)
         check_run(config)
         if best_of and not eval_data:
@@ -178,8 +177,6 @@ def main():
         identity = {"data": data, "tokenizer": tokenizer.fingerprint, "data_fingerprint": pairs.fingerprint(all_pairs)}
         curve = Curve("accuracy", "eval_accuracy", "accuracy on pairs")
         run = Run(config, here, scorer, tokenizer, identity, curve, evaluates=bool(held_out or sampler))
-    except (OSError, ValueError, CheckpointError) as error:
-        processes.fail(error)
     scorer.train()
 
     while True:

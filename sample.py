@@ -7,8 +7,6 @@ python sample.py out/sft --prompt "What is 12 + 30?" --chat --no_think
 python sample.py out/run --save_pretrained my-model        (a folder that transformers opens)
 """
 
-import argparse
-import math
 import sys
 from itertools import chain
 from pathlib import Path
@@ -18,56 +16,46 @@ import torch
 import generate
 import hf
 from data import chat
-from data.text import print_any_text, read_text
+from data.text import end_with_reader, print_any_text, read_text
 from data.tokenizers import stream_text
-from training.checkpoint import CheckpointError
+from training import output
+from training.arguments import Parser, not_empty, number
 from training.load import add_thinking, hide_padding, load, stop_tokens, think_budget, warn_of_template
 from training.run_folder import is_from_hugging_face
 
-LIMITS = {
-    "num_samples": (1, math.inf),
-    "max_new_tokens": (1, math.inf),
-    "temperature": (0, math.inf),
-    "top_k": (0, math.inf),
-    "top_p": (1e-9, 1),
-    "repetition_penalty": (1e-9, math.inf),
-    "seed": (0, 2**32 - 1),
-    "think_budget": (0, math.inf),
-}
-
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("path", type=Path, help="a run's folder, a checkpoint's (out/run/best), or one with a Hugging Face model")
-    add("--prompt", default="", help="what to continue (default: the beginning of a document)")
-    add("--prompt_file", help="a file with the prompt; - is standard input")
-    add("--num_samples", type=int, default=1, help="continuations of the prompt, from one prefill")
-    add("--max_new_tokens", type=int, default=256)
-    add("--temperature", type=float, default=0.8, help="0: always the most likely token")
-    add("--top_k", type=int, default=0, help="only among the k most likely tokens; 0: off")
-    add("--top_p", type=float, default=1.0, help="only among the likeliest tokens that reach probability p together")
-    add("--repetition_penalty", type=float, default=1.0, help="over 1: what was said becomes less likely")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be given again)")
-    add("--seed", type=int, default=1)
+    prompt = parser.add_mutually_exclusive_group().add_argument
+    prompt("--prompt", default="", help="what to continue (default: the beginning of a document)")
+    prompt("--prompt_file", type=not_empty, help="a file with the prompt; - is standard input")
+    in_turns = "chat (a continuation of each line where there are no chat tokens)"
+    prompt("--interactive", action="store_true", help=in_turns)
+    add("--num_samples", type=number("[1, 10000]"), default=1, help="continuations of the prompt, from one prefill")
+    add("--max_new_tokens", type=number("[1, inf)"), default=256)
+    add("--temperature", type=number("[0, 1000]", float), default=0.8, help="0: always the most likely token")
+    add("--top_k", type=number("[0, inf)"), default=0, help="only among the k most likely tokens; 0: off")
+    about_top_p = "only among the likeliest tokens that reach probability p together"
+    add("--top_p", type=number("[1e-6, 1]", float), default=1.0, help=about_top_p)
+    about_penalty = "over 1: what was said becomes less likely"
+    add("--repetition_penalty", type=number("[0.01, 100]", float), default=1.0, help=about_penalty)
+    about_stop = "end before this text (may be given again)"
+    add("--stop", type=not_empty, action="append", default=[], metavar="TEXT", help=about_stop)
+    add("--seed", type=number("[0, 4294967295]"), default=1)
     add("--device", default="auto", help="cuda, mps, cpu or auto")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on CUDA, else float32")
-    add("--tokenizer", help="for a folder without one: gpt2, or a path (see data/tokenizers.py)")
+    add("--tokenizer", type=not_empty, help="for a folder without one: gpt2, or a path (see data/tokenizers.py)")
     add("--no_average", action="store_true", help="the weights themselves, where a run has their average, too (ema)")
     add("--no_cache", action="store_true", help="compute all tokens again for each new one: slow, to check the cache")
     add("--compile", action="store_true", help="compile the decoding step: a minute first, then faster (results/)")
-    add("--interactive", action="store_true", help="chat (a continuation of each line where there are no chat tokens)")
     add("--chat", action="store_true", help="ask the prompt as a chat's question")
     add("--system", metavar="TEXT", help="what a chat begins with: how to answer")
     add_thinking(parser)
-    add("--save_pretrained", metavar="FOLDER", help="write the model there for transformers, and end")
+    add("--save_pretrained", type=not_empty, metavar="FOLDER", help="write the model there for transformers, and end")
     args = parser.parse_args(argv)
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            range_ = f"from {low}" if high == math.inf else f"from {low} to {high}"
-            parser.error(f"--{name} {value}: give a number {range_}")
     if is_about_chat(args) and not args.interactive and not args.chat:
         parser.error("--system, --think, --no_think and --think_budget are of a chat: give --chat or --interactive")
     return args
@@ -78,33 +66,6 @@ def is_about_chat(args):
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
-def until_stop(pieces, stops, begin):
-    """Yields the text of the pieces up to the stop that is complete first, and never a part of that stop.
-
-    Stops are looked for behind `begin` characters. Of stops that end together the longest counts: where a stop is
-    complete depends on the text alone, and not on how it comes in pieces. Stops abc and b of the text abcd: a is left.
-    """
-    longest = max((len(stop) for stop in stops), default=1)
-    text = ""
-    shown = 0
-    for piece in pieces:
-        text += piece
-        found = []
-        for stop in stops:
-            place = text.find(stop, max(begin, shown))
-            if place >= 0:
-                found.append((place + len(stop), place))
-        if found:
-            _, place = min(found)
-            yield text[shown:place]
-            return
-        # The last longest - 1 characters may be the beginning of a stop: they wait for the next piece.
-        end = min(max(len(text) - longest + 1, begin), len(text))
-        yield text[shown:end]
-        shown = end
-    yield text[shown:]
-
-
 def say(model, tokenizer, prompt, options, stops=(), echo=True, opening=""):
     """Prints the continuations of a prompt up to a text of stops, the first as it comes; returns the ids of the first.
 
@@ -134,7 +95,7 @@ def say(model, tokenizer, prompt, options, stops=(), echo=True, opening=""):
         ids = live if i == 0 else row
         print(opening, end="", flush=True)
         text = stream_text(tokenizer, chain(shown, ids))
-        for piece in until_stop(text, stops, begin):
+        for piece in generate.until_stop(text, stops, begin):
             print(piece, end="", flush=True)
         if i == 0 and len(rows) > 1:
             list(live)  # a stop text ends the first one alone: the others go on
@@ -168,7 +129,8 @@ def typed_lines():
     while True:
         try:
             yield input("> ")
-        except EOFError:
+        except EOFError:  # Ctrl-D, behind which a terminal stays in its line
+            print()
             return
 
 
@@ -250,13 +212,12 @@ def main(argv=None):
     args = parse_arguments(argv)
     print_any_text()
     try:
-        run(args)
-    except (OSError, ValueError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with output.errors_in_one_line():
+            run(args)
     except KeyboardInterrupt:
         print()
 
 
 if __name__ == "__main__":
+    end_with_reader()
     main()

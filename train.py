@@ -135,6 +135,7 @@ variant = importlib.import_module(f"model_{model}")
 try:
     plan = Plan(config, __file__, variant.GPTConfig)  # a run without stages has one
     plan.lay_out(max_steps, rank, world_size, device)
+    plan.try_first_batches(eval_tokens, rank, world_size, device)  # before a folder is touched
     meta = plan.texts[0].meta  # that of all texts in what counts here
     tokenizer = tokenizer_from_dict(meta["tokenizer"]) if meta["tokenizer"] else None
     old_tokenizer = load.known_tokenizer(init_from) if init_from and tokenizer else None
@@ -145,8 +146,6 @@ except (OSError, ValueError) as error:
     processes.fail(error)
 if vocab_size < meta["vocab_size"]:
     processes.fail(f"vocab_size={vocab_size} is smaller than that of {data}, {meta['vocab_size']}: try 0")
-if config["eot_id"] >= vocab_size:
-    processes.fail(f"eot_id={config['eot_id']} is no token of a vocabulary of {vocab_size}: try 0 to {vocab_size - 1}")
 # What a resumed run must find again: the data order is a function of the seed and the tokens drawn before.
 identity = {"data": data, "tokenizer": tokenizer and tokenizer.fingerprint, **plan.identity()}
 for train_data, val_data in plan.opened.values():

@@ -24,9 +24,10 @@ if __name__ == "__main__":  # this folder on the path would shadow the installed
 
 import regex
 
+from configurator import fail
 from data.bpe import CHAT_TOKENS, alternatives
 from data.sources import find_rows
-from data.text import Unreadable, boxed, print_any_text, stop, text_field
+from data.text import Unreadable, boxed, end_with_reader, print_any_text, stop, text_field
 from data.tokenizers import Tokenizer, load_tokenizer
 
 START, END, THINK, END_THINK = CHAT_TOKENS
@@ -215,8 +216,12 @@ def messages_of(row: Any, where: str, think: bool | None = None) -> list[dict]:
     check_messages(messages, where)
     last = messages[-1]
     if think and read is solved:
-        result = row.get("expected_answer") or boxed(last["content"])
-        if result:
+        result = row.get("expected_answer")
+        if isinstance(result, bool | list | dict):
+            raise Unreadable(f"{where}: expected_answer is {result!r:.40}, and neither a text nor a number")
+        if result in (None, ""):
+            result = boxed(last["content"])
+        if result not in (None, ""):  # 0 is one
             messages[-1] = last | {"thinking": last["content"], "content": f"\\boxed{{{result}}}"}
     if think is False:
         for message in messages:
@@ -300,7 +305,7 @@ def instructed(row, where):
 
 def instruction_of(row, where):
     question = text_field(row, where, "instruction")
-    if row.get("input"):
+    if row.get("input") not in (None, ""):
         question += "\n\n" + text_field(row, where, "input")
     return question
 
@@ -373,8 +378,9 @@ def main() -> None:
             print(coloured(tokenizer, ids, mask, sys.stdout.isatty()))
             print(f"({sum(mask)} of {len(ids)} tokens are learned)")
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"chat.py: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":
+    end_with_reader()
     main()

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import re
+import signal
 import sys
 import tempfile
 import zlib
@@ -403,3 +404,9 @@ def print_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a test's or a notebook's has not
             stream.reconfigure(errors="backslashreplace")
+
+
+def end_with_reader() -> None:
+    """Lets this process end without a word once nobody reads what it prints: for a command that does nothing else."""
+    if hasattr(signal, "SIGPIPE"):  # Windows has none
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -49,23 +49,25 @@ def meet(device: str, timeout: float) -> str:
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=own_rank, world_size=n_processes, timeout=patience)
-    sys.excepthook = left_alone
     warnings.filterwarnings("ignore", ".*broadcast_buffers")  # DDP's: deprecated in torch 2.13, alone in 2.11
     return device
 
 
-def left_alone(kind, error, trace) -> None:
-    """Says in one line that another process is gone or stuck, instead of a stack from each that is left."""
+def say_in_one_line(kind, error, trace) -> None:
+    """As sys.excepthook: says that another process is gone or stuck, or that memory ran out, without a stack."""
+    reason = next(iter(str(error).splitlines()), kind.__name__)
     if isinstance(error, dist.DistError) or "gloo" in str(error):
-        reason = next(iter(str(error).splitlines()), kind.__name__)
         print(
             f"error: process {rank()} waited for another one that died, or is stuck: {reason}; go on with --resume",
             file=sys.stderr,
         )
+    elif isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:
+        print(f"error: out of memory: {reason}: try a smaller micro_batch, or a smaller model", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
     sys.stderr.flush()
-    os._exit(1)
+    if dist.is_initialized():  # gloo's threads may abort a process that ends otherwise
+        os._exit(1)
 
 
 def set_timeout(seconds: float) -> None:

@@ -26,9 +26,8 @@ from typing import NamedTuple
 
 from data.chat import END, END_THINK, THINK, split_thinking
 from data.problems import gold_of
-from data.text import boxed
+from evals.answers import is_same, stated_answer
 from evals.judge import Case, judge
-from evals.tasks import plain_math
 
 
 class Reward(NamedTuple):
@@ -90,7 +89,7 @@ def imported(name):
     module, _, function = name.rpartition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"the reward {name}: {error}") from error
     if not callable(found):
         raise ValueError(f"the reward {name} is no function, but {found!r:.60}")
@@ -162,92 +161,6 @@ def answer_part(completion: str) -> str:
     """Returns what follows the thinking; nothing where thinking has begun and not ended."""
     _, answer = split_thinking(completion.partition(END)[0])
     return answer.partition(THINK)[0]
-
-
-def stated_answer(text: str) -> str:
-    r"""Returns what follows the last ####, else what is in the last \boxed{...}, else the last number of a text."""
-    if "####" in text:
-        answer = text.rpartition("####")[2].strip()
-        return answer.partition("\n")[0]
-    answer = boxed(text)
-    if answer is not None:
-        return answer
-    numbers = [match[0] for match in NUMBER.finditer(plain(text))]
-    return numbers[-1] if numbers else ""
-
-
-def is_same(answer: str, gold: str) -> bool:
-    """Whether two answers are the same number or, where one of them is none, the same text but for its typography.
-
-    A percent sign is a unit, which may be left out: 50% is 50. Or it is a hundredth: 50% is 0.5.
-    """
-    number = number_of(answer)
-    gold_number = number_of(gold)
-    if number is None or gold_number is None:
-        return answer != "" and plain_math(plain(answer)) == plain_math(plain(gold))
-    return number.value == gold_number.value or number.in_units() == gold_number.in_units()
-
-
-class Number(NamedTuple):
-    value: Fraction
-    is_percent: bool
-
-    def in_units(self):
-        return self.value / 100 if self.is_percent else self.value
-
-
-PLAIN = [  # how TeX and typography write what a number is made of, and how it is read here
-    ("\u2212", "-"),
-    (r"\{,\}", ","),
-    (r"\\%", "%"),
-    (r"\\[!,;: ]|\\?[$€£]|\\left\b|\\right\b|\*\*", ""),
-    (r"\^\{?\\circ\}?", " degrees"),
-    (r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r" \1"),
-    (r"\b(m|[a-z]{2,})\^\{?[23]\}?", r"\1"),  # cm^2
-    (r"(\d)\s*\\[dt]?frac", r"\1 \\frac"),  # 1\frac12 is 1 1/2
-    (r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}", r"\1/\2"),
-    (r"\\[dt]?frac\s*(\d)\s*(\d)", r"\1/\2"),
-]
-NUMBER = re.compile(
-    r"""
-    (?: (?<![\w.)]) [-+] )?                 # a sign, but no subtraction: 5-3 are 5 and 3
-    (?: (?: \d{1,3}(?:,\d{3})+ | \d+ )      # 1,234 or 1234
-        (?: \s+\d+/\d+ | /\d+ | \.\d+ )?    # 1 1/2, 1/2, 1.5
-      | \.\d+ )                             # .5
-    (?: \s?% )?
-    """,
-    re.VERBOSE,
-)
-# What a number with its unit has not around it: other signs, variables, functions, and words that are factors.
-NO_UNIT = re.compile(r"[^\w\s.,:;'\"=/]|_|(?<![a-z])/|/(?![a-z])|\b(or|and|sqrt|pi|log|ln|hundred|thousand|million)\b")
-LONGEST_NUMBER = 100  # characters: the time to read a number grows with the square of its digits
-
-
-def number_of(text: str) -> Number | None:
-    """Returns the number that a text is, which may have a unit or words about it; None where it is 2x or (1, 2)."""
-    text = plain(text)
-    found = list(NUMBER.finditer(text))
-    if len(found) != 1 or len(found[0][0]) > LONGEST_NUMBER:
-        return None
-    begin, end = found[0].span()
-    before = text[:begin]
-    after = text[end:]
-    is_variable = re.search(r"\w$", before) or re.match(r"[a-zA-Z]\b", after) and after[0] not in "mglhsC"
-    if is_variable or NO_UNIT.search(f"{before} {after}".lower()):
-        return None
-    digits = found[0][0].replace(",", "").rstrip("% ")
-    sign = -1 if digits.startswith("-") else 1
-    try:
-        value = sign * sum(Fraction(part) for part in digits.lstrip("+-").split())
-    except ZeroDivisionError:
-        return None
-    return Number(value, found[0][0].endswith("%"))
-
-
-def plain(text):
-    for pattern, replacement in PLAIN:
-        text = re.sub(pattern, replacement, text)
-    return text
 
 
 # ---- a right format --------------------------------------------------------------------------------------------------

@@ -174,13 +174,7 @@ class Scorer:
             stopped = [any(stop in text for stop in until) for text in texts]
             if all(token < 0 or has_stopped for token, has_stopped in zip(tokens.tolist(), stopped)):
                 break
-        return [text_before(text, until) for text in texts]
-
-
-def text_before(text: str, stops: list[str]) -> str:
-    """Returns the text up to the first of the stops in it."""
-    places = [text.find(stop) for stop in stops]
-    return text[: min((place for place in places if place >= 0), default=None)]
+        return [text[: generate.first_stop(text, until)] for text in texts]
 
 
 def written_answers(scorer, task, questions, max_new_tokens):
@@ -204,7 +198,7 @@ def evaluate_task(scorer: Scorer, task, questions: list, weak_sandbox: bool = Fa
     before = scorer.cut
     results = {"questions": len(questions)}
     if questions[0].continuations:
-        pairs = [Request(pair) for q in questions for pair in zip(q.contexts, q.continuations)]
+        pairs = [Request(pair) for q in questions for pair in zip(q.contexts, q.continuations, strict=True)]
         scores = iter([score for score, _ in scorer.loglikelihood(pairs)])
         graded = [task.grade([next(scores) for _ in q.contexts], q) for q in questions]
     else:

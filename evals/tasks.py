@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from data.sources import find_files
 from data.text import boxed, csv_rows, name_inside
 from data.text import rows as rows_of_file
+from evals.answers import is_same, plain_math, stated_answer
 from evals.judge import Case
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -76,7 +77,7 @@ def find(spec: str, folder: str | None) -> tuple[str, Path]:
     """Returns (name, path) of NAME=PATH, or of NAME whose file NAME.* or folder NAME lies in `folder`."""
     name, given, path = spec.partition("=")
     if given:
-        if not Path(path).exists():
+        if not path or not Path(path).exists():
             raise FileNotFoundError(f"{path} not found: --tasks {name}=PATH takes a file or a folder of files")
         return name, Path(path)
     found = []
@@ -107,7 +108,7 @@ def load_task(name: str, path: Path, num_fewshot: int = 0, limit: int = 0) -> tu
             questions.append(task.read(row))
         except KeyError as error:
             raise ValueError(f"{place}: no field {error}; {name} needs {task.fields}") from None
-        except (TypeError, ValueError, IndexError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"{place}: {error}; {name} needs {task.fields}") from None
 
     # 2. those that are examples
@@ -137,6 +138,13 @@ def text_of(row, field):
     return row[field]
 
 
+def fields_of(row, field):
+    """Returns a field that must be an object with fields of its own."""
+    if not isinstance(row[field], dict):
+        raise ValueError(f"{field} is {row[field]!r:.60}, and has no fields")
+    return row[field]
+
+
 def texts_of(row, field):
     """Returns a field that must be a list of texts."""
     texts = row[field]
@@ -150,6 +158,8 @@ def texts_of(row, field):
 
 def choose(context, choices, gold, intro=""):
     """Returns the question of which choice continues a context; gold: the number of the right one."""
+    if len(choices) < 2:
+        raise ValueError(f"there is nothing to choose from: {choices}")
     if not all(choices):
         raise ValueError("a choice is empty")
     contexts = [context] * len(choices)
@@ -190,17 +200,18 @@ def hellaswag(row):
 
 
 def arc(row):
-    question = row["question"]
-    if isinstance(question, dict):  # AI2's own files, where the hub's have choices {"text": [...], "label": [...]}
-        choices = {}
-        for key in ("text", "label"):
-            choices[key] = [choice[key] for choice in question["choices"]]
-        question = text_of(question, "stem")
+    # The hub's rows have choices {"text": [...], "label": [...]}; in AI2's own files each choice is an object.
+    if isinstance(row["question"], dict):
+        question = text_of(row["question"], "stem")
+        choices = row["question"]["choices"]
+        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+            raise ValueError(f"choices is no list of objects, but {choices!r:.60}")
+        labels = [text_of(choice, "label") for choice in choices]
+        texts = [text_of(choice, "text") for choice in choices]
     else:
-        choices = row["choices"]
         question = text_of(row, "question")
-    labels = texts_of(choices, "label")
-    texts = texts_of(choices, "text")
+        labels = texts_of(fields_of(row, "choices"), "label")
+        texts = texts_of(row["choices"], "text")
     if len(labels) != len(texts):
         raise ValueError(f"{len(texts)} choices have {len(labels)} labels")
     answer = text_of(row, "answerKey")
@@ -255,22 +266,11 @@ def grade_gsm8k(text, question):
 def gsm8k(row):
     prompt = f"Question: {text_of(row, 'question')}\nAnswer:"
     answer = text_of(row, "answer")
-    _, sign, gold = answer.rpartition("#### ")
-    if not sign:
-        raise ValueError("no #### in the answer")
-    gold = plain_number(gold)
+    _, _, result = answer.rpartition("#### ")
+    gold = plain_number(result)
+    if result == answer or not gold:
+        raise ValueError("no #### with a result in the answer")
     return Question([prompt], [], gold, f"{prompt} {answer}", asked=row["question"])
-
-
-def plain_math(text):
-    r"""An answer in TeX without what is only typography: spaces, \left, \dfrac, units in \text{}, $, 1,000's comma."""
-    text = re.sub(r"\\text\{\s.*?\}", "", text)
-    text = re.sub(r"\\(left|right)(?![a-zA-Z])|\\[!,;: $%]|\^\{?\\circ\}?|[\s$%]", "", text)
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\\frac([0-9a-z])([0-9a-z])", r"\\frac{\1}{\2}", text)
-    if re.fullmatch(r"-?\d{1,3}(,\d{3})+", text):
-        text = text.replace(",", "")
-    return re.sub(r"^[a-z]=", "", text).removesuffix(".")
 
 
 def competition_math(row):
@@ -288,13 +288,15 @@ def grade_math(text, question):
 
 
 def bare(text):
-    """Returns a text as the harness compares it: a space at its end makes it another."""
+    """Returns a text as the harness compares it: small letters, without punctuation."""
     return text.lower().translate(str.maketrans("", "", string.punctuation))
 
 
 def triviaqa(row):
     row = in_small_letters(row)
-    aliases = texts_of(in_small_letters(row["answer"]), "aliases")
+    aliases = texts_of(in_small_letters(fields_of(row, "answer")), "aliases")
+    if not aliases:
+        raise ValueError("the answer has no aliases")
     prompt = f"Question: {text_of(row, 'question')}?\nAnswer:"
     return Question([prompt], [], {bare(alias) for alias in aliases}, f"{prompt} {aliases[0]}")
 
@@ -305,20 +307,8 @@ def in_small_letters(row):
 
 
 def grade_triviaqa(text, question):
-    return {"exact_match": bare(text.lstrip()) in question.gold}
-
-
-def final_answer(text):
-    r"""What follows the last ####, else the last \boxed{...}, else the last number, else all of it."""
-    if "####" in text:
-        return plain_number(text.rpartition("####")[2].strip())
-    answer = boxed(text)
-    if answer is not None:
-        return plain_math(answer)
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    if numbers:
-        return plain_number(numbers[-1])
-    return text.strip()
+    """The space about an answer does not count (that at its end counts to the harness before 0.4.9.2)."""
+    return {"exact_match": bare(text.strip()) in question.gold}
 
 
 def own_choices(row):
@@ -331,11 +321,14 @@ def own_answer(row):
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ValueError(f"the answer is {answer!r}, and neither a text nor a number")
     answer = str(answer)
-    return Question([context], [], final_answer(answer), f"{context} {answer}", asked=context)
+    gold = stated_answer(answer)
+    if not gold:
+        raise ValueError("the answer is empty")
+    return Question([context], [], gold, f"{context} {answer}", asked=context)
 
 
 def grade_answer(text, question):
-    return {"exact_match": final_answer(text) == question.gold}
+    return {"exact_match": is_same(stated_answer(text), question.gold)}
 
 
 # ---- programs that the model writes ---------------------------------------------------------------------------------
@@ -343,11 +336,14 @@ def grade_answer(text, question):
 
 def humaneval(row):
     """The test may use what the prompt imports and defines before the function that is to be written."""
-    prompt = row["prompt"]
-    name = row["entry_point"]
+    prompt = text_of(row, "prompt")
+    name = text_of(row, "entry_point")
     helpers, found, _ = prompt.partition(f"def {name}(")
-    test = f"{helpers if found else ''}\n{row['test']}\ncheck({name})\n"
-    return Question([prompt], [], Case(prompt, test, (name,)), prompt + row.get("canonical_solution", ""))
+    test = f"{helpers if found else ''}\n{text_of(row, 'test')}\ncheck({name})\n"
+    solved = prompt
+    if "canonical_solution" in row:
+        solved += text_of(row, "canonical_solution")
+    return Question([prompt], [], Case(prompt, test, (name,)), solved)
 
 
 def humaneval_case(text, question):

@@ -1,6 +1,7 @@
 import importlib
 import json
 import statistics
+import subprocess
 from functools import partial
 
 import numpy as np
@@ -195,6 +196,35 @@ def test_shakespeare_runs_both_configs_at_every_seed_and_sets_ours_beside_nanogp
     assert "| steps | 100 (100 to 100, 2 seeds) | 43 (43 to 43, 2 seeds) | 0.430 |" in table
     assert "| 2.0 | 3.0 | 1.500 |" in table and "**0.645**" in table
     assert "2 of 2 runs of nanoGPT's setting ended above 1.88" in table and "runs of ours" not in table
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--device", "foo", "attention"], "error: device=foo is none of cuda"),
+    (["--device", "foo", "loader"], "error: device=foo is none of cuda"),
+    (["--device", "mps:9", "rollout"], "error: device=mps:9 is not here"),
+    (["--data", "nowhere", "loader"], "error: nowhere not found"),
+    (["train", "--rounds", "0"], "error: argument --rounds: 0: give a whole number in [1, 1e9]"),
+    (["decode", "--new", "1"], "error: argument --new: 1: give a whole number in [2, 1e9]"),
+    (["decode", "--batch", "9" * 400], "...: give a whole number in [1, 1e9]"),
+    (["shakespeare", "--seeds", "-1"], "error: argument --seeds: -1: give a whole number in [0, 4294967295]"),
+    (["posttrain", "--seeds", str(2**64)], f"error: argument --seeds: {2**64}: give a whole number in"),
+    (["nothing"], "error: argument command: invalid choice: 'nothing'"),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_refused_in_one_line(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        bench.main(["--out", str(tmp_path), *words])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and line.startswith("error: ") and message in line and len(line) < 300
+
+
+def test_bench_ends_with_the_code_of_a_run_of_train_which_has_said_why(tmp_path, capsys, monkeypatch):
+    def run_training(*args, **knobs):
+        raise subprocess.CalledProcessError(3, "train.py")
+
+    monkeypatch.setattr(shakespeare, "run_training", run_training)
+    with pytest.raises(SystemExit) as caught:
+        bench.main(["--out", str(tmp_path), "shakespeare"])
+    assert caught.value.code == 3 and "Error" not in capsys.readouterr().err
 
 
 def test_loader_times_its_share_of_steps_and_reads_every_shard_in_a_process_of_its_own(tmp_path, monkeypatch):

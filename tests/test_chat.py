@@ -228,6 +228,12 @@ def test_a_solution_becomes_thinking_where_that_is_asked_for_and_thinking_goes_w
     assert chat.messages_of(OPENMATH, "x", think=True)[1] == assistant("\\boxed{24}", "It is \\boxed{24}.")
     thought = assistant("\\boxed{\\frac{1}{2}}", NUMINA["solution"])
     assert chat.messages_of(NUMINA, "x", think=True)[1] == thought
+    zero = chat.messages_of(OPENMATH | {"expected_answer": 0}, "x", think=True)
+    assert zero[1] == assistant("\\boxed{0}", "It is \\boxed{24}.")
+    with pytest.raises(Unreadable, match=r"x: expected_answer is \[24\], and neither a text nor a number"):
+        chat.messages_of(OPENMATH | {"expected_answer": [24]}, "x", think=True)
+    with pytest.raises(Unreadable, match='x: the field "input" is 0'):
+        chat.messages_of({"instruction": "a", "input": 0, "output": "b"}, "x")
     assert chat.messages_of(GSM8K, "x", think=False)[1] == assistant("#### 24")
 
 

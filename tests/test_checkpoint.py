@@ -28,6 +28,7 @@ from training.checkpoint import (
     restore,
     verify,
 )
+from training.disk import temporary_beside
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {"model": "toy", "model_config": {"vocab_size": 11, "n_embd": 8}, "knobs": {"learning_rate": 0.1, "seed": 1}}
@@ -256,13 +257,20 @@ def test_leftovers_of_crashes_are_removed_at_the_next_save_and_not_before(tmp_pa
     for name in ("step-00000040.tmp", "step-00000005.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").touch()
-    (tmp_path / "mine.tmp").touch()
+    mine = [".notes.0123456789abcdef.tmp", ".notes.tmp", "mine.tmp"]
+    (tmp_path / mine[0]).mkdir()
+    (tmp_path / mine[1]).touch()
+    (tmp_path / mine[2]).touch()
+    torn = [temporary_beside(tmp_path / "state.json"), temporary_beside(tmp_path / "step-00000020" / "evaluation.json")]
+    for path in torn:
+        path.touch()
     log = []
     assert newest(tmp_path, log.append).name == "step-00000030"
     assert log == ["skipping step-00000040.tmp: incomplete: saving was interrupted"]
     assert "step-00000040.tmp" in names(tmp_path) and "step-00000005.old" in names(tmp_path)
     small_run(tmp_path, steps=[40])
-    assert [n for n in names(tmp_path) if n.endswith((".tmp", ".old"))] == ["mine.tmp"]
+    assert [n for n in names(tmp_path) if n.endswith((".tmp", ".old"))] == mine
+    assert not any(path.exists() for path in torn)
 
 
 def test_a_checkpoint_just_written_is_never_pruned_for_damaged_ones_of_later_steps(tmp_path):

@@ -45,7 +45,7 @@ def fake(monkeypatch):
     def train(run, slots, jobs, processes):
         self.ran.append((run.variant.name, run.lr, run.seed))
         if self.fails_at == len(self.ran):
-            raise RuntimeError("no luck")
+            raise ChildProcessError("no luck")
         knobs = json.loads(json.dumps(run.variant.config | compare.options(run)))
         fields = dataclasses.asdict(compare.gpt_config(knobs))
         config = {"model": knobs.pop("model"), "model_config": {k: knobs[k] for k in fields}, "knobs": knobs}
@@ -168,16 +168,24 @@ def test_the_plan_says_what_sets_variants_apart_and_how_long_it_takes(setting, t
     (["--models", "baseline,baseline"], "planned twice"),
     (["--models", "baseline,baseline:n_layer=1", "--budgets", "1e9", "--sizes", "n_embd=32"], "name one once"),
     (["--seed=7"], "error: --seed=7: compare.py sets these itself"),
+    (["--eval_every=7"], "error: --eval_every=7: compare.py sets these itself"),
+    (["--models", "baseline,baseline:seed=7"], "error: seed=7: compare.py sets these itself"),
+    (["--vary", "max_steps=5,9"], "error: max_steps=5: compare.py sets these itself"),
+    (["--seeds", "0"], "error: argument --seeds: 0: give a whole number in [1, 1000]"),
+    (["--seeds", "9" * 400], "...: give a whole number in [1, 1000]"),
+    (["--rounds", "-1"], "error: argument --rounds: -1: give a whole number in [0, 1e9]"),
+    (["--out_dir="], "error: argument --out_dir: it is empty"),
+    (["--device=mps:9"], "error: device=mps:9 is not here"),
     (["--match_optimizer=no"], "error: argument --match_optimizer: invalid yes_or_no value: 'no'"),
-    (["--lrs", "high"], "error: argument --lrs: invalid numbers value: 'high'"),
-    (["--lrs", "1,nan"], "error: argument --lrs: invalid numbers value: '1,nan'"),
-    (["--budget", "inf"], "error: argument --budget: invalid number value: 'inf'"),
+    (["--lrs", "high"], "error: argument --lrs: high: give a number in (0, 1e30]"),
+    (["--lrs", "1,nan"], "error: argument --lrs: nan: give a number in (0, 1e30]"),
+    (["--budget", "inf"], "error: argument --budget: inf: give a number in (0, 1e30]"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(setting, tmp_path, capsys, more, message):
     with pytest.raises(SystemExit) as exit:
         compare.main([*setting, f"--out_dir={tmp_path}", *more])
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit.value.code == 2 and "error: " in error and message in error
+    assert exit.value.code == 2 and error.startswith("error: ") and message in error
 
 
 # ---- the runs --------------------------------------------------------------------------------------------------------

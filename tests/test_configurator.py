@@ -1,5 +1,6 @@
 """Configuration: precedence, types, errors, help and the round trip of config files over plain globals."""
 
+import functools
 import math
 import os
 import runpy
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from configurator import config_class, config_source, configure, resolve
+from configurator import RANGES, config_class, config_source, configure, lies_in, model_knobs, read_knobs, resolve
 from tests.tiny import ROOT
 
 SCRIPT = '''"""Trains a toy.
@@ -118,6 +119,11 @@ def test_the_model_may_come_from_a_file_and_the_command_line_overrides_it(run):
     assert (config["model"], config["n_expert"]) == ("toytwo", 2)
 
 
+def test_a_name_that_a_config_file_deletes_again_is_its_own_affair(run):
+    config, _, _ = run(file("a.py", "for i in range(3):\n    batch_size += i\ndel i"))
+    assert config["batch_size"] == 15
+
+
 def test_a_value_equal_to_the_default_is_still_kept_when_a_later_line_chooses_a_model(run):
     config, _, _ = run(file("a.py", "n_layer = 2\nmodel = 'toytwo'\nbatch_size = n_layer"))
     assert config["n_layer"] == 2 and config["batch_size"] == 2
@@ -149,7 +155,7 @@ out_dir = join('runs', __file__)
 @pytest.mark.parametrize(
     "argument, value",
     [
-        ("batch_size=-3", -3),
+        ("tag=-3", -3),
         ("learning_rate=3e-4", 3e-4),
         ("learning_rate=1", 1.0),
         ("grad_clip=None", None),
@@ -241,6 +247,15 @@ def test_a_mistake_in_a_config_file_is_one_line_that_names_it(error, line, messa
         ("[batch_size := i for i in (5, 6)]", "batch_size=6 in config/x.py is not assigned at the file's top level"),
         ("globals().update(n_layer=7)", "n_layer=7 in config/x.py is not assigned at the file's top level: do that"),
         ("del n_layer", "n_layer is deleted in config/x.py: give it a value"),
+        ("globals().update(n_layers=7)", "n_layers=7 in config/x.py is not assigned at the file's top level: do that"),
+        ("[n_layers := i for i in (5, 6)]", "n_layers=6 in config/x.py is not assigned at the file's top level"),
+        ("def f(): pass\nglobals().update(n_layer=f)", "n_layer=<function f at"),
+        ("where_present = {3: 4}", "where_present in config/x.py is no dict of knobs: write dict(n_inner=512)"),
+        ("def where_present(): pass", "where_present in config/x.py is no dict of knobs: write dict(n_inner=512)"),
+        ("where_present = {}\nwhere_present['n_layer'] = 3", "config/x.py line 2: TypeError: 'mappingproxy' object"),
+        ("model = 'toytwo'\nmodel = 'toyone'\nn_layer = n_expert", "config/x.py line 3: NameError: name 'n_expert'"),
+        ("learning_rate = float('nan')", "learning_rate=nan in config/x.py: give a finite number"),
+        ("batch_size = 10**4400", "batch_size=a number of thousands of digits in config/x.py: it lies in"),
     ],
 )
 def test_what_a_config_file_says_of_a_knob_is_never_lost(error, text, message):
@@ -420,12 +435,19 @@ def test_elsewhere_and_where_no_model_has_it_an_unknown_knob_is_an_error(text, t
     ("--max_steps=0", "max_steps=0: try 1 or more"),
     ("--n_layer=-1", "n_layer=-1: try 1 or more"),
     ("--grad_clip=-1", "grad_clip=-1: try 0 or more"),
-    ("--learning_rate=0", "learning_rate=0: it lies in (0, inf)"),
-    ("--learning_rate=1e-400", "learning_rate=1e-400: it lies in (0, inf)"),
+    ("--learning_rate=0", "learning_rate=0: it lies in (0, 10]"),
+    ("--learning_rate=1e-400", "learning_rate=1e-400: it lies in (0, 10]"),
     ("--beta2=1", "beta2=1: it lies in [0, 1)"),
     ("--dropout=1.0", "dropout=1.0: it lies in [0, 1)"),
     ("--decay_fraction=1.5", "decay_fraction=1.5: it lies in [0, 1]"),
-    ("--rope_theta=0", "rope_theta=0: it lies in (0, inf)"),
+    ("--rope_theta=0", "rope_theta=0: try 1 or more"),
+    ("--weight_decay=1e-300", "weight_decay=1e-300: give 0, or a number of a size from 1.2e-38 to 3.4e+38"),
+    ("--eval_tokens=18446744073709551616", "eval_tokens=18446744073709551616: it lies in [0, 2147483647]"),
+    ("--eot_id=-2", "eot_id=-2: try -1 or more"),
+    ("--stages={[]: 1}", "stages={[]: 1}: expected dict"),
+    ("--out_dir", "out_dir=True: expected str"),
+    ("--init_from", "init_from=True: expected str"),
+    ("--out_dir=~nobody_of_this_name/run", "there is no such home folder"),
     ("--seed=4294967296", "seed=4294967296: it lies in [0, 4294967295]"),
     ("--learning_rate=1" + 400 * "0", f"learning_rate=1{59 * '0'}...: give a finite number"),
     ("--max_steps=1" + 5000 * "0", f"max_steps=1{59 * '0'}...: expected int"),
@@ -439,3 +461,103 @@ def test_a_value_that_cannot_be_meant_is_refused_with_what_can(capsys, words, me
 def test_a_path_that_begins_with_the_home_folder_leads_there(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert resolve(Path(__file__).parent.parent / "train.py", ["--out_dir=~/runs/a"])["out_dir"] == "/home/me/runs/a"
+    asked = []
+    script = {"__file__": str(ROOT / "train.py"), "model": "baseline", "init_from": ""}
+    configure(script, ["--init_from=~/runs/a"], quiet=True, starting_from=lambda path: asked.append(path) or {})
+    assert set(asked) == {"/home/me/runs/a"}
+
+
+# ---- the range of a number ------------------------------------------------------------------------------------------
+COMMANDS = ("train.py", "grpo.py", "dpo.py", "reward.py")
+
+
+@functools.cache
+def known_knobs():
+    """Returns (where, name, Knob) of each command, and of each model file of this repository."""
+    found = []
+    for command in COMMANDS:
+        knobs = read_knobs(ROOT / command, resolve(ROOT / command, []))
+        found += [(command, name, knob) for name, knob in knobs.items()]
+    for path in sorted(ROOT.glob("model_*.py")):
+        knobs = model_knobs(path.stem.removeprefix("model_"))
+        found += [(path.name, name, knob) for name, knob in knobs.items()]
+    return found
+
+
+def test_no_number_of_any_command_or_model_is_without_a_least_and_no_integer_without_a_most():
+    for where, name, knob in known_knobs():
+        if knob.kinds & {"int", "float"}:
+            low, high = knob.interval[1:-1].split(", ")
+            assert float(low) >= -1, f"{where}: {name} lies in {knob.interval}"
+            assert "int" not in knob.kinds or float(high) < 2**32, f"{where}: {name} lies in {knob.interval}"
+            assert lies_in(knob.default, knob.interval), f"{where}: {name}={knob.default} is outside {knob.interval}"
+
+
+def test_each_name_of_the_table_stands_there_once_and_is_a_knob():
+    names = [name for names in RANGES.values() for name in names.split()]
+    assert len(names) == len(set(names))
+    assert set(names) <= {name for _, name, _ in known_knobs()}
+
+
+OWN = """from dataclasses import dataclass
+from typing import Annotated
+@dataclass
+class GPTConfig:
+    window: int = 4  # a name of the table
+    slope: float = 0.5  # of no table
+    shift: int = -2
+    tilt: Annotated[float, "[-1, 1]"] = 0.0
+"""
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--window=0", "window=0: try 1 or more"),
+    ("--slope=-0.5", "slope=-0.5: try 0 or more"),
+    ("--shift=-3", "shift=-3: try -2 or more"),
+    ("--tilt=2", "tilt=2: it lies in [-1, 1]"),
+    ("--tilt=x", "tilt=x: expected float"),
+    ("--window=3 --slope=0 --shift=-2 --tilt=-1", ""),
+])  # fmt: skip
+def test_a_field_of_ones_own_model_has_the_range_of_its_name_of_its_annotation_or_of_its_default(
+    run, error, words, message
+):
+    file("model_own.py", OWN)
+    if message:
+        assert error("--model=own", *words.split()) == "error: " + message
+    else:
+        config, _, _ = run("--model=own", *words.split())
+        assert (config["window"], config["slope"], config["shift"], config["tilt"]) == (3, 0.0, -2, -1.0)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("from dataclasses import (\n", "model_own.py line 1: '(' was never closed"),
+    ("x = 1\ny = z\n", "model_own.py line 2: NameError: name 'z' is not defined"),
+    ("class GPTConfig: pass\n", "model_own.py has no dataclass GPTConfig, whose fields are a model's knobs"),
+    (OWN.replace("int = 4", "int"), "model_own.py: GPTConfig.window has no default"),
+])  # fmt: skip
+def test_a_mistake_in_ones_own_model_file_is_one_line_with_its_place(error, text, message):
+    file("model_own.py", text)
+    assert message in error("--model=own")
+
+
+def test_a_name_in_capitals_is_a_constant_and_no_knob():
+    for command in COMMANDS:
+        assert not [name for name in resolve(ROOT / command, []) if name.isupper()]
+
+
+def starting_from(fields):
+    """Returns the config of a run from weights that say this of themselves."""
+    script = {"__file__": str(ROOT / "train.py"), "model": "baseline", "init_from": ""}
+    found = {"model": "baseline", **fields}
+    return configure(script, ["--init_from=w"], quiet=True, starting_from=lambda path: found)
+
+
+def test_what_the_weights_to_start_from_say_is_checked_like_what_a_user_says(capsys):
+    assert starting_from({"n_layer": 5, "a_field_of_another_version": 3})["n_layer"] == 5
+    for fields, message in (
+        ({"n_layer": 0}, "n_layer=0 of init_from=w: try 1 or more"),
+        ({"rope_theta": "x"}, "rope_theta='x' of init_from=w: expected float"),
+    ):
+        with pytest.raises(SystemExit):
+            starting_from(fields)
+        assert message in capsys.readouterr().err

@@ -18,8 +18,9 @@ import training.load as load_module
 from data.bpe import CHAT_TOKENS
 from data.shards import PUBLISHED, write_shard
 from data.tokenizers import load_tokenizer
-from evals.scorer import Request, Scorer, evaluate_task, windows
-from evals.tasks import TASKS, Question, accuracies, boxed, final_answer, load_task, plain_math
+from evals.answers import plain_math
+from evals.scorer import ChatOptions, Request, Scorer, evaluate_task, windows
+from evals.tasks import TASKS, Question, accuracies, boxed, load_task
 from generate import generate
 from tests.test_sample import make_run
 from tests.tiny import MODELS, ROOT, build
@@ -330,6 +331,37 @@ def test_answers_equal_generate_in_every_batch_size_and_end_before_a_stop(name):
     assert alone == [free[0].partition(stops[0])[0]] and alone[0].startswith(free[0][:2])
 
 
+def test_an_answer_ends_where_it_does_alone_however_long_the_others_of_its_batch_are(monkeypatch):
+    texts = ["xabcd", "12345"]
+
+    def stream(model, prompts, n, **options):
+        for i in range(5):
+            yield torch.tensor([ord(texts[int(chr(prompt[-1]))][i]) for prompt in prompts])
+
+    monkeypatch.setattr(generate_module, "stream", stream)
+    requests = [Request((number, {"until": ["abcd", "b"]})) for number in "01"]
+    for rows in (1, 2):  # alone the first ends with its b; together abcd, which begins before that, is written, too
+        scorer = scorer_of(build("baseline", vocab_size=257), rows)
+        scorer.tokenizer = ByIds()
+        assert scorer.generate_until(requests) == ["xa", "12345"]
+
+
+def test_what_a_task_spells_out_is_text_in_questions_choices_examples_and_chats(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer("byte", CHAT_TOKENS)
+    scorer = Scorer(build("baseline", vocab_size=320), tokenizer, [], {EOT}, 8)
+    spelled = "".join(tokenizer.special_tokens)
+    row = {"context": spelled, "choices": [spelled, "x"], "label": 0}
+    task, questions = load_task("mine", jsonl(tmp_path / "mine.jsonl", [row] * 2), num_fewshot=1)
+    seen = []
+    monkeypatch.setattr(scorer, "score", lambda sequences: seen.extend(sequences) or [(0.0, True)] * len(sequences))
+    evaluate_task(scorer, task, questions)
+    assert seen[0][0] == list(f"{spelled} {spelled}\n\n{spelled} {spelled}".encode())
+    assert scorer.prompt_of(spelled) == list(spelled.encode())
+    scorer.chat_options = ChatOptions()
+    ids = scorer.prompt_of(spelled)
+    assert ids.count(tokenizer.special_tokens["<|im_end|>"]) == 1 and tokenizer.special_tokens["<think>"] not in ids
+
+
 def test_an_answer_gets_at_most_half_of_the_window_and_sampling_is_refused():
     scorer = scorer_of(build("baseline", vocab_size=257))
     scorer.tokenizer, scorer.stop = ByIds(), set()
@@ -361,8 +393,22 @@ def test_answers_in_boxes_and_numbers_are_found():
         assert plain_math(one) == plain_math(other), one
     for one, other in [("(1,2)", "12"), ("1,23", "123"), (r"\frac12", r"\frac21"), ("-1", "1"), (r"\text{east}", "")]:
         assert plain_math(one) != plain_math(other), one
-    assert final_answer("2 + 2 = 4\n#### 1,000") == "1000" == final_answer("first 7, then 1,000.")
-    assert final_answer(r"12 is \boxed{x^2}") == "x^2" and final_answer(" Paris\n") == "Paris"
+
+
+@pytest.mark.parametrize(
+    "answer, right, wrong",
+    [
+        ("2 + 2 = 4\n#### 1,000", "first 7, then 1,000.", "1,000, then 7"),
+        (1000, " #### 1000\nThat is 3.", "#### 100"),
+        (0.5, r"\boxed{\frac{1}{2}}", "2"),
+        (r"12 is \boxed{x^2}", r"so \boxed{ x^2 }, of 3", "x^2"),
+        (" Paris\n", " Paris", "It is Paris"),
+    ],
+)
+def test_the_answer_of_ones_own_question_is_the_number_or_the_text_that_is_stated(tmp_path, answer, right, wrong):
+    task, (question,) = load_task("own", jsonl(tmp_path / "own.jsonl", [{"context": "Q", "answer": answer}]))
+    assert task.grade(right, question)["exact_match"] and not task.grade(wrong, question)["exact_match"]
+    assert not task.grade("", question)["exact_match"]
 
 
 class Oracle:
@@ -529,9 +575,21 @@ OWN_ROW = {"context": "a", "choices": ["b", "c"], "label": 1}
             "1 choices have 2",
         ),
         ("winogrande", choice_rows("winogrande", 0) | {"answer": "0"}, "the answer '0' is neither 1 nor 2"),
-        ("gsm8k", {"question": "q", "answer": "it is 5"}, "no #### in the answer"),
+        ("gsm8k", {"question": "q", "answer": "it is 5"}, "no #### with a result in the answer"),
+        ("gsm8k", {"question": "q", "answer": "it is 5\n#### "}, "no #### with a result in the answer"),
         ("gsm8k", {"question": None, "answer": "#### 5"}, "question is None, and no text"),
         ("triviaqa", {"question": "q", "answer": {"aliases": "Paris"}}, "aliases is no list of texts, but 'Paris'"),
+        ("triviaqa", {"question": "q", "answer": {"aliases": []}}, "the answer has no aliases"),
+        ("triviaqa", {"question": "q", "answer": "Paris"}, "answer is 'Paris', and has no fields"),
+        ("arc_easy", choice_rows("arc_easy", 0) | {"choices": "ab"}, "choices is 'ab', and has no fields"),
+        ("arc_easy", {"question": {"stem": "q", "choices": "ab"}}, "choices is no list of objects, but 'ab'"),
+        ("arc_easy", {"question": {"stem": "q", "choices": [{"text": 7, "label": "A"}]}}, "text is 7, and no text"),
+        ("humaneval", {"prompt": "def f(x):", "entry_point": "f", "test": None}, "test is None, and no text"),
+        ("humaneval", {"prompt": ["def f(x):"]}, "prompt is .*, and no text"),
+        ("mine", OWN_ROW | {"choices": ["only"], "label": 0}, "there is nothing to choose from"),
+        ("mine", OWN_ROW | {"choices": [], "label": 0}, "there is nothing to choose from"),
+        ("mine", {"context": "a", "answer": " "}, "the answer is empty"),
+        ("mine", {"context": "a", "answer": "it is\n####"}, "the answer is empty"),
     ],
 )
 def test_a_row_that_is_not_what_its_task_says_is_named_with_its_line(tmp_path, name, row, message):
@@ -543,7 +601,7 @@ def test_a_row_that_is_not_what_its_task_says_is_named_with_its_line(tmp_path, n
 def test_answers_of_triviaqa_are_compared_as_the_harness_compares_them(tmp_path):
     row = {"question": "Who", "answer": {"aliases": ["The V.", "U S A "]}}
     task, (question,) = load_task("triviaqa", jsonl(tmp_path / "t.jsonl", [row]))
-    answers = {"  the v": True, "THE V": True, "The V ": False, "usa": False, " u.s a": False, "u S a ": True}
+    answers = {"  the v": True, "THE V ": True, "The  V": False, "usa": False, " u.s a": False, "u S a": False}
     assert {text: task.grade(text, question)["exact_match"] for text in answers} == answers
 
 
@@ -742,8 +800,51 @@ def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(run, data, tm
     assert "no model in" in error_of(capsys, tmp_path / "nowhere", "--data", data)
     other = write_data(tmp_path / "char", load_tokenizer("char", chars="".join(map(chr, range(256)))))
     assert "another tokenizer" in error_of(capsys, folder, "--data", other)
-    assert "--limit" in error_of(capsys, folder, "--limit", "-1")
     assert "no folder" in error_of(capsys, folder, "--json", tmp_path / "no" / "x.json")
+    assert "is a folder: give a file in it" in error_of(capsys, folder, "--json", tmp_path)
+    task = jsonl(tmp_path / "mine.jsonl", [good, good])
+    assert "asks mine twice" in error_of(capsys, folder, "--tasks", f"mine={task},mine={task}")
+    assert "not found" in error_of(capsys, folder, "--tasks", "mine=")
+
+
+@pytest.mark.parametrize("option, values", [
+    ("--limit", ["-1", "1.5", "9" * 5000]),
+    ("--num_fewshot", ["-1", "nan"]),
+    ("--batch_size", ["0", "-1"]),
+    ("--max_new_tokens", ["-1"]),
+    ("--eval_tokens", ["-1"]),
+    ("--block_size", ["-1"]),
+    ("--think_budget", ["-1", "9" * 400]),
+    ("--data", [""]),
+    ("--task_dir", [""]),
+])  # fmt: skip
+def test_a_number_that_cannot_be_meant_is_refused_in_one_short_line(run, capsys, option, values):
+    for value in values:
+        with pytest.raises(SystemExit) as caught:
+            evaluation.main([str(run[0]), f"{option}={value}"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert caught.value.code == 2 and line.startswith(f"error: argument {option}: {value[:60]}") and len(line) < 200
+
+
+@pytest.mark.parametrize("given, passed_on", [([], None), (["--num_fewshot", 0], 0), (["--num_fewshot", 2], 2)])
+def test_no_examples_are_another_wish_than_none_which_leaves_them_to_the_harness(
+    run, tmp_path, monkeypatch, given, passed_on
+):
+    seen = []
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: True)
+    monkeypatch.setattr(evaluation, "evaluate_harness", lambda *args: seen.append(args[-1]) or {})
+    results_of(tmp_path, run[0], "--harness", "piqa", *given)
+    assert seen == [{"num_fewshot": passed_on, "limit": None}]
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(run, tmp_path, monkeypatch):
+    def evaluate(*args):
+        raise TypeError("of a model")
+
+    monkeypatch.setattr(evaluation, "evaluate_task", evaluate)
+    task = jsonl(tmp_path / "mine.jsonl", [OWN_ROW])
+    with pytest.raises(TypeError, match="of a model"):
+        evaluation.main([str(run[0]), "--tasks", f"mine={task}"])
 
 
 # ---- programs -------------------------------------------------------------------------------------------------------

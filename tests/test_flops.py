@@ -630,6 +630,7 @@ def test_parameters_can_be_matched_instead(report):
         ("--mfu 1.5", "--mfu 1.5: a share of the peak"),
         ("--mfu fast", "argument --mfu: invalid float value"),
         ("--batch 0", "--batch 0 --context 0: try 1 or more"),
+        (f"--batch {10**400}", "--context 0: try 1 or more"),
         ("--vocab_size=64 --context 2000", "--batch 1 --context 2000: try 1 or more, and up to block_size=1024"),
         ("--n_inne=3", "unknown config key 'n_inne' on the command line; did you mean 'n_inner'?"),
         ("--n_head=12 --n_kv_head=5", "n_head=12 is not divisible by n_kv_head=5"),

@@ -1,12 +1,24 @@
 """generate.py over every model file: what it says must be what the model's own full forwards say."""
 
 import ast
+import random
 
 import pytest
 import torch
 
 import generate as generate_module
-from generate import CompiledStep, ThinkBudget, draw, draws, generate, pick_token, rollout, stream
+from generate import (
+    CompiledStep,
+    ThinkBudget,
+    draw,
+    draws,
+    first_stop,
+    generate,
+    pick_token,
+    rollout,
+    stream,
+    until_stop,
+)
 from tests.tiny import EOT, MODELS, ROOT, build, cache_tensors, module, tokens
 
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -147,6 +159,52 @@ def test_the_repetition_penalty_counts_the_tokens_of_the_prompt_and_no_padding()
     alone = [generate(model, [p], 20, **options)[0] for p in prompts]
     assert generate(model, prompts, 20, **options) == alone
     assert alone[0] != generate(model, prompts[:1], 20, temperature=0)[0]
+
+
+# ---- texts that end what is written ----------------------------------------------------------------------------------
+
+
+def cut(pieces, stops, begin=0):
+    return "".join(until_stop(iter(pieces), stops, begin))
+
+
+def test_a_stop_text_ends_what_is_written_and_no_part_of_it_is_shown():
+    whole = "one END two"
+    assert cut(list(whole), ["END"]) == "one "
+    assert cut(["one E", "ND two"], ["two", "END"]) == "one "
+    assert cut(list(whole), ["end"]) == whole
+    assert cut(list(whole), ["END"], begin=6) == whole  # within the prompt it is no stop
+    assert cut(list(whole), []) == whole
+    assert cut(list("END of it"), ["END"]) == ""
+    assert list(until_stop(iter(["a", "bE", "x"]), ["END"])) == ["", "a", "b", "Ex"]  # as soon as it is no stop's part
+
+
+def up_to_first_stop(text, stops, begin):
+    """By its definition: what stands before the stop that is complete first, of those that end there the longest."""
+    for end in range(len(text) + 1):
+        complete = [stop for stop in stops if len(stop) <= end - begin and text[:end].endswith(stop)]
+        if complete:
+            return text[: end - max(map(len, complete))]
+    return text
+
+
+def test_where_a_text_stops_depends_neither_on_its_pieces_nor_on_how_far_it_goes_on():
+    assert cut(["ab", "c"], ["abc", "b"]) == cut(["abc"], ["abc", "b"]) == "a"
+    assert cut(["ab"], ["b", "ab"]) == cut(["a", "b"], ["b", "ab"]) == ""
+    chance = random.Random(0)
+    for _ in range(3000):
+        text = "".join(chance.choices("abc", k=10))
+        stops = ["".join(chance.choices("abc", k=chance.randint(1, 4))) for _ in range(3)]
+        begin = chance.choice([0, 0, 2])
+        pieces = []
+        n = 0
+        while n < len(text):
+            pieces.append(text[n : n + chance.randint(0, 4)])
+            n += len(pieces[-1])
+        want = up_to_first_stop(text, stops, begin)
+        assert cut(pieces, stops, begin) == want, (text, stops, pieces)
+        if want != text:
+            assert first_stop(text + "abc", stops, begin) == len(want)
 
 
 # ---- rollouts --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Knobs of train.py that count, ask or average instead of training: dry_run, eval_only, ema, sample_every."""
 
+import functools
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import flops
+from configurator import resolve
 from tests.test_train import (
     KNOBS,
     close,
@@ -23,7 +25,9 @@ from tests.test_train import (
     weights,
     write_data,
 )
+from tests.tiny import ROOT, build
 from training import checkpoint, dry_run, metrics
+from training.knobs import IDLE, refuse_idle
 from training.load import load
 
 LONG = dict(max_steps=12, eval_every=4, save_every=4, keep_last=0, dropout=0.1)
@@ -266,6 +270,57 @@ def test_the_smoothed_loss_weighs_the_last_steps_most(plain):
 def test_knobs_that_mean_nothing_together_are_refused(work, knobs, message):
     assert message in fail(work, "refused", **knobs)
     assert not (work / "refused").exists()
+
+
+# A command, a model, what makes a knob do nothing, and that knob: for each row of the table, in its order.
+IDLE_KNOBS = (
+    ("train.py", "baseline", dict(rope_scaling="none"), dict(rope_factor=4.0)),
+    ("train.py", "baseline", dict(rope_scaling="linear", rope_factor=2), dict(rope_original=16)),
+    ("train.py", "baseline", dict(rope_factor=1.0), dict(rope_scaling="linear")),
+    ("train.py", "hybrid", dict(layer_pattern="d", rope_factor=2), dict(rope_scaling="linear")),
+    ("train.py", "hybrid", dict(layer_pattern="d"), dict(qkv_gates="v")),
+    ("train.py", "hybrid", dict(layer_pattern="d"), dict(output_gate="head")),
+    ("train.py", "hybrid", dict(layer_pattern="d"), dict(gate_activation="softplus")),
+    ("train.py", "gated", dict(output_gate="none"), dict(gate_activation="softplus")),
+    ("train.py", "hybrid", dict(layer_pattern="d"), dict(rotary_fraction=0.5)),
+    ("train.py", "linear", dict(layer_pattern="a"), dict(decay="none")),
+    ("train.py", "sliding", dict(layer_pattern="a"), dict(n_global_token=2)),
+    ("train.py", "moe", dict(n_shared_expert=0), dict(shared_gate=True)),
+    ("train.py", "moe", dict(moe_layers=(1,)), dict(n_dense_layer=1)),
+    ("train.py", "moe", dict(moe_layers=(1,)), dict(moe_every=2)),
+    ("train.py", "switch", dict(capacity_factor=0), dict(drop_by="score")),
+    ("train.py", "switch", dict(balance_loss=0), dict(balance_over="batch")),
+    ("train.py", "baseline", dict(pack="documents"), dict(document_start_probability=0.5)),
+    ("train.py", "baseline", dict(weight_decay=0), dict(decay_with_lr=False)),
+    ("train.py", "baseline", dict(weight_decay=0), dict(cautious_decay=True)),
+    ("train.py", "baseline", dict(keep_last=0), dict(keep_every=5)),
+    ("grpo.py", "baseline", dict(teacher="a run"), dict(scale_rewards="none")),
+    ("grpo.py", "baseline", dict(loss_type="cispo"), dict(clip_low=0.1)),
+    ("grpo.py", "baseline", dict(think="never"), dict(think_budget=5)),
+    ("dpo.py", "baseline", dict(loss_type="ipo"), dict(label_smoothing=0.1)),
+    ("dpo.py", "baseline", dict(online=0), dict(temperature=0.5)),
+    ("grpo.py", "baseline", dict(rewards=""), dict(reward_model="a run")),
+    ("grpo.py", "baseline", dict(rewards=""), dict(eval_samples=5)),
+    ("grpo.py", "baseline", dict(eval_data=""), dict(eval_samples=5)),
+    ("reward.py", "baseline", dict(best_of=0), dict(eval_data="problems")),
+)
+defaults_of = functools.cache(lambda script, model: resolve(ROOT / script, [f"--model={model}"]))
+
+
+@pytest.mark.parametrize("row, case", zip(IDLE, IDLE_KNOBS, strict=True))
+def test_a_knob_that_does_nothing_beside_another_one_is_refused_by_name(row, case):
+    knob, off, other, _ = row
+    script, model, beside, idle = case
+    defaults = defaults_of(script, model)
+    assert defaults[knob] == off and idle[knob] != off
+    with pytest.raises(ValueError, match=f"^{knob}=.* does nothing while {other}=.*, or give {knob}={off}$"):
+        refuse_idle(defaults | beside | idle)
+    if script == "train.py" and knob in vars(build(model).config):  # the model computes the same with it and without
+        torch.manual_seed(1)
+        x = torch.randint(97, (2, 16))
+        without = build(model, **beside, **{knob: off}).train()
+        with_it = build(model, **beside, **idle).train()
+        assert with_it(x, x).item() == without(x, x).item()
 
 
 def test_help_explains_each_of_them(work):

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from evals import sandbox
-from evals.rewards import is_equation, load, number_of, score
+from evals.answers import number_of
+from evals.rewards import is_equation, load, score
 
 ANSWERS = [  # (what the model wrote, the row's answer, whether it is right)
     # what is the answer
@@ -92,6 +93,8 @@ ANSWERS = [  # (what the model wrote, the row's answer, whether it is right)
     (r"\boxed{(3, 4)}", "(3, 5)", False),
     (r"\boxed{x^2}", "2", False),
     (r"\boxed{\text{Tuesday}}", "Tuesday", True),
+    ("Tuesday", "Tuesday", True),
+    ("It is Tuesday", "Tuesday", False),
 ]
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from data import tokenizer_json
 from data.bpe import CHAT_TOKENS
 from data.tokenizers import PATTERNS, load_tokenizer
 from tests.test_tokenizers import save_hugging_face
-from tests.tiny import build, module
+from tests.tiny import ROOT, build, module
 from training import checkpoint
 from training import load as load_module
 from training.load import load
@@ -122,37 +122,6 @@ def test_text_arrives_piece_by_piece_and_whole_characters_only(run, monkeypatch,
     assert "😀" in written and not any("\ufffd" in piece for piece in written)
 
 
-def test_a_stop_text_ends_the_sample_before_it_and_never_shows_a_part_of_it():
-    def cut(pieces, stops, begin=0):
-        return "".join(sample.until_stop(iter(pieces), stops, begin))
-
-    whole = "one END two"
-    assert cut(list(whole), ["END"]) == "one "
-    assert cut(["one E", "ND two"], ["two", "END"]) == "one "
-    assert cut(list(whole), ["end"]) == whole
-    assert cut(list(whole), ["END"], begin=6) == whole  # within the prompt it is no stop
-    assert cut(list(whole), []) == whole
-    assert cut(list("END of it"), ["END"]) == ""
-
-
-def test_where_a_text_stops_does_not_depend_on_how_it_comes_in_pieces():
-    def cut(pieces, stops, begin):
-        return "".join(sample.until_stop(iter(pieces), stops, begin))
-
-    assert cut(["ab", "c"], ["abc", "b"], 0) == cut(["abc"], ["abc", "b"], 0) == "a"
-    assert cut(["ab"], ["b", "ab"], 0) == cut(["a", "b"], ["b", "ab"], 0) == ""
-    draw = random.Random(0)
-    for _ in range(3000):
-        text = "".join(draw.choices("abc", k=8))
-        stops = ["".join(draw.choices("abc", k=draw.randint(1, 4))) for _ in range(3)]
-        begin = draw.choice([0, 0, 2])
-        pieces = []
-        while sum(map(len, pieces)) < len(text):
-            shown = sum(map(len, pieces))
-            pieces.append(text[shown : shown + draw.randint(0, 4)])
-        assert cut(pieces, stops, begin) == cut(list(text), stops, begin), (text, stops, pieces)
-
-
 def test_a_stop_text_works_from_the_command_line_for_every_sample(run, capsys):
     arguments = (run[0], "--prompt", "q", "--num_samples", 2, "--max_new_tokens", 60, "--temperature", 1.0)
     free = text_of(capsys, *arguments)
@@ -220,10 +189,11 @@ def test_a_chat_keeps_the_conversation_in_the_chat_format(chatty, prompts, monke
     assert second.endswith("<|im_end|>\n<|im_start|>user\nmore<|im_end|><|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_what_a_person_types_never_becomes_a_token_of_the_chat(chatty, prompts, capsys):
+@pytest.mark.parametrize("way, turns", [([], 0), (["--chat"], 1), (["--chat", "--system", "<|im_end|><think>"], 2)])
+def test_what_a_person_types_never_becomes_a_token_of_the_chat(chatty, prompts, capsys, way, turns):
     folder, _, tokenizer = chatty
-    text_of(capsys, folder, "--chat", "--prompt", "<|im_end|><think>", "--max_new_tokens", 2)
-    assert prompts[0].count(tokenizer.special_tokens["<|im_end|>"]) == 1
+    text_of(capsys, folder, "--prompt", "<|im_end|><think>", "--max_new_tokens", 2, *way)
+    assert prompts[0].count(tokenizer.special_tokens["<|im_end|>"]) == turns
     assert tokenizer.special_tokens["<think>"] not in prompts[0]
 
 
@@ -289,7 +259,6 @@ def test_what_is_of_a_chat_is_refused_elsewhere(run, chatty):
     for option in (["--think"], ["--no_think"], ["--think_budget", "5"], ["--system", "x"]):
         assert "of a chat: give --chat or --interactive" in error_of(chatty[0], *option)
         assert "has no token <|im_start|>" in error_of(run[0], "--chat", *option)
-    assert "--think_budget -1" in error_of(chatty[0], "--chat", "--think_budget", "-1")
 
 
 def test_without_chat_tokens_each_line_is_continued_by_itself(run, monkeypatch, capsys):
@@ -499,8 +468,65 @@ def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
         assert "try device=cpu" in error_of(folder, "--device", "cuda")
     (tmp_path / "config.json").write_text('{"model_type": "mamba9"}')
     assert "'mamba9'; these can be read: " in error_of(tmp_path)
-    for options in (["--temperature", "-1"], ["--top_p", "0"], ["--num_samples", "0"], ["--dtype", "fp8"]):
-        assert options[0] in error_of(folder, *options)
+    assert "--dtype" in error_of(folder, "--dtype", "fp8")
+
+
+@pytest.mark.parametrize("option, values", [
+    ("--temperature", ["-1", "nan", "inf", "9" * 400]),
+    ("--top_p", ["0", "-1", "1.1", "nan", "1e-400"]),
+    ("--repetition_penalty", ["0", "-1", "nan", "inf", "1e300"]),
+    ("--top_k", ["-1", "1.5"]),
+    ("--num_samples", ["0", "9" * 400]),
+    ("--max_new_tokens", ["0", "9" * 5000]),
+    ("--think_budget", ["-1", "9" * 400]),
+    ("--seed", ["-1", str(2**64), "1" * 20, "9" * 400]),
+    ("--stop", [""]),
+    ("--tokenizer", [""]),
+    ("--save_pretrained", [""]),
+    ("--device", ["foo", "meta", "mps:9", "cuda:99", ""]),
+])  # fmt: skip
+def test_a_value_that_cannot_be_meant_is_refused_in_one_short_line(chatty, option, values):
+    for value in values:
+        with pytest.raises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()) as said:
+            sample.main([str(chatty[0]), "--chat", f"{option}={value}"])
+        (line,) = said.getvalue().splitlines()
+        name = option.removeprefix("--")
+        assert caught.value.code == 2 and len(line) < 250
+        message = f"error: {name}={value} is " if name == "device" else f"error: argument {option}: {value[:60]}"
+        assert line.startswith(message)
+
+
+def test_the_least_temperature_is_greedy_and_the_largest_draws_evenly(run, capsys):
+    arguments = (run[0], "--max_new_tokens", 20, "--temperature")
+    assert text_of(capsys, *arguments, "1e-40") == text_of(capsys, *arguments, 0)
+    assert text_of(capsys, *arguments, 1000) != text_of(capsys, *arguments, 1000, "--seed", 2)
+
+
+def test_one_prompt_is_given_and_not_two(run):
+    assert "not allowed with argument --prompt" in error_of(run[0], "--prompt", "a", "--interactive")
+    assert "not allowed with argument --prompt" in error_of(run[0], "--prompt", "a", "--prompt_file", "b")
+
+
+def test_a_chat_ends_at_ctrl_d_in_a_new_line(chatty, monkeypatch, capsys):
+    type_lines(monkeypatch)
+    assert text_of(capsys, chatty[0], "--interactive") == "\n"
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(run, monkeypatch):
+    def stream(*args, **options):
+        raise TypeError("of a model")
+
+    monkeypatch.setattr(generate, "stream", stream)
+    with pytest.raises(TypeError, match="of a model"):
+        sample.main([str(run[0])])
+
+
+def test_a_reader_that_goes_ends_the_text_without_a_word(run):
+    command = [sys.executable, ROOT / "sample.py", run[0], "--max_new_tokens=5000", "--num_samples=3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() != 0
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):

@@ -712,7 +712,8 @@ def test_wandb_without_a_key_is_refused_in_one_line(work):
     environment = {"HOME": str(work), "WANDB_API_KEY": "", "WANDB_SILENT": "true"}
     result = finish(*start(work, out_dir="keyless", wandb="online", environment=environment))
     assert result.code == 2 and "Traceback" not in result.err
-    assert result.err.splitlines()[-1].startswith("error: wandb=online: ")
+    assert result.err.splitlines()[-1].startswith("error: wandb=online")
+    assert not (work / "keyless").exists()
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -722,7 +723,8 @@ REFUSED = {
     "wrong choice": (dict(schedule="linear"), "schedule=linear: try one of cosine, wsd, constant"),
     "no size": (dict(micro_batch=0), "micro_batch=0: try 1 or more"),
     "negative": (dict(grad_clip=-1), "grad_clip=-1: try 0 or more"),
-    "dead knob": (dict(rope_factor=4), "rope_factor=4.0 does nothing while rope_scaling=none: set that, too"),
+    "dead knob": (dict(rope_factor=4), "rope_factor=4.0 does nothing while rope_scaling=none: change that, or give"),
+    "two ends": (dict(eot_id=5, document_mask=True), "eot_id=5, and document_mask sets it to 256: give one of them"),
     "end": (dict(eot_id=320), "eot_id=320 is no token of a vocabulary of 320: try 0 to 319"),
     "heads": (dict(n_kv_head=3, n_head=4), "n_head=4 is not divisible by n_kv_head=3"),
     "gpt2": (dict(model="gpt2", n_head=3) | NOT_GPT2, "n_embd=16 is not divisible by n_head=3: try 15 or 18"),
@@ -751,6 +753,31 @@ def test_a_run_without_a_folder_is_refused(work):
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused_with_numbers_to_try(work):
     results = [finish(*run) for run in together(work, 2, out_dir="odd batch", batch_tokens=32 * 7)]
     assert all(result.code and "32 times 2 processes: try 192 or 256" in result.err for result in results)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_token_above_the_vocabulary_in_what_is_read_first_is_refused_before_a_folder_is_touched(work, base, split):
+    folder = work / f"foreign token in {split}"
+    shutil.copytree(work / "data", folder)
+    ids = Shards(folder, split).read(0, 2000).astype(np.int64)
+    ids[::20] = 60000
+    write_shard(folder / f"{split}_000000.bin", ids, 65536)
+    copy_until(base, work / f"begun {split}", 10)
+    for out, argv in ((f"new {split}", ()), (f"begun {split}", ("--overwrite",))):
+        message = fail(work, out, *argv, data=folder.name)
+        assert f"{split}_000000.bin: token 60000 >= vocab_size 257" in message
+    assert not (work / f"new {split}").exists()
+    assert checkpoint.newest(work / f"begun {split}").name == "step-00000010"
+
+
+def test_a_token_above_the_vocabulary_that_comes_later_is_one_line_too(work):
+    shutil.copytree(work / "data", work / "foreign token")
+    for split in ("train", "val"):  # the second is met first, at step 0
+        ids = Shards(work / "data", split).read(0, 2000).astype(np.int64)
+        ids[500] = 60000
+        write_shard(work / "foreign token" / f"{split}_000000.bin", ids, 65536)
+        message = fail(work, "later", "--overwrite", data="foreign token", max_steps=12)
+        assert f"{split}_000000.bin: token 60000 >= vocab_size 257" in message
 
 
 def test_a_damaged_shard_is_refused_by_name(work):

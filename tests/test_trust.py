@@ -10,9 +10,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from distributed import processes
 from tests import soak
 from tests.test_checkpoint import CONFIG, Toy, adamw, names, small_run
 from tests.test_reliability import last_step
@@ -204,15 +207,23 @@ def test_a_link_within_source_is_replaced_and_not_followed(work):
     assert (run.folder / "source" / "train.py").read_bytes() == (ROOT / "train.py").read_bytes()
 
 
-def test_a_text_takes_the_place_of_a_link_and_leaves_nothing_where_it_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_text_takes_the_place_of_a_link_and_leaves_nothing_where_it_fails(tmp_path, monkeypatch, error):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "config.json").symlink_to("mine")
     disk.write_text(tmp_path / "config.json", "new")
     assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "config.json").read_text() == "new"
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
-    with pytest.raises(OSError):
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(error(errno.ENOSPC, "No space")))
+    with pytest.raises(error):
         disk.write_text(tmp_path / "config.json", "newer")
     assert names(tmp_path) == ["config.json", "mine"]
+
+
+def test_a_text_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").resolve()))
+    disk.write_text(tmp_path / "evaluation.json", "new")
+    assert [re.fullmatch(disk.TEMPORARY, path.name) is not None for path in flushed] == [True]
 
 
 # ---- what is beside training -----------------------------------------------------------------------------------------
@@ -272,6 +283,24 @@ def test_a_service_that_fails_costs_a_warning(tmp_path, capsys):
     log.close()
     assert [row["step"] for row in run_folder.read_metrics(tmp_path)] == [1, 2]
     assert capsys.readouterr().err.count("a service for metrics failed: ZeroDivisionError") == 1
+
+
+def test_a_service_that_cannot_be_opened_is_an_error_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: open("a\nfile that is nowhere")))
+    with pytest.raises(ValueError, match=r"^wandb cannot be opened: FileNotFoundError: .*$"):
+        metrics.Log(tmp_path, 0, {}, wandb="offline")
+
+
+def test_memory_that_runs_out_is_one_line_and_what_is_a_mistake_of_ours_is_not(capsys):
+    for make, begins in (
+        (lambda: torch.empty(2**60, dtype=torch.uint8), "error: out of memory: "),
+        (lambda: torch.empty(2, 3) @ torch.empty(2, 3), "Traceback"),
+    ):
+        with pytest.raises(RuntimeError) as raised:
+            make()
+        processes.say_in_one_line(raised.type, raised.value, raised.tb)
+        said = capsys.readouterr().err
+        assert said.startswith(begins) and (begins == "Traceback") == (said.count("\n") > 1)
 
 
 @pytest.mark.parametrize("reader", ["gone", "full"])

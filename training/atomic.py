@@ -11,13 +11,21 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 from pathlib import Path
 
 import torch
 
-from training.disk import CheckpointError, fsync, remove, tensor_files, warn_once, write_text
+from training.disk import (
+    TEMPORARY,
+    CheckpointError,
+    fsync,
+    remove,
+    temporary_beside,
+    tensor_files,
+    warn_once,
+    write_text,
+)
 
 FORMAT = 1
 TEXTS = ("config.json", "trainer.json")
@@ -88,13 +96,14 @@ def best(out_dir) -> Path | None:
 
 def link(folder, name):
     """Points a relative link beside a checkpoint at it, in one step, where the disk has links."""
-    temporary = folder.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
+    place = folder.with_name(name)
+    temporary = temporary_beside(place)
     try:
         temporary.symlink_to(folder.name)
-        temporary.replace(folder.with_name(name))
+        temporary.replace(place)
     except OSError as error:  # Windows asks for rights, and a copy may have made the link a folder
         temporary.unlink(missing_ok=True)
-        warn_once(f"{folder.with_name(name)} cannot be made a link ({error.strerror}): the checkpoint is found without")
+        warn_once(f"{place} cannot be made a link ({error.strerror}): the checkpoint is found without")
 
 
 def repair(folder, keep_last, keep_every):
@@ -114,9 +123,13 @@ def repair(folder, keep_last, keep_every):
 
 # ---- coming and going ------------------------------------------------------------------------------------------------
 def clear(out_dir):
-    """Deletes what crashes left of what they were writing."""
-    for leftover in [*named(out_dir, ".tmp"), *Path(out_dir).glob(".*.tmp")]:
+    """Deletes what crashes left of what they were writing: checkpoints, links, and texts here and in checkpoints."""
+    for leftover in named(out_dir, ".tmp"):
         remove(leftover)
+    for folder in (Path(out_dir), *folders(out_dir)):
+        for path in folder.glob(".*.tmp"):
+            if re.fullmatch(TEMPORARY, path.name) and (path.is_symlink() or path.is_file()):
+                path.unlink()
 
 
 def prepare(folder, need, texts):

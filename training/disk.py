@@ -25,24 +25,34 @@ def warn_once(text: str) -> None:
         print(f"WARNING: {text}", file=sys.stderr)
 
 
+TEMPORARY = r"\..+\.[0-9a-f]{16}\.tmp"  # the names that temporary_beside returns
+
+
+def temporary_beside(path: Path) -> Path:
+    """Returns a name in the same folder, which nobody can have put a link at since nobody can guess it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 @contextmanager
 def replaced(path: Path) -> Iterator[TextIO]:
     """Opens a text file that takes the place of another when the block ends, and leaves nothing where it fails.
 
-    What a link at its name points to stays as it is. The temporary file has a name that nobody can have put a link at.
+    What a link at its name points to stays as it is. The text is on the disk before it takes that place: after a power
+    cut the file holds the new text or the old one.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "x", encoding="utf-8") as file:
             yield file
+        fsync(temporary)
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that has all of the text, or what it had before if this process is killed meanwhile."""
+    """Writes a file that has all of the text, or what it had before if this process or the machine dies meanwhile."""
     with replaced(path) as file:
         file.write(text)
 

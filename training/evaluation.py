@@ -38,23 +38,24 @@ def evaluate(
 ) -> dict[str, dict]:
     """Returns {name of a text: its loss_report}, without auxiliary losses; where there are many, that of all is first.
 
-    They share eval_tokens, the same ones every time, by their weights. Where no token is a target, the run ends.
+    They share eval_tokens, the same ones every time, by their weights. The run ends where no token is a target, or one
+    is not of the vocabulary.
     """
     sharded = shares_weights(model)
     model.eval()
     sums = []
-    for shards, batches in stage.evaluations(eval_tokens, rank, world_size, device):
-        if sharded:
-            batches = in_step(model, batches, stage.block_size, device)
-        found = loss_sums(model, batches, bytes_of[shards], autocast)
-        sums.append(torch.tensor(processes.all_sum(found, device), dtype=torch.float64))
-    model.train()
     try:
+        for shards, batches in stage.evaluations(eval_tokens, rank, world_size, device):
+            if sharded:
+                batches = in_step(model, batches, stage.block_size, device)
+            found = loss_sums(model, batches, bytes_of[shards], autocast)
+            sums.append(torch.tensor(processes.all_sum(found, device), dtype=torch.float64))
+        model.train()
         reports = {"": loss_report(sum(sums))}
         if len(sums) > 1:
             reports |= dict(zip(stage.val_names, map(loss_report, sums)))
         return reports
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         processes.fail(error)
 
 

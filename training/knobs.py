@@ -6,32 +6,79 @@ import shlex
 import shutil
 import sys
 from importlib.util import find_spec
+from operator import not_
 
 import torch
 
 from distributed import processes
 
-# A knob, the value with which it is off, and the knob without which it does nothing, with that one's.
-DEAD_WITHOUT = (
-    ("rope_factor", 1.0, "rope_scaling", "none"),
-    ("rope_original", 0, "rope_scaling", "none"),
-    ("shared_gate", False, "n_shared_expert", 0),
-    ("eval_samples", 0, "rewards", ""),
-    ("eval_samples", 0, "eval_data", ""),
-    ("reward_model", "", "rewards", ""),
+
+def one_of(*words):
+    return lambda value: value in words
+
+
+def lacks(letters):
+    return lambda pattern: not set(pattern) & set(letters)
+
+
+# A knob, the value with which it is off, and another knob, with those values of that for which the first does nothing.
+# Not here: the size of a part that another knob leaves out, and what belongs to a choice of optimizer or schedule that
+# is not taken. A config file has these for the choice that it makes, and a comparison changes that choice alone.
+IDLE = (
+    # fields of models
+    ("rope_factor", 1.0, "rope_scaling", one_of("none")),
+    ("rope_original", 0, "rope_scaling", one_of("none", "linear")),
+    ("rope_scaling", "none", "rope_factor", one_of(1.0)),
+    ("rope_scaling", "none", "layer_pattern", lacks("a")),
+    ("qkv_gates", "", "layer_pattern", lacks("a")),
+    ("output_gate", "element", "layer_pattern", lacks("a")),
+    ("gate_activation", "sigmoid", "layer_pattern", lacks("a")),
+    ("gate_activation", "sigmoid", "output_gate", one_of("none")),
+    ("rotary_fraction", 0.25, "layer_pattern", lacks("a")),
+    ("decay", "channel", "layer_pattern", lacks("k")),
+    ("n_global_token", 0, "layer_pattern", lacks("lm")),
+    ("shared_gate", False, "n_shared_expert", not_),
+    ("n_dense_layer", 0, "moe_layers", bool),
+    ("moe_every", 1, "moe_layers", bool),
+    ("drop_by", "position", "capacity_factor", not_),
+    ("balance_over", "sequence", "balance_loss", not_),
+    # knobs of train.py
+    ("document_start_probability", 0.0, "pack", one_of("documents")),
+    ("decay_with_lr", True, "weight_decay", not_),
+    ("cautious_decay", False, "weight_decay", not_),
+    ("keep_every", 0, "keep_last", not_),
+    # of post-training
+    ("scale_rewards", "group", "teacher", bool),
+    ("clip_low", 0.2, "loss_type", one_of("cispo")),
+    ("think_budget", 0, "think", one_of("never")),
+    ("label_smoothing", 0.0, "loss_type", one_of("ipo")),
+    ("temperature", 1.0, "online", not_),
+    ("reward_model", "", "rewards", not_),
+    ("eval_samples", 0, "rewards", not_),
+    ("eval_samples", 0, "eval_data", not_),
+    ("eval_data", "", "best_of", not_),
 )
+
+
+def refuse_idle(config: dict) -> None:
+    """Raises ValueError for a knob that does nothing while another one is as it is."""
+    for knob, off, other, is_idle in IDLE:
+        if knob in config and other in config and config[knob] != off and is_idle(config[other]):
+            raise ValueError(
+                f"{knob}={config[knob]} does nothing while {other}={config[other]}: change that, or give {knob}={off}"
+            )
 
 
 def check_run(config: dict) -> None:
     """Raises ValueError where the knobs of a run do not go together: what all commands that train have in common."""
     if not config["out_dir"]:
         raise ValueError("out_dir is empty, and a run needs a folder of its own: try out_dir=out/run")
-    for knob, off, needed, needed_off in DEAD_WITHOUT:
-        if config.get(knob, off) != off and config.get(needed) == needed_off:
-            raise ValueError(f"{knob}={config[knob]} does nothing while {needed}={needed_off}: set that, too")
+    refuse_idle(config)
     for package in ("wandb", "tensorboard"):
         if config[package] and not find_spec(package):
             raise ValueError(f"{package}={config[package]}, but this package is not here:  pip install {package}")
+    if config["wandb"] == "online" and processes.launched()[0] == 0:
+        log_in_to_wandb()
     if config.get("online", 1) and config.get("group_size", 2) < 2:
         raise ValueError("group_size=1: an answer is compared with others to the same problem, so give 2 or more")
     for knob in ("problems_per_step", "problems_per_round", "pairs_per_step"):
@@ -63,6 +110,19 @@ def check(config: dict, world_size: int) -> None:
         raise ValueError(f"parallel={parallel} is for processes that torchrun starts:  {launch}")
     if parallel != "fsdp" and (config["cpu_offload"] or not config["reshard"]):
         raise ValueError(f"cpu_offload=True and reshard=False are for parallel=fsdp, and this is parallel={parallel}")
+
+
+def log_in_to_wandb() -> None:
+    """Raises ValueError where Weights & Biases lets nobody in: to be known before a folder is deleted or begun."""
+    import wandb
+
+    try:
+        has_key = wandb.login()
+    except Exception as error:  # theirs, of any kind
+        reason = " ".join(str(error).split())
+        raise ValueError(f"wandb=online: {reason}: try wandb=offline") from error
+    if not has_key:
+        raise ValueError("wandb=online, and there is no key: get one with  wandb login  or try wandb=offline")
 
 
 def minutes_or_steps(minutes: float, argv: list[str]) -> float:

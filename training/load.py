@@ -12,6 +12,7 @@ from data.tokenizer_json import begin_ids, read_object
 from data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_dict
 from generate import ThinkBudget
 from training import checkpoint
+from training.arguments import number
 from training.knobs import find_device
 from training.run_folder import is_from_hugging_face
 
@@ -148,7 +149,7 @@ def add_thinking(parser) -> None:
     add("--think", action="store_true", default=None, help="begin each answer of a chat with thinking")
     add("--no_think", action="store_false", dest="think", help="answer without (default: as the model likes)")
     about_budget = "end thinking that has come to N tokens, and go on with the answer"
-    add("--think_budget", type=int, metavar="N", help=about_budget)
+    add("--think_budget", type=number("[0, 1e9]"), metavar="N", help=about_budget)
 
 
 def think_budget(tokenizer: Tokenizer, n: int) -> ThinkBudget:

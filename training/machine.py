@@ -1,6 +1,7 @@
 """Where a command computes: how many processes there are, on which device each of them, and in what dtype."""
 
 import os
+import sys
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -75,6 +76,7 @@ def join(
     One process is the case of one of many: no group is opened. ValueError says what is not here, or not together.
     """
     rank, world_size = processes.launched()
+    sys.excepthook = processes.say_in_one_line
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)

@@ -67,9 +67,17 @@ class Log:
         self.services = []  # functions of (step, {name: number})
         self.to_close = []
         if wandb:
-            self.services.append(self.open_wandb(out, config, wandb))
+            self.open("wandb", self.open_wandb, out, config, wandb)
         if tensorboard:
-            self.services.append(self.open_tensorboard(out, step))
+            self.open("tensorboard", self.open_tensorboard, out, step)
+
+    def open(self, name, service, *args):
+        """Opens a service. ValueError where that fails."""
+        try:
+            self.services.append(service(*args))
+        except Exception as error:  # theirs, of any kind
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{name} cannot be opened: {type(error).__name__}: {reason}") from error
 
     def open_wandb(self, out, config, mode):
         import wandb
@@ -77,10 +85,7 @@ class Log:
         if not (out / "wandb_id").exists():  # a resumed run goes on under its id there
             write_text(out / "wandb_id", uuid.uuid4().hex[:8])
         run = dict(project="nanollm", name=out.resolve().name, id=(out / "wandb_id").read_text(), dir=out)
-        try:
-            client = wandb.init(mode=mode, resume="allow", config=config, **run)
-        except wandb.Error as error:
-            raise ValueError(f"wandb={mode}: {str(error).splitlines()[0]}") from None
+        client = wandb.init(mode=mode, resume="allow", config=config, **run)
         self.to_close.append(client.finish)
         return lambda step, numbers: client.log(numbers, step=step)
 

@@ -1,9 +1,14 @@
-"""What a run prints, where the reader may go (`| head`) and the disk may fill up: that ends no run."""
+"""What a command prints: where nobody reads it (`| head`) or the disk is full, and what it says of a mistake."""
 
 import atexit
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distributed import processes
+from training.disk import CheckpointError
 
 
 class LastingStream:
@@ -53,3 +58,16 @@ def outlast_readers() -> None:
             lasting = LastingStream(stream)
             setattr(sys, name, lasting)
             atexit.register(lasting.at_exit)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the process with one line and code 2 where something that a user gave is wrong.
+
+    That is what these four say: a file that is not there, a value, a package to install, a checkpoint. All others are
+    mistakes of ours, and keep the traceback that says where.
+    """
+    try:
+        yield
+    except (OSError, ValueError, ImportError, CheckpointError) as error:
+        processes.fail(error)

@@ -22,7 +22,7 @@ from configurator import check_values
 from data.loader import Loader, check_evaluation, eval_batches, read_mixture
 from data.shards import Shards
 from flops import without_contents
-from training.knobs import windows_of_a_step
+from training.knobs import refuse_idle, windows_of_a_step
 
 # What a stage may change, besides the fields of GPTConfig that leave the weights their shapes.
 KNOBS = (
@@ -100,6 +100,7 @@ class Plan:
             with naming(when):
                 check_entry(when, given, {*KNOBS, *fields})
                 values = values | check_values(script, config, given, f"in the stage of {when}")
+                refuse_idle(values)
                 self.stages.append(self.open_stage(when, given, values))
         self.check_one_tokenizer()
 
@@ -172,15 +173,28 @@ class Plan:
                 after = stage.loader.positions_before(self.stages[i + 1].first)
                 positions[stage.order] = positions.get(stage.order, {}) | after
 
+    def try_first_batches(self, eval_tokens: int, rank: int, world_size: int, device: str) -> None:
+        """Reads what the run will read first. ValueError where that is damaged."""
+        first = self.stages[0]
+        next(first.loader.batches(0))
+        for _, batches in first.evaluations(eval_tokens, rank, world_size, device):
+            next(batches, None)
+
     def settle(self, GPTConfig: type, GPT: type, vocab_size: int, eot_id: int) -> None:
         """Gives each stage its fields and model_config. ValueError where a stage's weights would have other shapes."""
         names = [field.name for field in dataclasses.fields(GPTConfig)]
         for stage in self.stages:
             stage.fields = {name: stage.values[name] for name in names}
             stage.fields["vocab_size"] = vocab_size
-            if stage.document_mask:
-                stage.fields["eot_id"] = eot_id
             with naming(stage.when):
+                if stage.fields["eot_id"] >= vocab_size:
+                    why = f"no token of a vocabulary of {vocab_size}: try 0 to {vocab_size - 1}"
+                    raise ValueError(f"eot_id={stage.fields['eot_id']} is {why}")
+                if stage.document_mask and stage.fields["eot_id"] not in (-1, eot_id):
+                    why = f"document_mask sets it to {eot_id}: give one of them"
+                    raise ValueError(f"eot_id={stage.fields['eot_id']}, and {why}")
+                if stage.document_mask:
+                    stage.fields["eot_id"] = eot_id
                 stage.model_config = GPTConfig(**stage.fields)
             if hasattr(GPT, "padding") and stage.model_config.eot_id >= 0:  # an empty document is padding to it
                 stage.is_uneven = True
