@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import chat, sources, token_files
-from data.bpe import CHAT_TOKENS, EOT
+from data.bpe import CHAT_TOKENS, EOT, TURN_ENDS
 from data.bpe_training import end_with_parent, write_sample
 from data.progress import NOTE, Progress, find_note, shard_path, write_note
 from data.shards import HEADER_BYTES, PUBLISHED, Shards, mask_of, read_meta, write_shard
@@ -532,7 +532,7 @@ def write_text(args, folder, text):
 def print_marker(tokenizer):
     """Says which token begins a document, and which end a turn of a chat: a foreign file names them in many ways."""
     line = f"every document begins with {tokenizer.eot} (token {tokenizer.eot_id}; --eot takes another)"
-    turn_ends = [tokenizer.decode([i]) for i in sorted(tokenizer.stop_ids - {tokenizer.eot_id})]
+    turn_ends = [token for token in TURN_ENDS if token in tokenizer.special_tokens | tokenizer.added_tokens]
     if turn_ends:
         line += f"; a turn of a chat ends with {', '.join(turn_ends)}"
     tqdm.write(line)

@@ -1518,8 +1518,8 @@ MUTANTS = [
     Mutant(
         "the end of a turn ends nothing",
         "data/tokenizers.py",
-        "for token in (eot, *TURN_ENDS) if token in tokens",
-        "for token in (eot,)",
+        "for token in (eot, *END_OF_TEXT, *TURN_ENDS) if token in tokens",
+        "for token in (eot, *END_OF_TEXT) if token in tokens",
         "test_policy.py -k text_of_an_answer",
     ),
     Mutant(
@@ -1592,6 +1592,34 @@ MUTANTS = [
         "if shape != wanted:",
         "if False:",
         "test_hf.py -k shape",
+    ),
+    Mutant(
+        "another file beside the weights read",
+        "hf.py",
+        "return [folder / name for name in names]",
+        'return sorted(folder.glob("*.safetensors"))',
+        "test_parity.py -k 'hub and SmolLM2'",
+    ),
+    Mutant(
+        "llama3 blends other frequencies",
+        "model_baseline.py",
+        "((4 - turns) / (4 - 1))",
+        "((8 - turns) / (8 - 1))",
+        "test_parity.py -k 'llama3 and logits'",
+    ),
+    Mutant(
+        "a folder's end tokens unread",
+        "training/load.py",
+        "ids |= set(hf.end_ids(path))",
+        "pass",
+        "test_sample.py -k published",
+    ),
+    Mutant(
+        "a prompt without its begin token",
+        "training/load.py",
+        "return tokenizer, begin_ids(file, tokenizer)",
+        "return tokenizer, []",
+        "test_sample.py -k published",
     ),
     Mutant(
         "a rope that sharpens scores, taken for one that does not",

@@ -797,7 +797,7 @@ def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(run, data, tm
     assert "not found" in error_of(capsys, folder, "--tasks", "hellaswag=nowhere.jsonl")
     program = jsonl(tmp_path / "he.jsonl", [answer_rows("humaneval", 0)[0]])
     assert "--allow_code_execution" in error_of(capsys, folder, "--tasks", f"humaneval={program}")
-    assert "is no folder" in error_of(capsys, tmp_path / "nowhere", "--data", data)
+    assert "no model in" in error_of(capsys, tmp_path / "nowhere", "--data", data)
     other = write_data(tmp_path / "char", load_tokenizer("char", chars="".join(map(chr, range(256)))))
     assert "another tokenizer" in error_of(capsys, folder, "--data", other)
     assert "no folder" in error_of(capsys, folder, "--json", tmp_path / "no" / "x.json")

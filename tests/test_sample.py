@@ -459,9 +459,8 @@ def test_a_folder_of_2019_without_a_model_type_is_named(tmp_path):
 
 def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
     folder, _, _ = run
-    assert "nowhere is no folder: give a run's" in error_of(tmp_path / "nowhere")
-    assert "data.json is no folder" in error_of(folder / "data.json")
-    assert "no checkpoint in" in error_of(tmp_path)
+    for path in (tmp_path / "nowhere", folder / "data.json", tmp_path):
+        assert f"no model in {path}: give a run's folder" in error_of(path)
     assert "not among" in error_of(folder, "--tokenizer", "char") or "alphabet" in error_of(
         folder, "--tokenizer", "char"
     )
@@ -555,7 +554,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 def test_a_vocabulary_without_room_for_a_token_that_begins_documents_is_said_to_have_none(tmp_path):
     hf.save(build("baseline", vocab_size=602), tmp_path / "hf")
     save_hugging_face(tmp_path / "hf", "gpt2", added=["<begin>", "<end>"])
-    assert "no room for <|endoftext|>: give config.json the eos_token_id" in error_of(tmp_path / "hf")
+    assert "the model 602: no room for <|endoftext|>: give config.json the eos_token_id" in error_of(tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     (tmp_path / "hf/config.json").write_text(json.dumps(config | dict(eos_token_id=601)))
     _, tokenizer, _ = load(tmp_path / "hf")
