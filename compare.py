@@ -319,7 +319,7 @@ def options(run):
 
 def is_finished(run: Run) -> bool:
     """Returns whether it was done before. ValueError where another run stands in its folder."""
-    if not run_folder.exists(run.folder):
+    if not (run_folder.exists(run.folder) and run_folder.has_begun(run.folder)):
         return False
     saved = read_json(run.folder / "config.json", model=str, model_config=dict, knobs=dict)
     saved = {"model": saved["model"], **saved["model_config"], **saved["knobs"]}
@@ -577,18 +577,18 @@ def compare(args) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     print_any_text()
-    try:
-        with output.errors_in_one_line():
-            args = parse_arguments(argv)
-            json_file, markdown_file, picture = [Path(f"{args.results}.{kind}") for kind in ("json", "md", "png")]
-            folder = json_file.parent
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise ValueError(f"--results {args.results}: {folder} cannot be written to: choose another folder")
+    with output.errors_in_one_line():
+        args = parse_arguments(argv)
+        json_file, markdown_file, picture = [Path(f"{args.results}.{kind}") for kind in ("json", "md", "png")]
+        folder = json_file.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"--results {args.results}: {folder} cannot be written to: choose another folder")
+        try:
             result = compare(args)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        except KeyboardInterrupt:
+            print("stopped: the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
     json_file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     markdown_file.write_text(comparison.markdown(result))
     comparison.plot(result, picture)

@@ -40,7 +40,7 @@ RANGES = {
     "[0, 4294967295]": "seed",  # 32 bits, which every generator takes
     "(0, 10]": "learning_rate init_std",
     "(0, 100]": "gate_scale",
-    "[1, inf)": "rope_theta local_rope_theta",
+    "(1, inf)": "rope_theta local_rope_theta",  # at 1 all pairs turn alike
     "[0.01, 100]": "temperature",
     "[0.01, inf)": "rope_factor",
     "[0, 1)": "ema beta1 beta2 muon_momentum dropout router_jitter",
@@ -167,7 +167,7 @@ def interval_of(key, default):
     if not isinstance(default, int | float):
         return "(-inf, inf)"
     high = f"{MOST}]" if isinstance(default, int) else "inf)"
-    return f"[{min(default, 0)}, {high}"
+    return f"[{min(0, default)}, {high}"
 
 
 def model_files():

@@ -215,7 +215,7 @@ def main():
     output.outlast_readers()
     print_any_text()
     with output.errors_in_one_line():
-        config = configure(globals(), starting_from=start.knobs_of)
+        config = configure(globals(), starting_from=start.config_of)
         check_run(config)
         if beta == 0:
             raise ValueError("beta=0 makes all answers alike to the loss: give more, such as 0.1")

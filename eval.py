@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from configurator import shortened
 from data import chat
 from data.loader import eval_batches, read_mixture
 from data.shards import Shards
@@ -95,6 +96,8 @@ def losses(model, tokenizer, folders, args) -> dict:
     """Returns {split: loss_report} of a folder of shards, {"FOLDER SPLIT": loss_report} of several."""
     device = str(model.embed.weight.device)
     block_size = args.block_size or model.config.block_size
+    if block_size > model.config.block_size:
+        raise ValueError(f"--block_size {shortened(str(block_size))}: the model has {model.config.block_size} at most")
     splits = ("train", "val") if args.split == "both" else (args.split,)
     reports = {}
     for folder, split in product(folders, splits):

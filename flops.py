@@ -76,7 +76,7 @@ def fft_flops(x, dims, *args, **kwargs):
     return int(x.numel() * 5 * math.log2(n) / (1 if x.is_complex() else 2))
 
 
-BETWEEN_TOKENS = {  # products of activations with activations
+BETWEEN_TOKENS = {  # batched products: of activations with activations, and of latent attention's weights in decoding
     aten.bmm: flop_registry[aten.bmm],
     aten.baddbmm: flop_registry[aten.baddbmm],
     aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
@@ -99,6 +99,8 @@ WITH_WEIGHTS = {
 def component(path: str) -> str:
     """Returns the row of the table for a module: attn of blocks.3.attn.wq, mlp.shared of blocks.3.mlp.shared.w_up."""
     parts = [part for part in path.split(".") if part not in ("", "blocks") and not part.isdigit()]
+    if not parts and path:
+        return "block"  # what a Block itself multiplies
     if not parts or parts[-1] == "lm_head":
         return "head"  # what GPT itself multiplies is the tied embedding
     if parts[-1].endswith("norm"):
@@ -286,8 +288,11 @@ def run(model: str, config, T: int, batch: int = 1, dtype: str = "float32", reco
     key = (module_of(model).GPT, repr(config), T, batch, dtype, recompute)
     if key not in REMEMBERED:
         measure = partial(run_once, model, config, batch=batch, dtype=dtype, recompute=recompute)
-        at_once = T <= LONGEST_RUN or has_key_blocks(config)
-        REMEMBERED[key] = measure(T=T) if at_once else from_shorter_runs(measure, T)
+        step = step_of_lengths(config)
+        if T <= max(LONGEST_RUN, 3 * step) or has_key_blocks(config):
+            REMEMBERED[key] = measure(T=T)
+        else:
+            REMEMBERED[key] = from_shorter_runs(measure, T, step)
     return REMEMBERED[key]
 
 
@@ -323,7 +328,7 @@ def drop_gradient(p):
     p.grad = None
 
 
-LONGEST_RUN = 4096  # a loop over chunks of T takes too long beyond
+LONGEST_RUN = 4096  # of longer windows the cost follows from shorter ones: a loop over chunks takes too long
 
 
 def has_key_blocks(config):
@@ -331,10 +336,24 @@ def has_key_blocks(config):
     return hasattr(config, "key_block")
 
 
-def from_shorter_runs(measure, T):
-    """Returns measure(T) from three short lengths: costs are quadratic in T, in steps of 512, which chunks divide."""
-    costs = [measure(T=T % 512 + n * 512) for n in (1, 2, 3)]
-    n = T // 512 - 1
+def step_of_lengths(config):
+    """Returns tokens by which a length may grow so that costs grow as a square: the first 512 that chunks divide.
+
+    Pooled windows have to divide them, too: of windows of 768 tokens it is 768.
+    """
+    window = 1
+    if hasattr(config, "n_slot"):
+        window = config.window
+    return window * math.ceil(512 / window)
+
+
+def from_shorter_runs(measure, T, step):
+    """Returns measure(T) from three short lengths: costs are quadratic in T along steps that chunks and windows divide.
+
+    In steps of 512, T=5000 is 8 steps beyond the first of 904, 1416 and 1928 tokens.
+    """
+    costs = [measure(T=T % step + n * step) for n in (1, 2, 3)]
+    n = T // step - 1
     result = Cost()
 
     def extrapolate(a, b, c):
@@ -439,7 +458,8 @@ def parameters(model: str, config) -> dict[str, int]:
 def stacks(model: str, config) -> dict[str, tuple[int, int]]:
     """Returns {component: (parameters in stacks of matrices, those of them that a token passes through)}.
 
-    A token's share follows from its FLOPs: twice the numbers of each matrix that it is multiplied with.
+    A token's share follows from its FLOPs: twice the numbers of each matrix that it is multiplied with. These stand
+    between tokens where a stack is multiplied by bmm or einsum.
     """
     found, matrices = defaultdict(int), defaultdict(int)
     for name, p in on_meta(model, config).named_parameters():
@@ -447,7 +467,12 @@ def stacks(model: str, config) -> dict[str, tuple[int, int]]:
         found[row] += p.numel() * (p.ndim == 3 and p.size(1) > 1)
         matrices[row] += p.numel() * (p.ndim == 2)
     forward = forward_flops(model, config, min(64, config.block_size))
-    return {row: (n, whole(forward[row] / 2 - matrices[row])) for row, n in found.items() if n}
+    active = {}
+    for row, n in found.items():
+        if n:
+            products = forward.get(row, 0) + (row not in forward) * forward.get(f"{row} between tokens", 0)
+            active[row] = (n, whole(products / 2 - matrices[row]))
+    return active
 
 
 def active_parameters(model: str, config) -> dict[str, int]:
@@ -592,7 +617,7 @@ def match(
     sizes: fields of GPTConfig, and others, which are left alone; by: training "flops" per token in windows of T, or
     "parameters"; optimizer: (its name, tokens a step) counts its FLOPs, too. The roundest value that will do is taken:
     a multiple of 64, else of 8, else any; what GPTConfig refuses is passed over. ValueError names the nearest one if
-    none does.
+    none does. The cost may not fall as the value grows.
     """
     config = module_of(model).GPTConfig
     sizes = {f.name: sizes[f.name] for f in fields(config) if f.name in sizes}
@@ -638,7 +663,9 @@ def match(
     if best is None:
         raise ValueError(f"{model} accepts no {knob} from 1 to {LARGEST} beside its other sizes: try another knob")
     near = f"the nearest is {knob}={best} with {cost(best):.4g} ({cost(best) / target - 1:+.2%})"
-    raise ValueError(f"{knob} brings {model} not to {target:.4g} {what}, to {TOLERANCE:.1%}: {near}; try another knob")
+    raise ValueError(
+        f"no {knob} brings {model} within {TOLERANCE:.1%} of {target:.4g} {what}: {near}; try another knob"
+    )
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -795,8 +822,8 @@ def text(n):
 
 
 def show(found, T):
-    print(f"{found['model']} in windows of {T:,} tokens. FLOPs of one token: attention over all {T:,} keys or, causal, "
-          f"over those\nthat a query sees, on average. Active: at work on a token.\n")  # fmt: skip
+    print(f"{found['model']} in windows of {T:,} tokens. FLOPs of one token: attention over all keys that are\n"
+          "multiplied or, causal, over those that a query sees, on average. Active: at work on a token.\n")  # fmt: skip
     heads = ("parameters", "active", "forward", "causal", "training", "causal")
     print(" " * 28 + "".join(f"{head:>15}" for head in heads))
     for row, numbers in (found["components"] | {"total": found["total"]}).items():
@@ -831,8 +858,8 @@ def main(argv=None):
     add("--context", type=int, default=0, help="tokens in the cache when one is decoded (block_size)")
     add("--batch", type=int, default=1, help="sequences that are decoded at once (%(default)s)")
     add("--match", metavar="CONFIG", help="set one knob so that this run costs as much as that one")
-    add("--knob", help="which: a size of the model, or max_steps (the width of the MLP)")
-    add("--match_by", choices=("flops", "parameters"), default="flops", help="what (%(default)s)")
+    add("--knob", help="what --match sets: a size of the model or max_steps (default: the width of the MLP)")
+    add("--match_by", choices=("flops", "parameters"), default="flops", help="what is matched (%(default)s)")
     add("--match_optimizer", action="store_true", help="count the optimizer's FLOPs of each step, too")
     args, argv = parser.parse_known_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may have letters that the output lacks
@@ -843,6 +870,8 @@ def main(argv=None):
         fail(f"--device {gpu} is not known here: try one of {', '.join(row[0].split(' | ')[0] for row in GPUS)}")
     if args.match:
         argv = matched(args, argv)
+    elif args.knob or args.match_optimizer or args.match_by != "flops":
+        fail("--knob, --match_by and --match_optimizer say how to match: give --match CONFIG, too")
     knobs, _, config = built(argv)
     if not 1 <= args.batch <= 1e9 or not 0 <= args.context <= config.block_size:
         fail(f"--batch {args.batch} --context {args.context}: try 1 or more, and up to block_size={config.block_size}")

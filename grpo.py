@@ -248,7 +248,7 @@ def main():
     output.outlast_readers()
     print_any_text()
     with output.errors_in_one_line():
-        config = configure(globals(), starting_from=start.knobs_of)
+        config = configure(globals(), starting_from=start.config_of)
         check_run(config)
         here = machine.join(device, dtype, timeout, deterministic=deterministic)
 

@@ -100,7 +100,7 @@ def empty_model(folder):
         config = variant.GPTConfig(**fields)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
-    with torch.device("meta"):
+    with torch.device("meta"):  # draws no initial weights, which would all be overwritten
         model = variant.GPT(config)
     places_of(header, model, architecture)  # raises where a weight is missing or does not fit
     return model, architecture, header

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # Polar Express (Amsel et al. 2025, arXiv 2505.16932): coefficients a, b, c of a*x + b*x^3 + c*x^5, a step each.
-# The t-th is the best quintic for the interval that the step before leaves, beginning with [0.001, 1].
+# The t-th is about the best quintic for the interval that the step before leaves, beginning with [0.001, 1].
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -32,7 +32,7 @@ POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
 )
 
-# Odd quintics that push singular values towards 1, one a step; the last one repeats.
+# Odd quintics that push singular values towards 1, one a step. Steps beyond a table's end use its last row.
 # "quintic" is steep at zero and never settles: 5 steps map [0.003, 1] into [0.68, 1.21], and less to less.
 # "polar_express" settles: 5 steps map [0.001, 1] into [0.84, 1.13]. Rounding may throw a value out of its interval,
 # beyond which the polynomials explode. Dividing their argument by 1.01 prevents that; the last one needs no such care.
@@ -41,6 +41,7 @@ POLYNOMIALS = {
     "polar_express": [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR_EXPRESS] + [(1.875, -1.25, 0.375)],
 }
 
+METHODS = ("muon", "adamw")
 SCALES = ("match_rms_adamw", "original")  # see update_scale
 
 # What a model's OPTIMIZER may say of a parameter, see param_groups.
@@ -50,8 +51,8 @@ EXCEPTIONS = ("method", "weight_decay", "lr_scale")
 def orthogonalize(x: Tensor, polynomial: str = "polar_express", steps: int = 5) -> Tensor:
     """Returns each matrix U S V^T of x (B, rows, columns) replaced by about U V^T, in x's shape and dtype."""
     table = POLYNOMIALS[polynomial]
-    is_tall = x.size(-2) > x.size(-1)
-    if is_tall:
+    tall = is_tall(x)
+    if tall:
         x = x.mT  # the products below are rows by rows: rows become the short side
 
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value exceeds 1
@@ -61,7 +62,7 @@ def orthogonalize(x: Tensor, polynomial: str = "polar_express", steps: int = 5) 
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # bG + cG^2, (B, rows, rows)
         x = torch.baddbmm(x, p, x, beta=a)  # (aI + bG + cG^2) x, (B, rows, columns)
 
-    if is_tall:
+    if tall:
         x = x.mT
     return x
 
@@ -76,7 +77,8 @@ def update_scale(scale: str, fan_out: int, fan_in: int) -> float:
 class MuonAdamW(torch.optim.Optimizer):
     """An optimizer with one method per parameter group; the options below may differ between groups.
 
-    AdamW equals torch.optim.AdamW; Muon with polynomial="quintic" and dtype=torch.bfloat16 equals torch.optim.Muon.
+    AdamW equals torch.optim.AdamW with the same lr, betas, eps and weight_decay. Muon with polynomial="quintic" and
+    dtype=torch.bfloat16 equals torch.optim.Muon, where scale is called adjust_lr_fn, and "original" unless it is given.
     State of a parameter: exp_avg, exp_avg_sq, step (adamw) or momentum_buffer (muon).
     """
 
@@ -98,12 +100,6 @@ class MuonAdamW(torch.optim.Optimizer):
         cautious_decay: bool = False,  # decay only where update * weight >= 0 (Chen et al. 2025, arXiv 2510.12402)
         decay_with_lr: bool = True,  # a step shrinks weights by lr * weight_decay; False: by initial_lr * weight_decay
     ):
-        if polynomial not in POLYNOMIALS:
-            raise ValueError(f"polynomial={polynomial!r} is unknown: choose one of {', '.join(POLYNOMIALS)}")
-        if scale not in SCALES:
-            raise ValueError(f"scale={scale!r} is unknown: choose one of {', '.join(SCALES)}")
-        if steps < 1:
-            raise ValueError(f"steps={steps} leaves the momentum as it is: Muon needs at least 1, 5 is usual")
         defaults = dict(
             method=method,
             lr=lr,
@@ -122,19 +118,28 @@ class MuonAdamW(torch.optim.Optimizer):
             fused=True,  # tells load_state_dict that AdamW's step counts live beside their parameters
         )
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-            if group["method"] == "muon":
-                wrong = [tuple(p.shape) for p in group["params"] if p.ndim not in (2, 3)]
-                if wrong:
-                    raise ValueError(f"Muon takes 2-D and 3-D parameters, not {wrong}: give them method='adamw'")
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Adds a group, those given at the beginning too; ValueError names an option that cannot be."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault("initial_lr", group["lr"])
+        for name, choices in (("method", METHODS), ("polynomial", POLYNOMIALS), ("scale", SCALES)):
+            if group[name] not in choices:
+                raise ValueError(f"{name}={group[name]!r} is unknown: choose one of {', '.join(choices)}")
+        if group["steps"] < 1:
+            raise ValueError(f"steps={group['steps']}: Muon needs at least 1 step of orthogonalize, 5 is usual")
+        wrong = [tuple(p.shape) for p in group["params"] if p.ndim not in (2, 3)]
+        if group["method"] == "muon" and wrong:
+            raise ValueError(f"Muon takes 2-D and 3-D parameters, not {wrong}: give them method='adamw'")
 
     def __setstate__(self, state):
-        """Restores the groups. An option that is not in them, since they are older than it, has its default."""
+        """Restores the groups. An option that they lack, since they were saved before it existed, has its default."""
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            group.setdefault("initial_lr", group["lr"])
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
@@ -211,7 +216,7 @@ class MuonAdamW(torch.optim.Optimizer):
         else:
             directions = orthogonal_updates(group, updates)
 
-        # 5. leave alone the matrices of a stack that have no gradient: experts which no token of this step has chosen
+        # 5. no update for the matrices of a stack that have no gradient: experts which no token of this step has chosen
         # would go on at full size for hundreds of steps, since what is left of their momentum is scaled up. They decay
         # like all weights.
         for grad, direction in zip(grads, directions):
@@ -236,7 +241,9 @@ def decay(group, weights, updates):
 
 def orthogonal_updates(group, updates):
     """Returns the updates, (out, in) or stacks (E, in, out), with each matrix orthogonalized and scaled."""
-    # 1. find the matrices that one batch can hold: of one shape, lying or standing, and of one scale
+    # 1. find the matrices that one batch can hold: of one shape, lying or standing, and of one scale. (8, 4), (4, 8)
+    # and a stack (3, 4, 8) are 5 wide matrices (4, 8): one batch with scale="match_rms_adamw". With "original" the tall
+    # one and the stack, which has (in, out), have another scale than the wide one: two batches.
     batches = {}
     for i, update in enumerate(updates):
         if update.ndim == 2:
@@ -369,7 +376,7 @@ def slices(tensors_by_process, buffer):
 
 # ---- which parameter goes where -------------------------------------------------------------------------------------
 def kind_of(name: str, p: Tensor, is_table_or_filter: bool) -> str:
-    """Returns which group of param_groups a parameter belongs to by what it is: matrices, decayed or undecayed."""
+    """Returns the group that a parameter's shape and place ask for: matrices, decayed or undecayed."""
     if p.numel() == max(p.shape, default=1):  # a scalar or a vector, also one of shape (1, C) or (1, C, 1)
         return "undecayed"
     in_block = any(part.isdigit() for part in name.split("."))
@@ -382,15 +389,15 @@ def kind_of(name: str, p: Tensor, is_table_or_filter: bool) -> str:
 def exceptions(model: nn.Module) -> dict[Tensor, str]:
     """Returns the key of the model's OPTIMIZER that names a parameter, for those that are named.
 
-    Raises ValueError for a key that names no parameter, unless the model has None in its place: that is a module or
-    parameter which this config leaves out.
+    ValueError for a setting that is none of EXCEPTIONS, for an unknown method, and for a key that names no parameter,
+    unless the model has None in its place: that is a module or parameter which this config leaves out.
     """
     found = {}
     for key, changes in getattr(model, "OPTIMIZER", {}).items():
         unknown = [repr(name) for name in changes if name not in EXCEPTIONS]
         if unknown:
             raise ValueError(f"OPTIMIZER[{key!r}] has {', '.join(unknown)}: choose from {', '.join(EXCEPTIONS)}")
-        if changes.get("method", "adamw") not in ("muon", "adamw"):
+        if changes.get("method", "adamw") not in METHODS:
             raise ValueError(f"OPTIMIZER[{key!r}] has method={changes['method']!r}: choose muon or adamw")
         named = [p for name, p in model.named_parameters(remove_duplicate=False) if key in name.split(".")]
         left_out = any(getattr(module, key, module) is None for module in model.modules())
@@ -420,15 +427,15 @@ def param_groups(model: nn.Module, optimizer: str = "muon", weight_decay: float 
         or by AdamW with optimizer="adamw".
     "decayed": all else with two dimensions or more (embeddings, head, convolutions, what is outside blocks), by AdamW.
         Embeddings decay as in nanoGPT: with a tied head they are the output matrix too.
-    "undecayed": vectors and scalars, by AdamW without decay.
+    "undecayed": scalars, and what has one dimension above 1 at most, such as (C,) and (1, C), by AdamW without decay.
 
     A model's class may make exceptions, which form further groups, named for what they are, like "router (adamw)":
         OPTIMIZER = {"router": dict(method="adamw"), "table": dict(lr_scale=5.0, weight_decay=0.0)}
     A key is the name of a module or parameter: one part of the dotted names of the parameters it stands for. Where two
-    keys name a parameter, the later one counts. What its dict leaves open is decided as for any other parameter. The
-    learning rate is lr * lr_scale. Vectors are AdamW's whatever the method, and with optimizer="adamw" everything is.
+    keys name a parameter, only the later one counts. What its dict leaves open is decided as for any other parameter.
+    The learning rate is lr * lr_scale. Vectors are AdamW's whatever the method, and with optimizer="adamw" all is.
     """
-    if optimizer not in ("muon", "adamw"):
+    if optimizer not in METHODS:
         raise ValueError(f"optimizer={optimizer!r} is unknown: choose muon or adamw")
     rules = {
         "matrices": dict(method=optimizer, weight_decay=weight_decay, lr_scale=1.0),

@@ -153,7 +153,7 @@ def main():
     output.outlast_readers()
     print_any_text()
     with output.errors_in_one_line():
-        config = configure(globals(), starting_from=start.knobs_of)
+        config = configure(globals(), starting_from=start.config_of)
         check_run(config)
         if best_of and not eval_data:
             raise ValueError(f"best_of={best_of} needs problems: give eval_data")

@@ -114,24 +114,30 @@ def answer(model, tokenizer, prefix, messages, think, options, stops):
 
 def interact(model, tokenizer, prefix, messages, think, options, stops):
     """Answers one line after the other, as the next question of the chat that begins with messages."""
-    for line in typed_lines():
+    for line in typed_lines(tokenizer):
         messages.append({"role": "user", "content": line})
         messages.append(answer(model, tokenizer, prefix, messages, think, options, stops))
 
 
 def continue_lines(model, tokenizer, prefix, options, stops):
     """Goes on with one line after the other, each by itself: for a tokenizer that knows no chats."""
-    for line in typed_lines():
+    for line in typed_lines(tokenizer):
         say(model, tokenizer, prefix + tokenizer.encode(line), options, stops)
 
 
-def typed_lines():
+def typed_lines(tokenizer):
+    """Yields the lines that a person types, until Ctrl-D; one that the tokenizer cannot have is said, and left out."""
     while True:
         try:
-            yield input("> ")
-        except EOFError:  # Ctrl-D, behind which a terminal stays in its line
-            print()
+            line = input("> ")
+            tokenizer.encode(line)
+        except EOFError:
+            print()  # a terminal stays in the line of the Ctrl-D
             return
+        except ValueError as error:  # a character that is not among those of a tokenizer by characters
+            print(f"error: {error}")
+        else:
+            yield line
 
 
 def knows_chats(tokenizer):
@@ -211,11 +217,8 @@ def run(args):
 def main(argv=None):
     args = parse_arguments(argv)
     print_any_text()
-    try:
-        with output.errors_in_one_line():
-            run(args)
-    except KeyboardInterrupt:
-        print()
+    with output.errors_in_one_line():
+        run(args)
 
 
 if __name__ == "__main__":

@@ -110,29 +110,25 @@ overwrite = False  # delete the run that is in out_dir
 eval_only = False  # print the validation loss of the newest checkpoint in out_dir, or else of init_from, and end
 dry_run: bool | Literal["time"] = False  # print what the run would cost and write, and end; time: do three steps first
 print_any_text()
-try:
+with output.errors_in_one_line():
     config = configure(globals(), starting_from=start.knobs_of)
-except (OSError, ValueError) as error:
-    processes.fail(error)
 
 # ---- devices ---------------------------------------------------------------------------------------------------------
 # One process is the case W = 1: no group is opened, and what all processes would agree on is agreed at once.
 rank, world_size = processes.launched()
 main = rank == 0
 output.outlast_readers()
-try:
+with output.errors_in_one_line():
     check(config, world_size)
     config["minutes"] = minutes = minutes_or_steps(minutes, sys.argv)
     here = machine.join(device, dtype, timeout, parallel, compile, tf32, deterministic)
-except ValueError as error:
-    processes.fail(error)
 device, dtype, parallel, compile = here.device, here.dtype, here.parallel, here.compile
 say = here.say
 autocast = here.autocast()
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 variant = importlib.import_module(f"model_{model}")
-try:
+with output.errors_in_one_line():
     plan = Plan(config, __file__, variant.GPTConfig)  # a run without stages has one
     plan.lay_out(max_steps, rank, world_size, device)
     plan.try_first_batches(eval_tokens, rank, world_size, device)  # before a folder is touched
@@ -142,8 +138,6 @@ try:
     start.check_tokenizer(init_from, old_tokenizer, data, tokenizer)
     if vocab_size == 0:
         vocab_size = start.choose_vocab_size(meta["vocab_size"], init_from)
-except (OSError, ValueError) as error:
-    processes.fail(error)
 if vocab_size < meta["vocab_size"]:
     processes.fail(f"vocab_size={vocab_size} is smaller than that of {data}, {meta['vocab_size']}: try 0")
 # What a resumed run must find again: the data order is a function of the seed and the tokens drawn before.
@@ -154,7 +148,7 @@ for train_data, val_data in plan.opened.values():
 # ---- model -----------------------------------------------------------------------------------------------------------
 torch.manual_seed(seed)
 config["vocab_size"] = vocab_size
-try:
+with output.errors_in_one_line():
     processes.check_same(config=config, data=identity, code=run_folder.code_of(model))
     plan.settle(variant.GPTConfig, variant.GPT, vocab_size, meta["eot_id"])
     stage = plan.stages[0]
@@ -169,8 +163,6 @@ try:
         raw_model = fsdp.empty(variant.GPT, stage.model_config)
     else:
         raw_model = variant.GPT(stage.model_config)
-except ValueError as error:
-    processes.fail(error)
 if kernels:
     say(f"kernels: {importlib.import_module('kernels_delta').install(raw_model)}")
 if gradient_checkpointing:
@@ -192,7 +184,7 @@ evaluate = partial(
     device=device, autocast=autocast,
 )  # fmt: skip
 sampler = None
-try:
+with output.errors_in_one_line():
     if sample_every:
         sampler = evaluation.Sampler(raw_model, stage.val_texts[0], tokenizer, vocab_size, device, seed)
     if eval_only:
@@ -205,8 +197,6 @@ try:
         change(raw_model, variant.GPT, stage.model_config)
         say(metrics.evaluation_line(step or 0, evaluate(stage)))
         processes.leave()
-except (OSError, ValueError, checkpoint.CheckpointError) as error:
-    processes.fail(error)
 
 # ---- optimizer -------------------------------------------------------------------------------------------------------
 
@@ -233,10 +223,8 @@ if main:
 groups = ", ".join(f"{tensors} {group} by {method}" for group, method, tensors, *_ in muon.group_table(opt))
 say(f"{model}: {parameters:,} parameters, {stage.flops_per_token:.3g} FLOPs a token; {groups}")
 if dry_run:
-    try:
+    with output.errors_in_one_line():
         seconds = dry.time_steps(net, opt, stage, reshard, autocast)
-    except ValueError as error:
-        processes.fail(error)
     say(dry.line(seconds, max_steps))
     processes.leave()
 
@@ -250,7 +238,7 @@ skipped_in_a_row = 0
 recent_losses = deque(maxlen=100)  # by which spikes are known
 recent_norms = deque(maxlen=100)
 go_on = run_folder.resume_command(parallel)
-try:
+with output.errors_in_one_line():
     lock, already_there = run_folder.claim(out, resume, overwrite)
     if minutes and resume and already_there:
         config["max_steps"] = max_steps = run_folder.saved_knob(out, "max_steps")
@@ -299,16 +287,15 @@ try:
     if main:
         if already_there and not resume:  # overwrite was given, or no step was ever done there
             run_folder.delete(out)
+        to_come = plan.tokens_before(max_steps) - plan.tokens_before(step)
         work = {"parameters": parameters, "flops_per_token": plan.stages[0].flops_per_token,
-                "tokens": plan.tokens_before(max_steps), "stages": plan.described()}  # fmt: skip
+                "tokens": tokens + to_come, "stages": plan.described()}  # fmt: skip
         facts = {"seed": seed, **identity, "hardware": here.described(), **work, "optimizer": muon.group_table(opt)}
         run_folder.describe(out, saved_config, meta, facts)
         album = pictures.Album(out, f"{out}: {model}, {parameters / 1e6:.1f}M parameters",
                                [each.first for each in plan.stages[1:]])  # fmt: skip
         log = metrics.Log(out, step, config, wandb, tensorboard, album, evaluated=evaluated_at == step)
         run_folder.write_state(out, "running", step, max_steps, go_on)
-except (OSError, ValueError, checkpoint.CheckpointError) as error:
-    processes.fail(error)
 saver = saving.Saver(out, lock, raw_model, opt, saved_config, keep_last, keep_every, say, average)
 if path:
     saver.repair(path)
@@ -374,10 +361,8 @@ while True:
 
     # 2. agree on what all processes must know: the numbers of targets and of tokens, and whether to stop
     started = time.perf_counter()
-    try:
+    with output.errors_in_one_line():  # a token that the vocabulary does not have
         batches = list(stage.loader.batches(step))
-    except (OSError, ValueError) as error:  # a token that the vocabulary does not have
-        processes.fail(error)
     own_targets = 0
     own_text = []  # of each micro-batch, the tokens that its auxiliary losses are means over
     if stage.is_uneven:

@@ -8,6 +8,7 @@ import regex
 
 EOT = "<|endoftext|>"
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+END_OF_TEXT = (EOT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")  # as it is known by name
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|return|>")  # of chats: text stops there, none begins there
 MAX_ID = 2**24  # no vocabulary is so large, and arrays as long as the largest id are made
 

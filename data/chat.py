@@ -367,8 +367,8 @@ def main() -> None:
     add("--switches", action="store_true")
     add("--turns", choices=["all", "last"], default="all")
     args = parser.parse_args()
-    if args.show < 0:
-        parser.error(f"--show {args.show}: give a number from 0")
+    if not 0 <= args.show <= 1e9:
+        parser.error(f"--show {args.show}: give a number from 0 to 1e9")
     print_any_text()
     try:
         tokenizer = load_tokenizer(args.tokenizer, CHAT_TOKENS)

@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import chat, sources, token_files
-from data.bpe import CHAT_TOKENS, EOT
+from data.bpe import CHAT_TOKENS, EOT, TURN_ENDS
 from data.bpe_training import end_with_parent, write_sample
 from data.progress import NOTE, Progress, find_note, shard_path, write_note
 from data.shards import HEADER_BYTES, PUBLISHED, Shards, mask_of, read_meta, write_shard
@@ -532,7 +532,7 @@ def write_text(args, folder, text):
 def print_marker(tokenizer):
     """Says which token begins a document, and which end a turn of a chat: a foreign file names them in many ways."""
     line = f"every document begins with {tokenizer.eot} (token {tokenizer.eot_id}; --eot takes another)"
-    turn_ends = [tokenizer.decode([i]) for i in sorted(tokenizer.stop_ids - {tokenizer.eot_id})]
+    turn_ends = [token for token in TURN_ENDS if token in tokenizer.special_tokens | tokenizer.added_tokens]
     if turn_ends:
         line += f"; a turn of a chat ends with {', '.join(turn_ends)}"
     tqdm.write(line)
@@ -781,7 +781,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--shard_tokens", type=int, default=100_000_000, help="tokens in a file")
     add = text.add_argument
     add("--tokenizer", help="byte, char, gpt2, cl100k_base, o200k_base, a file, bpe:FILE, or bpe:8192 to train one")
-    add("--add_tokens", type=lambda s: CHAT_TOKENS if s == "chat" else s.split(","), default=[], help="A,B,... or chat")
+    add("--add_tokens", default=[], help="A,B,... or chat")
     add("--eot", metavar="TOKEN", help="begins every document, where that is not to be the token that the file names")
     add("--field", default="text", help="of a .jsonl, or column of a .csv, .tsv or .parquet, that has the text")
     add("--max_documents", type=int, help="take no more than this many, of train and validation together")
@@ -827,6 +827,8 @@ def check_options(args, parser) -> None:
         number = getattr(args, key)
         if number is not None and not 1 <= number <= largest:
             raise ValueError(f"--{key}={number} is not from 1 to {largest:,}")
+    if isinstance(args.add_tokens, str):
+        args.add_tokens = CHAT_TOKENS if args.add_tokens == "chat" else args.add_tokens.split(",")
     args.token_files = None
     meaningless = [*MQAR_OPTIONS, *CHAT_OPTIONS]
     if args.chat:

@@ -188,6 +188,9 @@ class Shards:
     def __init__(self, folder: str | Path, split: str):
         self.folder = Path(folder)
         self.split = split
+        if self.folder.is_file():
+            command = f"python data/prepare.py {self.folder} --out data/{self.folder.stem}"
+            raise FileNotFoundError(f"{self.folder} is a file, and no folder of shards: make one with  {command}")
         if not self.folder.is_dir():
             command = f"python data/prepare.py {self.folder.name} --out {self.folder}"
             raise FileNotFoundError(f"{self.folder} not found: make it with  {command}")

@@ -10,10 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.bpe import BYTE_OF, EOT, MAX_ID, PATTERNS, SPELLING, TURN_ENDS, format_ranks, parse_ranks
+from data.bpe import BYTE_OF, END_OF_TEXT, EOT, MAX_ID, PATTERNS, SPELLING, TURN_ENDS, format_ranks, parse_ranks
 from data.text import read_json
-
-END_OF_TEXT = (EOT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")  # as it is known by name
 
 EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
@@ -350,7 +348,7 @@ def files(tokenizer: dict, begin: Sequence[int] = ()) -> dict[str, dict]:
 
     config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot)
     config["clean_up_tokenization_spaces"] = False  # True takes the space before a full stop out of decoded text
-    ends = [tokens[token] for token in (eot, *TURN_ENDS) if token in tokens]
+    ends = [tokens[token] for token in dict.fromkeys((eot, *END_OF_TEXT, *TURN_ENDS)) if token in tokens]
     return {
         "tokenizer.json": {"version": "1.0", **contents},
         "tokenizer_config.json": config,

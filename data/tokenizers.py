@@ -35,7 +35,7 @@ import numpy as np
 import regex
 
 from data import sentencepiece_model, sources, tokenizer_json, tokenizer_package
-from data.bpe import EOT, PATTERNS, TURN_ENDS, alternatives, format_ranks, parse_ranks
+from data.bpe import END_OF_TEXT, EOT, PATTERNS, TURN_ENDS, alternatives, format_ranks, parse_ranks
 from data.bpe_training import chunks, chunks_of_text, count_words, merge_words, write_sample
 from data.text import print_any_text, read_text
 
@@ -44,7 +44,7 @@ MAX_PATTERN = 4096  # characters; those that are known have up to 600
 
 class Tokenizer:
     """Attributes: name, vocab_size (largest id + 1), special_tokens and added_tokens (spelling to id), eot and eot_id
-    (the token that begins a document), stop_ids (it, and tokens like <|im_end|> that end a turn of a chat).
+    (the token that begins a document), stop_ids (it, and those that end a text, like </s>, or a turn, like <|im_end|>).
 
     A special token is one only where it is asked for; an added one, like the runs of spaces of GPT-NeoX and <think> of
     Qwen3, is found in every text.
@@ -112,7 +112,7 @@ class Tokenizer:
             raise ValueError(f"{name} has no token {eot!r}, which is to begin its documents")
         self.eot = eot
         self.eot_id = tokens[eot]
-        self.stop_ids = {tokens[token] for token in (eot, *TURN_ENDS) if token in tokens}
+        self.stop_ids = {tokens[token] for token in (eot, *END_OF_TEXT, *TURN_ENDS) if token in tokens}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text. With special=True the spelling of a special token becomes its id, the longest one first."""

@@ -362,6 +362,24 @@ def test_prepared_answers_before_the_last_question_are_learned_or_not(tmp_path, 
     assert len(fingerprints) == 2  # other masks are other data
 
 
+@pytest.mark.parametrize(
+    "contents, expected",
+    [
+        ([{"a": 1}, {"a": 2}], [{"a": 1}, {"a": 2}]),
+        ({"Data": [{"a": 1}]}, [{"a": 1}]),
+        ({"a": 1}, [{"a": 1}]),
+    ],
+)
+def test_a_json_file_is_a_list_of_rows_or_one_row(tmp_path, contents, expected):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(contents), encoding="utf-8-sig")
+    found = list(chat.find_rows([str(path)], None, None).read())
+    assert [row for _, row in found] == expected and found[-1][0] == f"{path} item {len(expected)}"
+    path.write_text("7")
+    with pytest.raises(ValueError, match="rows.json: holds no rows, but 7"):
+        list(chat.find_rows([str(path)], None, None).read())
+
+
 def test_a_bad_row_is_an_error_with_its_line_or_left_out_and_counted(tmp_path, capsys):
     rows = [*rows_of(4), {"text": "no conversation"}, {"messages": [{"role": "tool", "content": ""}]}]
     with pytest.raises(ValueError, match="rows.jsonl line 5: no conversation: its fields are text.*--skip_bad"):

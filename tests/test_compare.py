@@ -233,6 +233,16 @@ def test_a_folder_of_another_comparison_is_refused_with_what_differs(setting, tm
     assert "is of another comparison: weight_decay=0.1, not 0.5: try another --out_dir" in error and len(fake.ran) == 1
 
 
+def test_a_run_that_died_before_its_first_step_stops_no_comparison(setting, tmp_path, fake):
+    run(setting, tmp_path, "--lrs", "1", "--seeds", "1")
+    folder = next(tmp_path.glob("*/*/manifest.json")).parent
+    corrected = compare.Run(planned(setting, "--weight_decay=0.5")[0], 1.0, 1, folder)
+    with pytest.raises(ValueError, match="is of another comparison"):
+        compare.is_finished(corrected)
+    (folder / "metrics.jsonl").write_text("")
+    assert not compare.is_finished(corrected)
+
+
 def test_a_run_on_other_data_is_no_part_of_this_comparison(setting, tmp_path, fake, capsys):
     run(setting, tmp_path, "--lrs", "1", "--seeds", "1")
     manifest = next(tmp_path.glob("*/*/manifest.json"))

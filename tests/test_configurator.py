@@ -363,7 +363,7 @@ def test_resolve_knows_the_literals_above_the_call_of_configure_and_no_others(tm
 
 def test_resolve_has_all_knobs_of_train_py():
     root = Path(__file__).parent.parent
-    source = (root / "train.py").read_text().split("try:\n    config = configure(")[0]
+    source = (root / "train.py").read_text().split("with output.errors_in_one_line():\n    config = configure(")[0]
     found = {"__file__": str(root / "train.py"), "__name__": "knobs"}
     exec(compile(source, "train.py", "exec"), found)
     arguments = [str(root / "config" / "train_moe.py"), "--n_expert=64", "--tf32=False"]
@@ -440,7 +440,7 @@ def test_elsewhere_and_where_no_model_has_it_an_unknown_knob_is_an_error(text, t
     ("--beta2=1", "beta2=1: it lies in [0, 1)"),
     ("--dropout=1.0", "dropout=1.0: it lies in [0, 1)"),
     ("--decay_fraction=1.5", "decay_fraction=1.5: it lies in [0, 1]"),
-    ("--rope_theta=0", "rope_theta=0: try 1 or more"),
+    ("--rope_theta=1", "rope_theta=1: it lies in (1, inf)"),
     ("--weight_decay=1e-300", "weight_decay=1e-300: give 0, or a number of a size from 1.2e-38 to 3.4e+38"),
     ("--eval_tokens=18446744073709551616", "eval_tokens=18446744073709551616: it lies in [0, 2147483647]"),
     ("--eot_id=-2", "eot_id=-2: try -1 or more"),

@@ -130,6 +130,12 @@ def test_missing_data_says_which_command_makes_it(tmp_path):
         Shards(tmp_path, "val")
 
 
+def test_a_text_in_the_place_of_its_shards_is_told_how_to_become_some(tmp_path):
+    (tmp_path / "notes.txt").write_text("a text")
+    with pytest.raises(FileNotFoundError, match="notes.txt is a file, .*data/prepare.py .*notes.txt --out data/notes$"):
+        Shards(tmp_path / "notes.txt", "train")
+
+
 def test_a_token_outside_of_the_vocabulary_is_an_error_that_names_file_and_token(tmp_path):
     tokens = np.zeros(100, int)
     tokens[70] = 60_000
@@ -667,6 +673,8 @@ def test_as_a_library_prepare_returns_its_folder_and_raises_where_the_command_en
         source, out=tmp_path / "out", tokenizer="byte", add_tokens=["<x>"], val_fraction=0.3
     )
     assert folder == tmp_path / "out" and Shards(folder, "train").vocab_size == 258
+    prepare_module.prepare(source, out=tmp_path / "out", tokenizer="byte", add_tokens="<x>,<y>", val_fraction=0.3)
+    assert Shards(folder, "train").vocab_size == 259
     assert prepare_module.prepare("mqar", out=tmp_path / "mqar", documents=100) == tmp_path / "mqar"
     with pytest.raises(TypeError, match="prepare has no option tokeniser: see  python data/prepare.py --help"):
         prepare_module.prepare(source, tokeniser="byte")
@@ -1378,6 +1386,10 @@ def test_token_files_of_nanogpt_and_build_nanogpt_become_shards_by_one_command(t
         prepare([str(tmp_path / "nano"), "--out", str(tmp_path / "out"), "--tokenizer", "byte"])
     with pytest.raises(SystemExit, match="--val_fraction means nothing to"):
         prepare([str(tmp_path / "nano"), "--out", str(tmp_path / "out"), "--val_fraction", "0.5"])
+    (tmp_path / "half").mkdir()
+    tokens[:99].astype(np.uint16).tofile(tmp_path / "half" / "train.bin")
+    with pytest.raises(SystemExit, match="half has token files, but none with val as a word of its name"):
+        prepare([str(tmp_path / "half"), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="is a shard as it is: train with --data="):
         prepare([str(tmp_path / "out"), "--out", str(tmp_path / "again")])
     (tmp_path / "nano" / "meta.pkl").write_bytes(b"")

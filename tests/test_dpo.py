@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import dpo
+from data.bpe import CHAT_TOKENS
+from data.tokenizers import load_tokenizer
 from dpo import best_against_worst, preference_loss
+from training import pairs
 from training.answers import Answer, Problem
 
 GAIN_CHOSEN = torch.tensor([0.3, -1.2, 2.5], dtype=torch.float64)
@@ -111,3 +114,10 @@ def test_chosen_answers_that_become_unlikely_are_said_once_unless_a_gain_is_no_d
     assert "10 nats less likely" in warning and "nll_coef=1" in warning
     monkeypatch.setattr(dpo, "reference_free", True)
     assert said_by_watch(rows) == []
+
+
+def test_a_file_of_equal_answers_has_no_pairs_and_says_so(tmp_path):
+    file = tmp_path / "equal.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    with pytest.raises(ValueError, match="equal.jsonl has no pairs of which one is better"):
+        pairs.read(str(file), load_tokenizer("byte", CHAT_TOKENS), 32, None)

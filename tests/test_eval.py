@@ -797,10 +797,13 @@ def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(run, data, tm
     assert "not found" in error_of(capsys, folder, "--tasks", "hellaswag=nowhere.jsonl")
     program = jsonl(tmp_path / "he.jsonl", [answer_rows("humaneval", 0)[0]])
     assert "--allow_code_execution" in error_of(capsys, folder, "--tasks", f"humaneval={program}")
-    assert "is no folder" in error_of(capsys, tmp_path / "nowhere", "--data", data)
+    assert "no model in" in error_of(capsys, tmp_path / "nowhere", "--data", data)
     other = write_data(tmp_path / "char", load_tokenizer("char", chars="".join(map(chr, range(256)))))
     assert "another tokenizer" in error_of(capsys, folder, "--data", other)
     assert "no folder" in error_of(capsys, folder, "--json", tmp_path / "no" / "x.json")
+    for size in (65, 10**400):
+        message = error_of(capsys, folder, "--data", data, "--block_size", size)
+        assert message.endswith("the model has 64 at most") and len(message) < 150
     assert "is a folder: give a file in it" in error_of(capsys, folder, "--json", tmp_path)
     task = jsonl(tmp_path / "mine.jsonl", [good, good])
     assert "asks mine twice" in error_of(capsys, folder, "--tasks", f"mine={task},mine={task}")

@@ -151,7 +151,9 @@ def test_keys_that_a_config_leaves_out_have_the_values_that_transformers_takes(m
     for key in LEFT_OUT.split():
         config.pop(key, None)
     (folder / "config.json").write_text(json.dumps(config))
-    assert torch.equal(hf.load(folder)(tokens(2, 12)), model(tokens(2, 12)))
+    again = hf.load(folder)
+    assert again.config.block_size == model.config.block_size
+    assert torch.equal(again(tokens(2, 12)), model(tokens(2, 12)))
 
 
 def test_the_width_of_gpt2s_mlp_may_be_said(tmp_path):
@@ -322,6 +324,7 @@ ALTERED = {  # what a config.json says, and the words of the refusal
             dict(rope_scaling=dict(type="yarn", factor=4.0), rope_parameters=dict(rope_type="default", rope_theta=1e4)),
             "rope_scaling, and rope_parameters that differ from it",
         ),
+        (dict(rope_scaling=dict(type="yarn", factor="x")), "config.json: factor=x must be a number"),
         (dict(rope_theta=1), "rope_theta=1 must be a number above 1"),
         (dict(num_key_value_heads=3), "config.json: n_head=4 is not divisible by n_kv_head=3"),
     ],

@@ -286,8 +286,6 @@ IDLE_KNOBS = (
     ("train.py", "linear", dict(layer_pattern="a"), dict(decay="none")),
     ("train.py", "sliding", dict(layer_pattern="a"), dict(n_global_token=2)),
     ("train.py", "moe", dict(n_shared_expert=0), dict(shared_gate=True)),
-    ("train.py", "moe", dict(moe_layers=(1,)), dict(n_dense_layer=1)),
-    ("train.py", "moe", dict(moe_layers=(1,)), dict(moe_every=2)),
     ("train.py", "switch", dict(capacity_factor=0), dict(drop_by="score")),
     ("train.py", "switch", dict(balance_loss=0), dict(balance_over="batch")),
     ("train.py", "baseline", dict(pack="documents"), dict(document_start_probability=0.5)),

@@ -579,6 +579,17 @@ def test_a_closure_is_evaluated_with_gradients_on():
     assert optimizer.step(closure).item() == before and p.square().sum().item() < before
 
 
+def test_a_group_that_comes_later_is_as_one_that_was_there_from_the_beginning():
+    optimizer = MuonAdamW([nn.Parameter(torch.ones(2, 2))], lr=0.1, decay_with_lr=False)
+    late = nn.Parameter(torch.ones(2, 2))
+    optimizer.add_param_group({"params": [late]})
+    late.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert late.max() < 1
+    with pytest.raises(ValueError, match=r"\(3,\)"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "method": "muon"})
+
+
 def test_wrong_options_name_what_is_possible():
     with pytest.raises(ValueError, match="optimizer='sgd' is unknown: choose muon or adamw"):
         make_optimizer(Zoo(), "sgd")
@@ -588,5 +599,9 @@ def test_wrong_options_name_what_is_possible():
         make_optimizer(Zoo(), muon_scale="none")
     with pytest.raises(ValueError, match="steps=0"):
         make_optimizer(Zoo(), muon_steps=0)
+    square = nn.Parameter(torch.ones(2, 2))
+    for group in (dict(method="mouon"), dict(scale="match"), dict(polynomial="x"), dict(steps=0)):
+        with pytest.raises(ValueError, match="unknown|steps=0"):
+            MuonAdamW([{"params": [square], **group}], "muon")
     with pytest.raises(ValueError, match=r"\(3,\)"):
         MuonAdamW([nn.Parameter(torch.ones(3))], "muon")

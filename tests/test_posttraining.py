@@ -389,7 +389,7 @@ def spoilt(work):
         ("grpo.py", GRPO | dict(teacher="start", beta=0.1), "no beta, no gspo"),
         ("grpo.py", GRPO | dict(group_size=1), "group_size=1: .* give 2 or more"),
         ("dpo.py", ONLINE | dict(group_size=1), "group_size=1: .* give 2 or more"),
-        ("grpo.py", GRPO | dict(temperature=0), "temperature=0: it lies in"),
+        ("grpo.py", GRPO | dict(temperature=0), "temperature=0: try 0.01 or more"),
         ("grpo.py", GRPO | dict(updates_per_batch=0), "updates_per_batch=0: try 1 or more"),
         ("dpo.py", DPO | dict(beta=0), "beta=0 makes all answers alike"),
         ("dpo.py", DPO | dict(label_smoothing=0.7), "label_smoothing=0.7: it lies in"),
@@ -402,6 +402,9 @@ def spoilt(work):
         ("grpo.py", GRPO | dict(compile=True), "unknown config key 'compile' on the command line; --help lists them"),
         ("dpo.py", DPO | dict(batch_tokens=64), "unknown config key 'batch_tokens' on the command line; did you mean"),
         ("grpo.py", GRPO | dict(resume=True), "--resume given but no checkpoint in refused"),
+        ("grpo.py", GRPO | dict(vocab_size=100), "vocab_size=100, and that of init_from=start is 64: leave it out"),
+        ("dpo.py", DPO | dict(eot_id=3), "eot_id=3, and that of init_from=start is 17: leave it out"),
+        ("grpo.py", GRPO | dict(rewards=":"), "the reward :: Empty module name"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(work, whole, spoilt, script, knobs, message):

@@ -459,9 +459,8 @@ def test_a_folder_of_2019_without_a_model_type_is_named(tmp_path):
 
 def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
     folder, _, _ = run
-    assert "nowhere is no folder: give a run's" in error_of(tmp_path / "nowhere")
-    assert "data.json is no folder" in error_of(folder / "data.json")
-    assert "no checkpoint in" in error_of(tmp_path)
+    for path in (tmp_path / "nowhere", folder / "data.json", tmp_path):
+        assert f"no model in {path}: give a run's folder" in error_of(path)
     assert "not among" in error_of(folder, "--tokenizer", "char") or "alphabet" in error_of(
         folder, "--tokenizer", "char"
     )
@@ -470,6 +469,16 @@ def test_what_cannot_be_sampled_is_one_line_that_says_what_to_do(run, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba9"}')
     assert "'mamba9'; these can be read: " in error_of(tmp_path)
     assert "--dtype" in error_of(folder, "--dtype", "fp8")
+
+
+def test_ctrl_c_ends_it_without_a_traceback(run, monkeypatch, capsys):
+    def stream(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "stream", stream)
+    with pytest.raises(SystemExit) as caught:
+        sample.main([str(run[0])])
+    assert caught.value.code == 130 and capsys.readouterr().err == "\n"
 
 
 @pytest.mark.parametrize("option, values", [
@@ -508,6 +517,13 @@ def test_one_prompt_is_given_and_not_two(run):
     assert "not allowed with argument --prompt" in error_of(run[0], "--prompt", "a", "--prompt_file", "b")
 
 
+def test_a_line_that_the_tokenizer_cannot_have_does_not_end_a_chat(monkeypatch, capsys):
+    type_lines(monkeypatch, "ab", "a1", "b")
+    assert list(sample.typed_lines(load_tokenizer("char", chars="ab"))) == ["ab", "b"]
+    error, _ = capsys.readouterr().out.splitlines()
+    assert error.startswith("error: '1' is not among the 2 characters of this tokenizer")
+
+
 def test_a_chat_ends_at_ctrl_d_in_a_new_line(chatty, monkeypatch, capsys):
     type_lines(monkeypatch)
     assert text_of(capsys, chatty[0], "--interactive") == "\n"
@@ -538,7 +554,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 def test_a_vocabulary_without_room_for_a_token_that_begins_documents_is_said_to_have_none(tmp_path):
     hf.save(build("baseline", vocab_size=602), tmp_path / "hf")
     save_hugging_face(tmp_path / "hf", "gpt2", added=["<begin>", "<end>"])
-    assert "no room for <|endoftext|>: give config.json the eos_token_id" in error_of(tmp_path / "hf")
+    assert "the model 602: no room for <|endoftext|>: give config.json the eos_token_id" in error_of(tmp_path / "hf")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     (tmp_path / "hf/config.json").write_text(json.dumps(config | dict(eos_token_id=601)))
     _, tokenizer, _ = load(tmp_path / "hf")

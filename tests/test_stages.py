@@ -140,6 +140,8 @@ def test_a_model_that_is_given_another_config_equals_one_that_is_built_so(name):
     ({8: dict(block_size=48)}, "stages: 8: batch_tokens=256 is not a multiple of block_size=48 times 1 processes"),
     ({8: dict(block_size=24, batch_tokens=240)}, "block_size=16 does not divide the longest of the stages, 24"),
     ({8: dict(learning_rate=0.1)}, "stages: 8: learning_rate is nothing that a stage can change: try one of"),
+    ({8: dict(rope_factor=2.0)}, "stages: 8: rope_factor=2.0 does nothing while rope_scaling=none"),
+    ({8: dict(eot_id=4000)}, "stages: 8: eot_id=4000 is no token of a vocabulary of"),
     ({8: dict(block_size="long")}, "block_size='long' in the stage of 8: expected int"),
     ({8: dict(block_size=0)}, "block_size=0 in the stage of 8: try 1 or more"),
     ({8: 5}, "stages: 8: 5 is no dict of knobs"),

@@ -508,7 +508,8 @@ def test_tokenizers_that_fall_back_to_bytes_give_the_ids_of_their_package_and_al
     again = tokenizer_from_dict(json.loads(json.dumps(tok.to_dict())))
     written = tokenizers.Tokenizer.from_str(json.dumps(tok.to_hf([tok.eot_id])["tokenizer.json"]))
     assert tok.eot == "<s>" and tok.special_tokens["<|im_start|>"] == len(vocab)
-    assert tok.stop_ids == {1, tok.special_tokens["<|im_end|>"]}
+    ends = [tok.special_tokens[token] for token in ("<s>", "</s>", "<|im_end|>")]
+    assert tok.to_hf()["generation_config.json"]["eos_token_id"] == ends and tok.stop_ids == set(ends)
     for text in (TEXT, MIXED.strip(), "a  b", "x\n\n   y <unk>", random_text(1).strip()):
         theirs.encode_special_tokens = True
         ids = theirs.encode(text, add_special_tokens=False).ids
@@ -1017,7 +1018,7 @@ def test_sentencepiece_is_trained_to_exactly_the_vocabulary_asked_for_and_loses_
     tokens = [line.split("\t")[0] for line in (tmp_path / "x.vocab").read_text(encoding="utf-8").splitlines()]
     assert tok.vocab_size == len(tokens) == size
     assert tokens[:6] == ["<pad>", "<unk>", "<s>", "</s>", "<|im_end|>", "<sep>"]
-    assert tok.eot == "<s>" and tok.stop_ids == {2, 4}
+    assert tok.eot == "<s>" and tok.stop_ids == {2, 3, 4}
     if model_type == "word":  # which loses the spaces before unknown words
         assert tok.decode(tok.encode("unknown")) == "unknown"
         return

@@ -77,9 +77,10 @@ def altered(folder, name, changes):
 def work(tmp_path_factory):
     """A folder with data and with a variant whose loss a test can spoil, or slow down, from one step to another."""
     return altered(tmp_path_factory.mktemp("work"), "odd", (
+        ("from typing import Literal", "from typing import Annotated, Literal"),
         ("    eot_id: int", """    bad_from: int = 0
     bad_to: int = 0
-    factor: float = 1.0  # of the loss of those training steps
+    factor: Annotated[float, "(-inf, inf)"] = 1.0  # of the loss of those training steps
     bad_rank: int = -1  # on this process alone; -1: on all
     sleep: float = 0.0
     bias: float = 0.0  # an auxiliary loss
@@ -96,7 +97,7 @@ def work(tmp_path_factory):
         return c.bias * self.training + factor * F.cross_entropy(self.logits(x).flatten(0, 1)"""),
         ("        cap = self.config.logit_softcap", """        c, calls = self.config, getattr(self, "calls", 0)
         if not self.training and c.factor > 1e30 and c.bad_from <= calls <= c.bad_to:
-            logits = logits * c.factor
+            logits = logits * c.factor * c.factor
         cap = self.config.logit_softcap"""),
         ("        x = x + self.dropout(self.mlp(", """        Block.forwards = getattr(Block, "forwards", 0) + 1
         x = x + self.dropout(self.mlp("""),
@@ -517,7 +518,7 @@ def test_weight_decay_follows_the_schedule_or_does_not(work, tied, left):
 
 # ---- what goes wrong while it runs -----------------------------------------------------------------------------------
 def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(work):
-    run = train(work, "nan", model="odd", micro_batch=8, bad_from=3, bad_to=5, factor=1e39, save_every=1,
+    run = train(work, "nan", model="odd", micro_batch=8, bad_from=3, bad_to=5, factor=1e38, save_every=1,
                 keep_last=0, eval_every=1)  # fmt: skip
     assert [row["skipped"] for row in run.steps] == [0, 0, 1, 2, 3, 3]
     assert [row["loss"] is None for row in run.steps] == [False, False, True, True, True, False]
@@ -531,13 +532,13 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(work):
 
 def test_a_skipped_step_leaves_nothing_in_the_counts_of_the_next(work):
     sizes = dict.fromkeys(SIZES) | TINY["moe"] | dict(block_size=32, vocab_size=0, log_every=1, max_steps=3)
-    run = train(work, "skipped experts", model="moe", z_loss=1e39, **sizes)
+    run = train(work, "skipped experts", model="moe", z_loss=1e38, **sizes)
     assert [row["skipped"] for row in run.steps] == [1, 2, 3]
     assert [sum(map(sum, row["expert_load"])) for row in run.steps] == [256 * 2] * 3  # tokens, choices of each
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(work):
-    message = fail(work, "dead", model="odd", micro_batch=8, bad_from=4, bad_to=99, factor=1e39, max_skipped=3,
+    message = fail(work, "dead", model="odd", micro_batch=8, bad_from=4, bad_to=99, factor=1e38, max_skipped=3,
                    save_every=3, max_steps=50, code=DIVERGED)  # fmt: skip
     assert "3 steps in a row" in message and "dead/step-00000003" in message and "learning_rate" in message
     assert len(finished(work / "dead").steps) == 6
@@ -974,7 +975,8 @@ def test_a_run_that_goes_on_with_another_batch_says_so_and_sees_the_windows_that
     copy_until(base, work / "rebatched", 10)
     run = train(work, "rebatched", "--resume", **LONG | dict(batch_tokens=512, max_steps=12))
     assert "10 steps had 2,560 tokens, and the batch is another now: 2 steps are left" in run.out
-    assert run.steps[-1]["tokens"] == 2560 + 2 * 512
+    manifest = json.loads((run.folder / "manifest.json").read_text())
+    assert run.steps[-1]["tokens"] == 2560 + 2 * 512 == manifest["tokens"]
     begun, resumed = (plan_of(work, batch_tokens=n) for n in (256, 512))
     resumed.go_on(10, 2560)
     assert pieces_of(resumed, 10) == pieces_of(begun, 10) + pieces_of(begun, 11)

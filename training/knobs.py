@@ -23,7 +23,8 @@ def lacks(letters):
 
 # A knob, the value with which it is off, and another knob, with those values of that for which the first does nothing.
 # Not here: the size of a part that another knob leaves out, and what belongs to a choice of optimizer or schedule that
-# is not taken. A config file has these for the choice that it makes, and a comparison changes that choice alone.
+# is not taken. A config file has these for the choice that it makes, and a comparison changes that choice alone. Nor
+# moe_every beside moe_layers: a model that was built has both.
 IDLE = (
     # fields of models
     ("rope_factor", 1.0, "rope_scaling", one_of("none")),
@@ -38,8 +39,6 @@ IDLE = (
     ("decay", "channel", "layer_pattern", lacks("k")),
     ("n_global_token", 0, "layer_pattern", lacks("lm")),
     ("shared_gate", False, "n_shared_expert", not_),
-    ("n_dense_layer", 0, "moe_layers", bool),
-    ("moe_every", 1, "moe_layers", bool),
     ("drop_by", "position", "capacity_factor", not_),
     ("balance_over", "sequence", "balance_loss", not_),
     # knobs of train.py

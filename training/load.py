@@ -41,8 +41,9 @@ def load(
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     weights_in = getattr(torch, dtype)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder: give a run's, a checkpoint's, or a Hugging Face model's")
+    if not (path / "config.json").exists() and not checkpoint.folders(path):
+        kinds = "a run's folder, a checkpoint's, or that of a Hugging Face model, with its config.json"
+        raise FileNotFoundError(f"no model in {path}: give {kinds}")
     if is_from_hugging_face(path):
         model = hf.load(path, device, weights_in)
     else:
@@ -65,9 +66,7 @@ def load(
     if found.vocab_size > n:
         advice = "they do not belong together"
         if found.eot_id == n == found.vocab_size - 1:
-            advice = (
-                f"there is no room for {found.eot}: give config.json the eos_token_id of the token that ends a text"
-            )
+            advice = f"no room for {found.eot}: give config.json the eos_token_id of the token that ends a text"
         raise ValueError(f"the tokenizer {found.name} has {found.vocab_size} tokens, and the model {n}: {advice}")
     return model, found, prefix
 

@@ -65,9 +65,12 @@ def errors_in_one_line() -> Iterator[None]:
     """Ends the process with one line and code 2 where something that a user gave is wrong.
 
     That is what these four say: a file that is not there, a value, a package to install, a checkpoint. All others are
-    mistakes of ours, and keep the traceback that says where.
+    mistakes of ours, and keep the traceback that says where. A Ctrl-C ends it with the code that shells have for that.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
     except (OSError, ValueError, ImportError, CheckpointError) as error:
         processes.fail(error)

@@ -39,6 +39,8 @@ def read(source: str, tokenizer: Tokenizer, longest: int, here: Machine) -> list
         too_long += not fits
         if fits:
             found.append(pair)
+    if not found and not too_long:
+        raise ValueError(f"{source} has no pairs of which one is better")
     if not found:
         raise ValueError(f"{source}: no pair is at most {longest} tokens long, of {too_long}: raise block_size")
     left_out = f", and {too_long:,} more are longer than {longest} tokens" if too_long else ""

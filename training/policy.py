@@ -33,7 +33,11 @@ def build(config: dict, here: Machine) -> tuple[torch.nn.Module, Tokenizer]:
         raise ValueError(f"init_from={init_from} has no tokenizer: give a model that has one")
     variant = importlib.import_module(f"model_{config['model']}")
     chosen = {field.name: config[field.name] for field in fields(variant.GPTConfig)}
-    chosen["vocab_size"] = start.config_of(init_from)["vocab_size"]
+    before = start.config_of(init_from)
+    for name, value in {"vocab_size": before["vocab_size"], "eot_id": tokenizer.eot_id}.items():
+        if before["model"] == config["model"] and chosen[name] not in (before.get(name), value):
+            raise ValueError(f"{name}={chosen[name]}, and that of init_from={init_from} is {value}: leave it out")
+    chosen["vocab_size"] = before["vocab_size"]
     chosen["eot_id"] = tokenizer.eot_id
     for name, off in OFF.items():
         if chosen.get(name, off) != off:

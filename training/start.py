@@ -21,7 +21,7 @@ from training.stored import Stored, own_rows
 # Fields that may differ from those of the weights: what a longer context, other data or another loss ask for.
 MAY_DIFFER = (
     "block_size rope_theta rope_scaling rope_factor rope_original dropout eot_id init_std zero_init_residual "
-    "balance_loss z_loss bias_rate router_jitter balance_over capacity_factor"
+    "balance_loss z_loss bias_rate router_jitter balance_over capacity_factor drop_by"
 ).split()
 MAY_GROW = ("block_size", "vocab_size")
 TABLES = ("embed.weight", "lm_head.weight")  # with a row for each token
