@@ -77,7 +77,6 @@ def join(
     One process is the case of one of many: no group is opened. ValueError says what is not here, or not together.
     """
     rank, world_size = processes.launched()
-    sys.excepthook = processes.say_in_one_line
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -87,6 +86,7 @@ def join(
     device = find_device(device)
     if parallel != "none":
         device = processes.meet(device, timeout)
+    sys.excepthook = processes.say_in_one_line  # after the meeting, in which torch sets one that keeps what ours prints
     device_type = torch.device(device).type
     if device_type == "cuda":
         torch.cuda.set_device(device)
