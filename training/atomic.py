@@ -83,7 +83,8 @@ def evaluation(folder: Path) -> dict | None:
         loss = found["loss"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    if loss is not None and not (isinstance(loss, float | int) and math.isfinite(loss)):
+    is_finite = isinstance(loss, float | int) and abs(loss) < math.inf
+    if loss is not None and not is_finite:
         return None
     return found
 
