@@ -702,6 +702,27 @@ MUTANTS = [
         "test_checkpoint.py -k best",
     ),
     Mutant(
+        "a save that failed counts as one",
+        "training/saving.py",
+        "self.saved_at = None",
+        "pass",
+        "test_trust.py -k not_taken_for_saved",
+    ),
+    Mutant(
+        "an evaluation that is done again stands twice",
+        "training/metrics.py",
+        'is_done = "ms" in row',
+        "pass",
+        "test_trust.py -k done_again",
+    ),
+    Mutant(
+        "what was printed to a file is lost at the end",
+        "distributed/processes.py",
+        "sys.stdout.flush()",
+        "pass",
+        "test_parallel.py -k an_end_waits",
+    ),
+    Mutant(
         "the best one is pruned",
         "training/atomic.py",
         "if path != best_one and not is_kept:",

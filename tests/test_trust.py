@@ -23,6 +23,7 @@ from tests.test_reliability import last_step
 from tests.test_train import KNOBS, altered, fail, finish, finished, start, train, until, write_data, wrote
 from tests.tiny import ROOT
 from training import atomic, checkpoint, disk, metrics, pictures, run_folder, saving, signals
+from training.run import Run
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -262,6 +263,17 @@ def test_a_save_is_tried_though_the_one_before_it_failed_in_its_thread(saver, mo
     saver.save(3, {}, wait=wait, must=True)
     saver.finish(must=True)
     assert saver.saved_at == 3 and saver.in_place.name == "step-00000003"
+
+
+@pytest.mark.parametrize(
+    "saved_at, said", [(3, "after step 3: mend"), (None, "after step 3, which could not be saved: mend")]
+)
+def test_a_run_that_fails_says_whether_its_step_is_saved(saved_at, said, capsys):
+    saver = SimpleNamespace(saved_at=saved_at)
+    run = SimpleNamespace(save_if_due=lambda now: None, here=SimpleNamespace(rank=1), saver=saver, step=3, command="")
+    with pytest.raises(SystemExit):
+        Run.fail(run, "no connection")
+    assert f"no connection; stopped {said} it" in capsys.readouterr().err
 
 
 def test_an_evaluation_and_a_state_that_find_no_room_cost_a_warning(saver, monkeypatch, capsys):
