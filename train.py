@@ -370,6 +370,7 @@ while True:
         own_text = [text_tokens(raw_model, x) for x, _ in batches]
     targets, text, stop = processes.all_sum([own_targets, sum(own_text), signals.count()], device)
     if stop:
+        saver.finish()  # a save that a thread is at may fail, and this one is the last chance
         if step != saver.saved_at:
             save()
         break
@@ -435,12 +436,11 @@ while True:
         processes.set_timeout(timeout)  # the first step, which compiles, is done everywhere
     if skipped_in_a_row >= max_skipped:
         saver.finish()
-        last_good = checkpoint.newest(out, say)
         if main:
             run_folder.write_state(out, "diverged", step, max_steps, go_on)
         advice = "try a lower learning_rate, or dtype=bfloat16 or float32"
         processes.fail(f"{skipped_in_a_row} steps in a row without a finite gradient: stopped. Last good checkpoint "
-                       f"is {last_good}: {advice}", DIVERGED)  # fmt: skip
+                       f"is {saver.in_place}: {advice}", DIVERGED)  # fmt: skip
 
 saver.finish(must=True)
 bar.close()

@@ -656,7 +656,7 @@ def test_best_follows_from_the_evaluations_and_not_from_a_link(tmp_path):
     (tmp_path / "best").unlink()
     (tmp_path / "latest").unlink()
     assert resolve(tmp_path / "best").name == "step-00000002" and resolve(tmp_path / "latest").name == "step-00000004"
-    for nonsense in (b"\x80\x04K\x07.", b"{}", b'{"loss": "low"}', b"[1]"):
+    for nonsense in (b"\x80\x04K\x07.", b"{}", b'{"loss": "low"}', b"[1]", b'{"loss": NaN}', b'{"loss": -Infinity}'):
         (tmp_path / "step-00000002" / "evaluation.json").write_bytes(nonsense)
         assert resolve(tmp_path / "best").name == "step-00000004"
 

@@ -304,22 +304,26 @@ def test_a_failed_save_names_the_checkpoint_that_is_left_also_where_that_was_bei
     assert "; checkpoint step-00000001.old is still there" in capsys.readouterr().err
 
 
-def test_a_run_that_stops_after_a_failed_save_saves_its_step_again(work):
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_run_that_stops_after_a_failed_save_saves_its_step_again(work, async_save):
     code = """
 import os
 import signal
+import time
 import training.checkpoint
 save_file = training.checkpoint.save_file
 def fail_once(*args):
     training.checkpoint.save_file = save_file
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)  # in which the run goes on, if it does not wait
     raise OSError(28, "No space left on device")
 training.checkpoint.save_file = fail_once
 """
     (work / "model_unlucky.py").write_text((ROOT / "model_baseline.py").read_text() + code)
-    result = finish(*start(work, out_dir="unlucky", model="unlucky", save_every=2))
+    out = work / f"unlucky {async_save}"
+    result = finish(*start(work, out_dir=out.name, model="unlucky", save_every=2, async_save=async_save))
     assert result.code == 0 and "WARNING: checkpoint at step 2 failed" in result.err
-    assert "stopped after step 2" in result.out and checkpoint.newest(work / "unlucky").name == "step-00000002"
+    assert state(out)["state"] == "stopped" and checkpoint.newest(out).name == f"step-{last_step(out):08d}"
 
 
 # ---- what is beside training -----------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def evaluation(folder: Path) -> dict | None:
         loss = found["loss"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    if loss is not None and not isinstance(loss, float | int):
+    if loss is not None and not (isinstance(loss, float | int) and math.isfinite(loss)):
         return None
     return found
 
@@ -162,9 +162,10 @@ def commit(folder, step, files):
     for name in (*TEXTS, "manifest.json", ""):  # and the folder itself; who wrote tensors flushed them
         fsync(tmp / name)
     if os.path.lexists(folder):
-        for leftover in named(folder.parent, ".old"):  # of a crash between these renames, or in prune
-            remove(leftover)
-        folder.rename(f"{folder}.old")
+        old = Path(f"{folder}.old")
+        if os.path.lexists(old):  # of a crash between these renames, or in prune
+            remove(old)
+        folder.rename(old)
     tmp.rename(folder)
     fsync(folder.parent)
     link(folder, "latest")

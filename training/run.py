@@ -186,10 +186,9 @@ class Run:
         if self.skipped_in_a_row >= MAX_SKIPPED:
             if self.here.rank == 0:
                 self.write_state("diverged")
-            good = checkpoint.newest(self.out, self.here.say)
             processes.fail(
-                f"{MAX_SKIPPED} updates in a row without a finite gradient: stopped. Last good checkpoint is {good}: "
-                "try a lower learning_rate",
+                f"{MAX_SKIPPED} updates in a row without a finite gradient: stopped. Last good checkpoint is "
+                f"{self.saver.in_place}: try a lower learning_rate",
                 DIVERGED,
             )
 
