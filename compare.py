@@ -47,17 +47,19 @@ from training.signals import DIVERGED
 ROOT = Path(__file__).resolve().parent
 TRAIN = ROOT / "train.py"
 MORE_RATES = 2  # at most, beyond the ends of the sweep
-EVALUATIONS = 5  # of a run
+EVALUATIONS = 5  # of a run at most, after the one before its first step
 MATCHES = ("flops", "flops_per_token", "parameters")
-OWN_KNOBS = {"seed", "max_steps", "out_dir", "eval_every", "save_every", "keep_last"}  # it sets them for each run
-NOT_COMPARED = ("eot_id", "out_dir", "data")  # a finished run may have moved, and its data have a fingerprint
-FROM_LENGTH = ("max_steps", "eval_every", "save_every")
+# It sets these for each run, and those that end a run in another way have no place in a comparison.
+OWN_KNOBS = {"seed", "max_steps", "out_dir", "eval_every", "save_every", "keep_last"}
+OTHER_ENDS = {"minutes", "eval_only", "dry_run"}
+NOT_COMPARED = ("eot_id", "out_dir", "data")  # eot_id is the data's, a run may have moved, data have a fingerprint
+FROM_LENGTH = ("max_steps", "eval_every", "save_every")  # they follow from a variant's steps: no difference to print
 
 
 class Variant(NamedTuple):
     name: str
     config: dict  # all knobs, as train.py would have them
-    arguments: list  # with which train.py has them; what differs between the runs follows
+    arguments: list  # of train.py, without those that differ between its runs, which options() adds
     flops_per_token: float  # forward and backward
     optimizer_flops: int  # of a step; 0 with --match_optimizer=False
     steps: int
@@ -130,15 +132,25 @@ def parse_arguments(argv):
     args.compared_seeds = range(args.sweep_seeds + 1, args.sweep_seeds + args.seeds + 1)
     if bool(args.budgets) != bool(args.sizes):
         parser.error("--budgets and --sizes go together")
+    if args.sizes and args.match != "flops":
+        parser.error(f"--match {args.match} is not for --sizes: each size gets the same FLOPs")
+    if args.knob and args.match == "flops":
+        parser.error("--knob says what another --match solves: give --match flops_per_token or --match parameters")
+    if any(word.startswith("--model=") for word in args.more):
+        parser.error("--model is one run's: name the variants by --models")
     check_knobs(args.more)
     return args
 
 
 def check_knobs(words):
     """Raises ValueError where knobs, each given as "--KNOB=VALUE" or "KNOB=VALUE", would be lost."""
-    fixed = [word for word in words if word.removeprefix("--").partition("=")[0] in OWN_KNOBS]
+    given = {word.removeprefix("--").partition("=")[0]: word for word in words}
+    fixed = [word for knob, word in given.items() if knob in OWN_KNOBS]
     if fixed:
         raise ValueError(f"{' '.join(fixed)}: compare.py sets these itself, by --seeds, --budget and --out_dir")
+    others = [word for knob, word in given.items() if knob in OTHER_ENDS]
+    if others:
+        raise ValueError(f"{' '.join(others)}: each run of a comparison trains for its --budget")
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -165,6 +177,8 @@ def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant
     if config["stages"] or not isinstance(config["data"], str):
         raise ValueError(f"{name} has stages or a mixture of texts, and what is compared has one stage and one text")
     data = Shards(config["data"], "train")
+    if 0 < config["vocab_size"] < data.vocab_size:
+        raise ValueError(f"{name}: the data has {data.vocab_size} tokens, more than vocab_size={config['vocab_size']}")
     Shards(config["data"], "val")
     T = config["block_size"]
     batch_tokens = config["batch_tokens"]
@@ -198,9 +212,12 @@ def plan(args, name: str, budget: float, like: Variant | None = None) -> Variant
         steps = like.tokens // batch_tokens
     least = config["warmup_steps"] + 1
     if steps < least:
+        pays = f"--budget={budget:.3g} pays for {steps} steps of {name}"
+        if like is not None:
+            pays = f"{name} has {steps} steps for the {like.tokens:,} tokens of {like.name}"
         raise ValueError(
-            f"--budget={budget:.3g} pays for {steps} steps of {name} ({step_flops:.3g} FLOPs a step of "
-            f"{batch_tokens:,} tokens), and warmup_steps={least - 1}: try {10 * least * step_flops:.1g}"
+            f"{pays} ({step_flops:.3g} FLOPs a step of {batch_tokens:,} tokens), and warmup_steps={least - 1}: "
+            f"try --budget={10 * least * step_flops:.1g}"
         )
     added["max_steps"] = steps
     added["eval_every"] = math.ceil(steps / EVALUATIONS)
@@ -230,7 +247,12 @@ def plan_all(args) -> list[Variant]:
         return [plan(args, name, budget) for budget in args.budgets for name in names]
     first = plan(args, names[0], args.budget)
     like = None if args.match == "flops" else first
-    return [first] + [plan(args, name, args.budget, like) for name in names[1:]]
+    others = [plan(args, name, args.budget, like) for name in names[1:]]
+    for variant in others:
+        evaluated = (variant.data_fingerprint, variant.config["eval_tokens"])
+        if evaluated != (first.data_fingerprint, first.config["eval_tokens"]):
+            raise ValueError(f"{variant.name} is evaluated on other tokens than {first.name}: give all the same data")
+    return [first, *others]
 
 
 def make_run(args, variant, lr, seed):
@@ -298,6 +320,7 @@ def rehearse(variant: Variant, jobs: int) -> float:
         step = training_step(variant, device)
         step()  # makes the optimizer's state
         seconds = timing.seconds(step, device=device)
+        cost(variant)
         decoder(variant, context=1, new=1, device=device, calls=1)()
         return seconds
     except Exception as error:
@@ -318,7 +341,7 @@ def options(run):
 
 
 def is_finished(run: Run) -> bool:
-    """Returns whether it was done before. ValueError where another run stands in its folder."""
+    """Returns whether a run has come to its end. ValueError where its folder has a run of other knobs or data."""
     if not (run_folder.exists(run.folder) and run_folder.has_begun(run.folder)):
         return False
     saved = read_json(run.folder / "config.json", model=str, model_config=dict, knobs=dict)
@@ -401,7 +424,8 @@ def train_all(runs: list[Run], jobs: int, bar: tqdm) -> None:
             bar.write(f"{run.variant.name}, learning rate x {run.lr:g}, seed {run.seed}: {loss_of(run):.4f}")
             bar.update(run.variant.budget)
     finally:
-        pool.shutdown(cancel_futures=True)  # waits for the runs at work, which save and stop after a signal
+        # Waits for the runs at work: after a signal they save and stop, after the failure of one they go on to the end.
+        pool.shutdown(cancel_futures=True)
 
 
 def final(run):
@@ -424,7 +448,10 @@ def mean_losses(sweep):
 
 
 def beyond(args, sweep):
-    """Returns the further runs of a variant that learns best at an end of its sweep, which is thus no end any more."""
+    """Adds to a sweep the runs at one more rate where it learns best at an end: best at 2 of 0.5, 1, 2 adds 4.
+
+    Returns what it adds.
+    """
     losses = mean_losses(sweep)
     if not verdicts.is_at_the_edge(losses) or len(losses) >= len(args.lrs) + MORE_RATES:
         return []
@@ -445,25 +472,32 @@ def none_if_infinite(loss):
     return loss if math.isfinite(loss) else None
 
 
-def outcome(variant: Variant, sweep: list[Run], repeats: list[Run]) -> dict:
-    """Returns a variant's row of the result: what it is and costs, and its runs at its learning rate."""
+def cost(variant: Variant) -> dict:
+    """Returns what a variant costs, counted from its model."""
     model = variant.config["model"]
     c = gpt_config(variant.config)
     device, _ = timing.device_and_dtype(variant.config["device"])
     _, dtype = timing.device_and_dtype(device)
-    size = 2 if dtype == "bfloat16" else 4  # as sample.py decodes
+    size = 4 if dtype == "float32" else 2  # as it is decoded here
     return {
-        "name": variant.name,
-        "model": model,
-        "config": variant.config,
-        "budget": variant.budget,
-        "tokens": variant.tokens,
         "parameters": parameters(variant),
         "active_parameters": sum(flops.active_parameters(model, c).values()),
         "flops_per_token": variant.flops_per_token,
         "optimizer_flops": variant.optimizer_flops,
         "cache_bytes_per_token": flops.cache_bytes_per_token(model, c, size),
         "state_bytes": flops.state_bytes(model, c, size),
+    }
+
+
+def outcome(variant: Variant, sweep: list[Run], repeats: list[Run]) -> dict:
+    """Returns a variant's row of the result: what it is and costs, and its runs at its learning rate."""
+    return {
+        "name": variant.name,
+        "model": variant.config["model"],
+        "config": variant.config,
+        "budget": variant.budget,
+        "tokens": variant.tokens,
+        **cost(variant),
         "sweep": {f"{lr:g}": none_if_infinite(loss) for lr, loss in mean_losses(sweep).items()},
         "sweep_seeds": len({run.seed for run in sweep}),
         "lr": repeats[0].lr,
@@ -479,8 +513,8 @@ def outcome(variant: Variant, sweep: list[Run], repeats: list[Run]) -> dict:
 def measure(variants: list[Variant], rounds: int) -> list[dict]:
     """Returns [{"train_seconds": of a step, "decode_seconds": {context: of a token}}], lists with a number a round.
 
-    All variants take turns, on one device. Decoding is at batch 1 with a cache, in the dtype that sample.py would take;
-    context: the tokens that are in it already.
+    All variants take turns, on one device. Decoding is at batch 1 with a cache, in the dtype that training takes with
+    dtype=auto; context: the tokens that are in it already.
     """
     config = variants[0].config
     device, _ = timing.device_and_dtype(config["device"])
@@ -498,9 +532,9 @@ def measure(variants: list[Variant], rounds: int) -> list[dict]:
 
 @torch.no_grad()
 def decoder(variant, context, new, device, calls):
-    """Returns a function that decodes `new` tokens after `context` random ones, and may be called so many times.
+    """Returns a function that passes `new` tokens one by one after `context` random ones; it takes `calls` calls.
 
-    Each call has a copy of the prefilled cache, made before: a state cannot go back, and a copy takes time.
+    Each uses up a copy of the prefilled cache, made before: a state cannot go back, and a copy takes time.
     """
     model = timing.build(variant.config["model"], vars(gpt_config(variant.config)), device).eval()
     _, dtype = timing.device_and_dtype(device)

@@ -62,7 +62,7 @@ class GPTConfig:
     moe_every: int = 1  # 2 gives experts to every second layer: 1, 3, 5...
     moe_layers: list | tuple = ()  # exactly these layers have experts; empty: what n_dense_layer and moe_every say
     router_score: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid scores each expert by itself
-    normalize_gates: bool = True  # the gates of a token sum to 1
+    normalize_gates: bool = True  # the gates of a token sum to 1; a single one would always be 1, and teach nothing
     gate_scale: float = 1.0  # multiplies the gates: 2.5 in DeepSeek-V3
     n_group: int = 1  # groups that the experts are cut into, for example one for each machine
     n_group_per_token: int = 1  # groups that a token may choose in: those whose two best experts sum to most

@@ -61,7 +61,7 @@ class GPTConfig:
     moe_every: int = 1  # 2 gives experts to every second layer: 1, 3, 5...
     moe_layers: list | tuple = ()  # exactly these layers have experts; empty: what n_dense_layer and moe_every say
     router_score: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid scores each expert by itself
-    normalize_gates: bool = True  # the gates of a token sum to 1
+    normalize_gates: bool = True  # the gates of a token sum to 1; a single one would always be 1, and teach nothing
     gate_scale: float = 1.0  # multiplies the gates: 2.5 in DeepSeek-V3
     router_jitter: float = 0.0  # in training the router's input is multiplied by 1 +- this at random: 0.01 is usual
     capacity_factor: float = 1.25  # an expert takes so many times its even share of a sequence's choices; 0 takes all

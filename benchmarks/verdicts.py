@@ -1,9 +1,11 @@
 """Which variant learns better: the learning rates to try, and what differences chance does not explain.
 
-Each rate is tried with a few seeds (the sweep), the best is repeated with other seeds, and only those are compared. A
-table of equal variants calls one better or worse in at most one of 20 cases; tests/test_verdicts.py simulates it.
+Each rate is tried with a few seeds (the sweep), the best is repeated with other seeds, and only those are compared.
+Where all variants are equal, at most one of 20 tables calls any of them better or worse: tests/test_verdicts.py
+simulates it, with three rates, 5 variants and 3 to 30 seeds.
 
-A row is what compare.py writes of a variant: "name", "loss" [of each seed], "sweep" {rate: mean loss}, "sweep_seeds".
+A row is what compare.py writes of a variant: "name", "loss" (of each seed, None where it diverged), "sweep" {rate: mean
+loss, None where one diverged}, "sweep_seeds".
 """
 
 import math
@@ -14,14 +16,15 @@ import numpy as np
 import torch
 
 FALSE_WINS = 0.05  # of the tables in which all variants are equal
-# A rate chosen among few noisy ones is not the best one. That changes the loss as if a run's variance were larger by
-# this part of itself, over the seeds of the sweep: found by the simulation in tests/test_verdicts.py, of three rates.
+# A rate is chosen by noisy losses, which adds to the variance of a variant's mean: by this part of a run's, over the
+# seeds of the sweep. With 3 seeds, and 1 for the sweep, a mean has 1/3 + 0.16 of a run's variance. The number is found
+# by the simulation in tests/test_verdicts.py, of three rates.
 VARIANCE_OF_A_CHOICE = 0.16
 
 
 # ---- the learning rate -----------------------------------------------------------------------------------------------
 def sweep_seeds(rates: int, seeds: int) -> int:
-    """Returns with how many seeds each rate is tried: a third as many as are compared, and none where there is one."""
+    """Returns how many seeds try each rate: a third of those that are compared; 0 where there is one rate to try."""
     if rates == 1:
         return 0
     return math.ceil(seeds / 3)
@@ -38,7 +41,7 @@ def is_at_the_edge(sweep: dict[float, float]) -> bool:
 
 
 def rate_beyond(sweep: dict[float, float]) -> float:
-    """Returns the rate beyond the best one, at an edge, by the factor that parts it from its neighbour."""
+    """Returns the next rate beyond a best one at an edge, by the same factor: best 2 of 0.5, 1 and 2 gives 4."""
     rates = sorted(sweep)
     neighbour = rates[-2]
     if best_rate(sweep) == rates[0]:
@@ -50,7 +53,7 @@ def gain_between_rates(sweep: dict[float, float]) -> float:
     """Returns how much lower the loss is at the best rate of all than at the best that was tried.
 
     It is read off the parabola through the best one and its two neighbours, over the logarithm of the rate; 0 where
-    the best has no neighbour on one side, or one diverged.
+    the best has fewer than two neighbours, or a neighbour diverged.
     """
     if len(sweep) < 3 or is_at_the_edge(sweep):
         return 0.0
@@ -60,7 +63,8 @@ def gain_between_rates(sweep: dict[float, float]) -> float:
     losses = np.array([sweep[rate] for rate in three])
     if not np.isfinite(losses).all():
         return 0.0
-    a, b, _ = np.polyfit(np.log(three) - np.log(three[1]), losses - losses[1], 2)  # it passes through (0, 0)
+    # The best one is at (0, 0): a x^2 + b x has its minimum, -b^2 / (4 a), at x = -b / (2 a).
+    a, b, _ = np.polyfit(np.log(three) - np.log(three[1]), losses - losses[1], 2)
     if a <= 0:  # all three are equal
         return 0.0
     return b * b / (4 * a)
@@ -79,12 +83,13 @@ def residual_deviation(losses: np.ndarray) -> float:
 
 @lru_cache
 def critical_value(comparisons: int, freedom: int) -> float:
-    """Returns how many standard errors chance exceeds in FALSE_WINS of the cases, in any comparison with one baseline.
+    """Returns t: in FALSE_WINS of the tables of equal variants any of them is over t standard errors from the baseline.
 
-    Dunnett's test (1955), two-sided, with equal numbers of runs; of one comparison it is Student's t. Given the
-    baseline's mean z and the estimated deviation s, the comparisons are independent: their chances are multiplied, and
-    averaged over z and s.
+    Dunnett's test (1955), two-sided, with equal numbers of runs. freedom: degrees of freedom of the estimated
+    deviation. Of one comparison it is Student's t: 4.303 for freedom 2; of 4 comparisons with freedom 8 it is 3.02.
     """
+    # Given the baseline's mean z and the estimated deviation s, the comparisons are independent: their chances are
+    # multiplied, and averaged over a grid of z and s. freedom s^2 is chi-square distributed.
     z = torch.linspace(-6, 6, 121, dtype=torch.float64)[:, None]  # the baseline's mean, in its standard errors
     s = torch.logspace(-4, 1, 500, dtype=torch.float64)  # the deviation that is estimated, over the true one
     log_density = -(z**2) / 2 + freedom * s.log() - freedom * s**2 / 2  # over the logarithm of s
@@ -106,7 +111,7 @@ def critical_value(comparisons: int, freedom: int) -> float:
 
 
 def error_and_limit(rows: list[dict]) -> tuple[float, float]:
-    """Returns the standard error of each variant's difference from the first one, and the limit that chance keeps."""
+    """Returns the standard error of each variant's difference from the first one, and the most that chance explains."""
     seeds = len(rows[0]["loss"])
     variance = 2 / seeds  # of a difference of means, where a run's is 1
     if rows[0]["sweep_seeds"]:

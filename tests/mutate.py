@@ -445,6 +445,13 @@ MUTANTS = [
         "test_moe.py -k z_loss_equals",
     ),
     Mutant(
+        "padding loses its choices where there is room",
+        "model_switch.py",
+        "worth.masked_fill(padding[..., None], -1.0)",
+        "worth.masked_fill(padding[..., None], -math.inf)",
+        "test_switch.py -k padding_keeps",
+    ),
+    Mutant(
         "jitter three times as large",
         "model_switch.py",
         "uniform_(1 - self.config.router_jitter, 1 + self.config.router_jitter)",
@@ -594,6 +601,13 @@ MUTANTS = [
         "total[row] = whole((cost.forward[row] + cost.backward[row]) / T - 3 * spared)",
         "total[row] = whole(2 * cost.forward[row] / T - 3 * spared)",
         "test_flops.py -k 'closed_form and baseline'",
+    ),
+    Mutant(
+        "shorter runs of lengths that windows do not divide",
+        "flops.py",
+        "return window * math.ceil(512 / window)",
+        "return 512",
+        "test_flops.py -k pooled_windows_divide",
     ),
     Mutant(
         "idle experts at work",

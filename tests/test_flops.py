@@ -639,7 +639,7 @@ def test_parameters_can_be_matched_instead(report):
         ("--mfu 1.5", "--mfu 1.5: a share of the peak"),
         ("--mfu fast", "argument --mfu: invalid float value"),
         ("--batch 0", "--batch 0 --context 0: try 1 or more"),
-        (f"--batch {10**400}", "--context 0: try 1 or more"),
+        (f"--batch {10**400}", "--batch 1000"),
         ("--vocab_size=64 --context 2000", "--batch 1 --context 2000: try 1 or more, and up to block_size=1024"),
         ("--knob n_embd", "--knob, --match_by and --match_optimizer say how to match: give --match CONFIG, too"),
         ("--n_inne=3", "unknown config key 'n_inne' on the command line; did you mean 'n_inner'?"),
@@ -692,7 +692,7 @@ def test_products_by_einsum_and_in_the_block_itself_are_counted_where_they_belon
         self.w_down = nn.Parameter(torch.empty(4, config.n_embd, config.n_embd))
 
     def forward(self, x):
-        return torch.einsum("btd,edf->btf", x, self.w_down)
+        return torch.einsum("btd,edf->btef", x, self.w_down).sum(2)
 
 
 """

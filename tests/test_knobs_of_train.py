@@ -265,6 +265,7 @@ def test_the_smoothed_loss_weighs_the_last_steps_most(plain):
     (dict(dry_run=True, eval_only=True), "dry_run counts what training would cost, and eval_only trains nothing"),
     (dict(dry_run=True, overwrite=True), "dry_run writes nothing, and overwrite deletes the run in refused"),
     (dict(eval_only=True, overwrite=True), "eval_only writes nothing, and overwrite deletes the run in refused"),
+    (dict(model="moe", n_expert_per_token=1), "n_expert_per_token=1: a single gate that is normalized"),
     (dict(eval_only=True, sample_every=2), "eval_only takes no step after which sample_every could print"),
 ])  # fmt: skip
 def test_knobs_that_mean_nothing_together_are_refused(work, knobs, message):

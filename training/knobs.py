@@ -101,6 +101,9 @@ def check(config: dict, world_size: int) -> None:
             raise ValueError(f"{knob} writes nothing, and overwrite deletes the run in {config['out_dir']}: drop one")
     if config["eval_only"] and config["sample_every"]:
         raise ValueError("eval_only takes no step after which sample_every could print: try sample.py")
+    if config.get("n_expert_per_token") == 1 and config["normalize_gates"]:
+        constant = "a single gate that is normalized is always 1, and the router learns nothing from the loss"
+        raise ValueError(f"n_expert_per_token=1: {constant}: give normalize_gates=False")
     parallel = config["parallel"]
     if world_size > 1 and parallel == "none":
         raise ValueError(f"parallel=none, but torchrun started {world_size} processes: try parallel=ddp")
