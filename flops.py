@@ -238,7 +238,8 @@ def on_meta(model: str, config) -> nn.Module:
 
 def without_contents(GPT: type, config) -> nn.Module:
     """Returns GPT(config) on the meta device, where init_weights would have nothing to fill."""
-    skeleton = type("GPT", (GPT,), {"init_weights": lambda self: None})
+    # Its functions are found where GPT's are, by the name of the module.
+    skeleton = type("GPT", (GPT,), {"init_weights": lambda self: None, "__module__": GPT.__module__})
     with torch.device("meta"):
         return skeleton(config)
 
