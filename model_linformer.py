@@ -292,8 +292,11 @@ class Attention(nn.Module):
         return q, k
 
     def attend(self, q, k, v, mask):
-        """Returns softmax attention (B N, H, Q, D) of q to k, v (B N, G, S, D); H / G heads share a key."""
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.size(1) != k.size(1))
+        """Returns softmax attention (B, H, T, D) of q (B, H, T, D) to k, v (B, G, S, D); H / G heads share a key."""
+        causal = False
+        if mask is None and q.size(2) > 1:  # S = T here; a single query sees all S keys
+            causal = True
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
 
     def keys_seen(self, T):
         """Returns how many keys and slots a query sees on average over T tokens."""

@@ -543,9 +543,9 @@ def test_a_wrong_config_or_option_is_one_clear_line(capsys, monkeypatch):
     for words, says in ((["train", "--n_hed=3"], "unknown config key 'n_hed'"),
                         (["decode", "--model=baseline", "--n_head=3", "--n_kv_head=2"], "n_head=3 is not divisible"),
                         (["variants", "--n_head=3"], "unknown arguments: --n_head=3"),
-                        (["decode", "--new", "1"], "--new 1: try 2 or more"),
-                        (["variants", "--rounds", "0"], "--rounds 0: try 1 or more"),
-                        (["--device", "cuda", "train"], "sees no CUDA device: try --device cpu")):  # fmt: skip
+                        (["decode", "--new", "1"], "--new: 1: give a whole number in [2, 1e9]"),
+                        (["variants", "--rounds", "0"], "--rounds: 0: give a whole number in [1, "),
+                        (["--device", "cuda", "train"], "device=cuda is not here: try device=cpu")):  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
             bench.main(words)
         assert stopped.value.code == 2 and says in capsys.readouterr().err
