@@ -387,8 +387,9 @@ def as_llama2(folder):
     import sentencepiece
 
     out = io.BytesIO()
+    lines = [f"def test_{n}(x): return x + {n * n}" for n in range(2000)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(Path(__file__).read_text().splitlines()), model_writer=out, vocab_size=700,
+        sentence_iterator=iter(lines), model_writer=out, vocab_size=700,
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         minloglevel=2,
     )  # fmt: skip
