@@ -148,6 +148,8 @@ def kinds_choices_and_interval(assignment, default):
                 kind, text = part.slice.elts
                 kinds.add(kind.id)
                 interval = text.value
+                if not re.fullmatch(r"[\[(][^,]+, [^,]+[\])]", str(interval)):
+                    fail(f"{ast.unparse(assignment)}: {interval!r} is no interval: write one such as '[0, 1)'")
             elif name == "Literal":
                 choices = ast.literal_eval(part.slice)
                 choices = choices if isinstance(choices, tuple) else (choices,)
@@ -194,18 +196,24 @@ def config_class(name):
 def run_config_class(path, changed):
     """Returns GPTConfig of a file, as it is since it was changed last.
 
-    The file is run as far as there, and not what it imports of torch, which takes seconds: a GPTConfig is plain numbers
-    and text.
+    The file is run as far as there, and not what it imports of torch, which takes seconds, nor what needs that: a
+    GPTConfig is plain numbers and text.
     """
+    found = {"__name__": __name__}
+    of_torch = set()  # names that are not there
     with mistakes_named(str(path)):
-        statements = []
         for statement in ast.parse(path.read_bytes(), str(path)).body:
-            if not re.match(r"(import|from) torch\b", ast.unparse(statement)):
-                statements.append(statement)
-            if getattr(statement, "name", None) == "GPTConfig":
+            if re.match(r"(import|from) torch\b", ast.unparse(statement)):
+                of_torch.update(alias.asname or alias.name.split(".")[0] for alias in statement.names)
+                continue
+            is_config = getattr(statement, "name", None) == "GPTConfig"
+            try:
+                exec(compile(ast.Module([statement], []), str(path), "exec"), found)
+            except NameError as error:
+                if is_config or error.name not in of_torch:
+                    raise
+            if is_config:
                 break
-        found = {"__name__": __name__}
-        exec(compile(ast.Module(statements, []), str(path), "exec"), found)
     if not dataclasses.is_dataclass(found.get("GPTConfig")):
         fail(f"{path} has no dataclass GPTConfig, whose fields are a model's knobs")
     return found["GPTConfig"]

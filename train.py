@@ -60,7 +60,7 @@ minutes = 0.0  # above 0: measure this machine when a new run begins, and set ma
 batch_tokens = 32768  # 32 * 1024 tokens a step, over all devices
 block_size = 1024  # tokens in a window
 micro_batch = 8  # windows at once on a device: lower it if memory runs out
-stages = {}  # {1000: dict(block_size=2048)}: from that step on these knobs hold; 0.75: from that share of max_steps on
+stages = {}  # {1000: {"block_size": 2048}}: from that step on these knobs hold; 0.75: from that share of max_steps on
 # optimizer
 optimizer: Literal["muon", "adamw"] = "muon"  # muon is for matrices, with AdamW for the rest
 learning_rate = 2e-3  # the same for both, as Muon's updates are scaled to AdamW's size: try 5e-4 to 5e-3

@@ -91,7 +91,7 @@ def train(
     model = out.getvalue()
     n_tokens = len(load(model))
     if n_tokens != vocab_size:
-        raise ValueError(f"{n_tokens} tokens are all this text has: take --vocab_size {n_tokens}, or more text")
+        raise ValueError(f"{n_tokens} tokens are all this text has: take a vocabulary of {n_tokens}, or more text")
     return model
 
 

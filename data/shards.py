@@ -192,8 +192,8 @@ class Shards:
             command = f"python data/prepare.py {self.folder} --out data/{self.folder.stem}"
             raise FileNotFoundError(f"{self.folder} is a file, and no folder of shards: make one with  {command}")
         if not self.folder.is_dir():
-            command = f"python data/prepare.py {self.folder.name} --out {self.folder}"
-            raise FileNotFoundError(f"{self.folder} not found: make it with  {command}")
+            command = f"python data/prepare.py TEXT --out {self.folder}"
+            raise FileNotFoundError(f"{self.folder} not found: make it with  {command}  (a config file says of what)")
         self.paths = files_of_split(self.folder, split)
         if not self.paths:
             others = [path.name for path in sorted(self.folder.iterdir()) if path.suffix in (".bin", ".npy")]

@@ -364,7 +364,7 @@ def train_bpe(
     merges = merge_words(count_words(files, pattern, special_tokens, workers, field), n_merges)
     if len(merges) < n_merges:
         largest = vocab_size - n_merges + len(merges)
-        raise ValueError(f"{len(merges)} merges are all this text has: take --vocab_size {largest}, or more text")
+        raise ValueError(f"{len(merges)} merges are all this text has: take a vocabulary of {largest}, or more text")
     tokens = [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
     data = {"ranks": format_ranks({t: i for i, t in enumerate(tokens)}), "pattern": PATTERNS[pattern], "nfc": False}
     return Tokenizer("bpe", name, {}, (EOT, *special_tokens), **data)

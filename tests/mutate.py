@@ -1430,13 +1430,6 @@ MUTANTS = [
         "is_due = now",
         "test_posttraining.py -k 'any_step and dpo'",
     ),
-    Mutant(
-        "evaluated again after a resume",
-        "training/run.py",
-        "self.evaluated_at = self.step if path and saving.was_evaluated(path) else -1",
-        "self.evaluated_at = -1",
-        "test_posttraining.py -k 'any_step and dpo'",
-    ),
     # ---- post-training: what is handed on in a run ----
     Mutant(
         "answers of flat groups are not counted",

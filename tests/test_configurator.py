@@ -534,10 +534,18 @@ def test_a_field_of_ones_own_model_has_the_range_of_its_name_of_its_annotation_o
     ("x = 1\ny = z\n", "model_own.py line 2: NameError: name 'z' is not defined"),
     ("class GPTConfig: pass\n", "model_own.py has no dataclass GPTConfig, whose fields are a model's knobs"),
     (OWN.replace("int = 4", "int"), "model_own.py: GPTConfig.window has no default"),
+    (OWN.replace("[-1, 1]", "[-1 1]"), "'[-1 1]' is no interval: write one such as '[0, 1)'"),
 ])  # fmt: skip
 def test_a_mistake_in_ones_own_model_file_is_one_line_with_its_place(error, text, message):
     file("model_own.py", text)
     assert message in error("--model=own")
+
+
+def test_what_needs_torch_above_the_config_of_ones_own_file_is_passed_over(run):
+    above = "import torch.nn as nn\nfrom dataclasses import dataclass\nclass Temp(nn.Module):\n    pass\n@dataclass\n"
+    file("model_own.py", above + "class GPTConfig:\n    n_own: int = 3\n")
+    config, _, _ = run("--model=own")
+    assert config["n_own"] == 3
 
 
 def test_a_name_in_capitals_is_a_constant_and_no_knob():

@@ -123,7 +123,7 @@ def test_a_damaged_shard_is_refused_by_name_and_number(tmp_path, change, message
 
 
 def test_missing_data_says_which_command_makes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="stdlib not found: make it with  python data/prepare.py stdlib"):
+    with pytest.raises(FileNotFoundError, match="stdlib not found: make it with  python data/prepare.py TEXT --out "):
         Shards(tmp_path / "stdlib", "train")
     with pytest.raises(FileNotFoundError, match="holds no .bin with val as a word"):
         make_shards(tmp_path, [1, 2])

@@ -262,6 +262,7 @@ def test_the_smoothed_loss_weighs_the_last_steps_most(plain):
     (dict(ema=1.0), "ema=1.0: it lies in [0, 1)"),
     (dict(sample_every=-1), "sample_every=-1: try 0 or more"),
     (dict(dry_run="space"), "dry_run=space: try one of time, True, False"),
+    (dict(resume=True, overwrite=True), "resume goes on with what is in refused, and overwrite deletes it: give one"),
     (dict(dry_run=True, eval_only=True), "dry_run counts what training would cost, and eval_only trains nothing"),
     (dict(dry_run=True, overwrite=True), "dry_run writes nothing, and overwrite deletes the run in refused"),
     (dict(eval_only=True, overwrite=True), "eval_only writes nothing, and overwrite deletes the run in refused"),

@@ -1031,7 +1031,7 @@ def test_sentencepiece_is_trained_to_exactly_the_vocabulary_asked_for_and_loses_
     "options, message",
     [
         (["--vocab_size", "270"], "cannot train 270 tokens of this text: Vocabulary size is smaller"),
-        (["--vocab_size", "9000", "--model_type", "char"], "tokens are all this text has: take --vocab_size"),
+        (["--vocab_size", "9000", "--model_type", "char"], "tokens are all this text has: take a vocabulary of"),
         (["--out", "x.json"], "--out=x.json: a sentencepiece tokenizer is known by its ending: try x.model"),
         (["--pattern", "gpt2"], "--pattern means nothing to --kind sentencepiece: leave it out"),
         (["--kind", "bpe", "--model_type", "char"], "--model_type means nothing to --kind bpe: leave it out"),
@@ -1046,7 +1046,7 @@ def test_sentencepiece_that_cannot_be_trained_so_is_an_error_that_says_why(tmp_p
 @pytest.mark.parametrize(
     "content, options, message",
     [
-        (b"abc abc", ["--vocab_size", "400"], "3 merges are all this text has: take --vocab_size 260, or more text"),
+        (b"abc abc", ["--vocab_size", "400"], "3 merges are all this text has: take a vocabulary of 260, or more text"),
         (b"abc", ["--vocab_size", "256"], "vocab_size=256 must be more than 256 bytes + 1 special tokens"),
         (b"a\xff", [], "x.txt: not UTF-8 text: byte 0xff at offset 1"),
         (b"abc", ["--special_tokens", "a b"], "must not be empty or have spaces inside: ['a b']"),

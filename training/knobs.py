@@ -73,6 +73,8 @@ def check_run(config: dict) -> None:
     if not config["out_dir"]:
         raise ValueError("out_dir is empty, and a run needs a folder of its own: try out_dir=out/run")
     refuse_idle(config)
+    if config["resume"] and config["overwrite"]:
+        raise ValueError(f"resume goes on with what is in {config['out_dir']}, and overwrite deletes it: give one")
     for package in ("wandb", "tensorboard"):
         if config[package] and not find_spec(package):
             raise ValueError(f"{package}={config[package]}, but this package is not here:  pip install {package}")
