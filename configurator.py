@@ -200,20 +200,19 @@ def run_config_class(path, changed):
     GPTConfig is plain numbers and text.
     """
     found = {"__name__": __name__}
+    statements = []
     of_torch = set()  # names that are not there
     with mistakes_named(str(path)):
         for statement in ast.parse(path.read_bytes(), str(path)).body:
+            used = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+            is_config = getattr(statement, "name", None) == "GPTConfig"
             if re.match(r"(import|from) torch\b", ast.unparse(statement)):
                 of_torch.update(alias.asname or alias.name.split(".")[0] for alias in statement.names)
-                continue
-            is_config = getattr(statement, "name", None) == "GPTConfig"
-            try:
-                exec(compile(ast.Module([statement], []), str(path), "exec"), found)
-            except NameError as error:
-                if is_config or error.name not in of_torch:
-                    raise
+            elif is_config or not used & of_torch:
+                statements.append(statement)
             if is_config:
                 break
+        exec(compile(ast.Module(statements, []), str(path), "exec"), found)
     if not dataclasses.is_dataclass(found.get("GPTConfig")):
         fail(f"{path} has no dataclass GPTConfig, whose fields are a model's knobs")
     return found["GPTConfig"]
@@ -256,8 +255,9 @@ class Namespace(dict):
     def choose_model(self):
         """Adds the knobs of the chosen model: the command line's choice, or the files' so far, or the script's."""
         start = {}
-        if self.starting_from and self.said("init_from"):
-            start = self.starting_from(self.said("init_from"))
+        init_from = self.said("init_from") if self.starting_from else ""
+        if init_from:
+            start = self.starting_from(init_from)
         self.knobs = dict(self.script_knobs)
         choice = {}
         if "model" in self.script_knobs:
@@ -267,7 +267,7 @@ class Namespace(dict):
         if start and choice["model"] == start["model"]:
             for key in self.knobs.keys() & start.keys():
                 value = as_knob_takes(start[key], self.knobs[key])
-                check(key, value, self.knobs[key], f"{key}={shown(value)} of init_from={self.said('init_from')}")
+                check(key, value, self.knobs[key], f"{key}={shown(value)} of init_from={init_from}")
                 self.knobs[key] = dataclasses.replace(self.knobs[key], default=value)
         defaults = {key: knob.default for key, knob in self.knobs.items()}
         before = self.seen
@@ -279,8 +279,9 @@ class Namespace(dict):
     def said(self, name, default=None):
         """Returns what the command line, or else the files so far, or else `default`, or the script say of a knob."""
         knob = self.script_knobs[name]
-        value = default or knob.default
-        value = as_knob_takes((self.given | self.options).get(name, value), knob)
+        if default is None:
+            default = knob.default
+        value = as_knob_takes((self.given | self.options).get(name, default), knob)
         check(name, value, knob, f"{name}={shown(value)}")
         return value
 

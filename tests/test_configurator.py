@@ -548,6 +548,13 @@ def test_what_needs_torch_above_the_config_of_ones_own_file_is_passed_over(run):
     assert config["n_own"] == 3
 
 
+def test_an_import_from_the_future_holds_for_the_config_of_ones_own_file(run):
+    above = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\n"
+    file("model_own.py", above + "class GPTConfig:\n    n_own: NotDefinedHere = 3\n")
+    config, _, _ = run("--model=own")
+    assert config["n_own"] == 3
+
+
 def test_a_name_in_capitals_is_a_constant_and_no_knob():
     for command in COMMANDS:
         assert not [name for name in resolve(ROOT / command, []) if name.isupper()]
