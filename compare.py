@@ -136,8 +136,6 @@ def parse_arguments(argv):
         parser.error(f"--match {args.match} is not for --sizes: each size gets the same FLOPs")
     if args.knob and args.match == "flops":
         parser.error("--knob says what another --match solves: give --match flops_per_token or --match parameters")
-    if any(word.startswith("--model=") for word in args.more):
-        parser.error("--model is one run's: name the variants by --models")
     check_knobs(args.more)
     return args
 
@@ -145,6 +143,8 @@ def parse_arguments(argv):
 def check_knobs(words):
     """Raises ValueError where knobs, each given as "--KNOB=VALUE" or "KNOB=VALUE", would be lost."""
     given = {word.removeprefix("--").partition("=")[0]: word for word in words}
+    if "model" in given:
+        raise ValueError("--model is one run's: name the variants by --models")
     fixed = [word for knob, word in given.items() if knob in OWN_KNOBS]
     if fixed:
         raise ValueError(f"{' '.join(fixed)}: compare.py sets these itself, by --seeds, --budget and --out_dir")
@@ -320,7 +320,7 @@ def rehearse(variant: Variant, jobs: int) -> float:
         step = training_step(variant, device)
         step()  # makes the optimizer's state
         seconds = timing.seconds(step, device=device)
-        cost(variant)
+        cost(variant)  # is counted again for the result: where that fails, nothing has trained yet
         decoder(variant, context=1, new=1, device=device, calls=1)()
         return seconds
     except Exception as error:

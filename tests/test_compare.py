@@ -173,6 +173,7 @@ def test_the_plan_says_what_sets_variants_apart_and_how_long_it_takes(setting, t
     (["--vary", "max_steps=5,9"], "error: max_steps=5: compare.py sets these itself"),
     (["--minutes=1"], "error: --minutes=1: each run of a comparison trains for its --budget"),
     (["--model=gpt2"], "error: --model is one run's: name the variants by --models"),
+    (["--models", "baseline,baseline:model=gpt2"], "error: --model is one run's: name the variants by --models"),
     (["--models", "baseline,baseline:eval_tokens=64"], "baseline:eval_tokens=64 is evaluated on other tokens"),
     (["--models", "baseline:vocab_size=3"], "baseline:vocab_size=3: the data has "),
     (["--models", "baseline,gpt2", "--knob", "n_embd"], "error: --knob says what another --match solves"),
