@@ -39,7 +39,7 @@ from benchmarks import (
 )
 from data.text import print_any_text
 from training import output
-from training.arguments import Parser, number
+from training.arguments import SEED, Parser, number
 from training.knobs import find_device
 
 ROOT = Path(__file__).resolve().parent
@@ -58,7 +58,6 @@ BENCHMARKS = {
     "posttrain": posttrain,
 }
 SIZE = number("[1, 1e9]")
-SEED = number("[0, 4294967295]")
 
 
 def make_parser() -> argparse.ArgumentParser:

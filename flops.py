@@ -338,9 +338,9 @@ def has_key_blocks(config):
 
 
 def step_of_lengths(config):
-    """Returns tokens by which a length may grow so that costs grow as a square: the first 512 that chunks divide.
+    """Returns the tokens from one length to the next along which costs are quadratic: 512, which chunks divide.
 
-    Pooled windows have to divide them, too: of windows of 768 tokens it is 768.
+    Pooled windows have to divide them, too: it is the first multiple of a window from 512 on.
     """
     window = 1
     if hasattr(config, "n_slot"):
@@ -471,7 +471,7 @@ def stacks(model: str, config) -> dict[str, tuple[int, int]]:
     active = {}
     for row, n in found.items():
         if n:
-            products = forward.get(row, 0) + (row not in forward) * forward.get(f"{row} between tokens", 0)
+            products = forward.get(row, forward.get(f"{row} between tokens", 0))
             active[row] = (n, whole(products / 2 - matrices[row]))
     return active
 

@@ -19,7 +19,7 @@ from data import chat
 from data.text import end_with_reader, print_any_text, read_text
 from data.tokenizers import stream_text
 from training import output
-from training.arguments import Parser, not_empty, number
+from training.arguments import SEED, Parser, not_empty, number
 from training.load import add_thinking, hide_padding, load, stop_tokens, think_budget, warn_of_template
 from training.run_folder import is_from_hugging_face
 
@@ -43,7 +43,7 @@ def parse_arguments(argv):
     add("--repetition_penalty", type=number("[0.01, 100]", float), default=1.0, help=about_penalty)
     about_stop = "end before this text (may be given again)"
     add("--stop", type=not_empty, action="append", default=[], metavar="TEXT", help=about_stop)
-    add("--seed", type=number("[0, 4294967295]"), default=1)
+    add("--seed", type=SEED, default=1)
     add("--device", default="auto", help="cuda, mps, cpu or auto")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on CUDA, else float32")

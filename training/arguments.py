@@ -30,6 +30,9 @@ def number(interval: str, kind: type = int) -> Callable[[str], int | float]:
     return read
 
 
+SEED = number("[0, 4294967295]")  # 32 bits, which every generator takes
+
+
 def not_empty(text: str) -> str:
     """Is the `type` of an argument that may not be empty, as one of a script is whose variable is not set."""
     if not text:

@@ -53,10 +53,12 @@ class Rows:
         self.file = open(path, "ab", buffering=0)
         self.waiting = b""  # lines for which there was no room
 
-    def write(self, row: dict) -> None:
-        """Adds a row; what is not finite in it becomes null."""
-        self.waiting += json.dumps(without_nan(row)).encode() + b"\n"
+    def write(self, row: dict) -> dict:
+        """Adds a row; returns it as the file has it, with null for what is not finite."""
+        row = without_nan(row)
+        self.waiting += json.dumps(row).encode() + b"\n"
         self.write_waiting()
+        return row
 
     def write_waiting(self) -> None:
         """Writes the rows that wait, as far as there is room."""
@@ -127,8 +129,7 @@ class Log:
 
     def write(self, row: dict) -> None:
         """Adds a row of numbers for a step."""
-        row = without_nan(row)
-        self.rows.write(row)
+        row = self.rows.write(row)
         if self.album:
             self.album.add(row)
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
